@@ -1,0 +1,342 @@
+"""Configuration: one TOML file, six sections, each checked by the dataclass it names.
+
+``[task] [policy] [objective] [optimizer]`` have a ``name``, which is the name of a module; the
+other keys are the fields of that module's dataclass, so every default stands beside the code that
+reads it. ``[budget]`` and ``[run]`` are the dataclasses below. Modules are imported only by
+:func:`resolve`, which keeps ``--help`` fast.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import importlib
+import json
+import pkgutil
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from esmeta import errors
+from esmeta.errors import UserError, check_options, listed, nearest
+
+Table = dict[str, Any]
+
+# kind of section -> (package that is searched, name of the dataclass in its modules)
+KINDS = {
+    "task": ("esmeta.tasks", "Task"),
+    "policy": ("esmeta.policy", "Config"),
+    "objective": ("esmeta.objectives", "Objective"),
+    "optimizer": ("esmeta.optimizers", "Optimizer"),
+}
+SECTIONS = (*KINDS, "budget", "run")
+DEFAULT_TRIALS = 16
+# Keys that do not change what is computed, only where, how long, or what is written down.
+NOT_IN_DIGEST = {"device", "threads", "checkpoint_every", "tensorboard", "metrics_every"}
+_SYNONYMS = {"generations": "updates", "updates": "generations"}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """When a run ends: at the first limit reached; at least one is needed.
+
+    ``generations`` and ``updates`` both count steps of the optimizer; give one of the two.
+    ``target`` ends the run as soon as the held-out mean return reaches it.
+    """
+
+    generations: int | None = None
+    updates: int | None = None
+    env_steps: int | None = None
+    seconds: float | None = None
+    target: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("generations", "updates", "env_steps"):
+            if getattr(self, name) is not None:
+                errors.positive_int(name, getattr(self, name), example=1000)
+        if self.seconds is not None:
+            errors.finite_positive("seconds", self.seconds, example=3600)
+        if self.target is not None:
+            errors.finite("target", self.target)
+        if self.generations is not None and self.updates is not None:
+            raise UserError(
+                f"generations = {self.generations} and updates = {self.updates}: these are two "
+                "words for the steps of the optimizer; write only one of them"
+            )
+        if self.steps is None and self.env_steps is None and self.seconds is None:
+            raise UserError(
+                "no limit is given; write at least one of generations, updates, env_steps, seconds"
+            )
+
+    @property
+    def steps(self) -> int | None:
+        """Steps of the optimizer at most, under either name."""
+        return self.updates if self.generations is None else self.generations
+
+
+@dataclass(frozen=True)
+class Run:
+    """How a run is carried out. All ``*_every`` count steps of the optimizer; 0 means never.
+
+    The last step is always written, whatever ``checkpoint_every`` says.
+    """
+
+    seed: int = 0
+    device: str = "cpu"
+    threads: int = 1
+    checkpoint_every: int = 50
+    evaluate_every: int = 20
+    evaluate_trials: int = 64
+    metrics_every: int = 1
+    tensorboard: bool = True
+
+    def __post_init__(self) -> None:
+        errors.non_negative_int("seed", self.seed)
+        for name in ("checkpoint_every", "evaluate_every"):
+            errors.non_negative_int(name, getattr(self, name), example=20)
+        for name in ("threads", "evaluate_trials", "metrics_every"):
+            errors.positive_int(name, getattr(self, name))
+        if not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
+            raise UserError(f"device = {self.device!r}: write 'cpu', 'cuda' or e.g. 'cuda:1'")
+
+
+@dataclass(frozen=True)
+class Section:
+    """A named choice with all its options, defaults included.
+
+    ``instance`` is the checked dataclass of the named module, built from ``options``.
+    """
+
+    name: str
+    options: Table
+    instance: Any = field(compare=False, repr=False)
+
+
+@dataclass(frozen=True)
+class Config:
+    """A fully resolved configuration. ``trials`` is B, the trials per member and step."""
+
+    task: Section
+    trials: int
+    policy: Section
+    objective: Section
+    optimizer: Section
+    budget: Budget
+    run: Run
+
+
+# --- presets ---------------------------------------------------------------------------------
+
+
+def presets_folder() -> Path:
+    """Where the presets are: inside the package when installed, ``runs/presets`` in a checkout."""
+    package = Path(__file__).resolve().parent
+    inside = package / "presets"
+    return inside if inside.is_dir() else package.parent / "runs" / "presets"
+
+
+def preset_names() -> list[str]:
+    """Names of all presets, in order."""
+    return sorted(path.stem for path in presets_folder().glob("*.toml"))
+
+
+def load(preset_or_path: str | Path) -> Table:
+    """The unchecked tables of a preset (by name) or of a TOML file (by path)."""
+    given = str(preset_or_path)
+    is_path = given.endswith(".toml") or "/" in given or "\\" in given
+    if not is_path and given not in preset_names():
+        raise UserError(
+            f"preset {given!r} does not exist{nearest(given, preset_names())}; there are: "
+            f"{listed(preset_names())}; or give a path that ends in .toml"
+        )
+    path = Path(given) if is_path else presets_folder() / f"{given}.toml"
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{path}: not valid TOML: {error}; correct that line") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not a text file in UTF-8; give a TOML file") from error
+    except OSError as error:
+        raise UserError(
+            f"{path}: {error.strerror or error}; give an existing TOML file or one of the "
+            f"presets: {listed(preset_names())}"
+        ) from error
+
+
+# --- names of modules ------------------------------------------------------------------------
+
+
+def _modules(package: str) -> dict[str, str]:
+    """Public name -> module name; one trailing underscore stands for a Python keyword."""
+    paths = importlib.import_module(package).__path__
+    modules = (info.name for info in pkgutil.iter_modules(paths))
+    return {name.removesuffix("_"): name for name in modules if not name.startswith("_")}
+
+
+def module_names(package: str) -> list[str]:
+    """Public names in the folder(s) of ``package``, without importing the modules."""
+    return sorted(_modules(package))
+
+
+def load_class(kind: str, name: str) -> type:
+    """The dataclass that ``name`` stands for; ``package.module:Name`` loads one from outside."""
+    package, class_name = KINDS[kind]
+    if ":" in name:
+        module_name, _, class_name = name.partition(":")
+    else:
+        modules = _modules(package)
+        if name not in modules:
+            raise UserError(
+                f"{kind} {name!r} does not exist{nearest(name, modules)}; there are: "
+                f"{listed(modules)}; or write package.module:{class_name} for your own"
+            )
+        module_name = f"{package}.{modules[name]}"
+    if not all(part.isidentifier() for part in (*module_name.split("."), class_name)):
+        raise UserError(f"{kind} {name!r}: not a name; write package.module:Name")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        missing = str(error.name)
+        if f"{module_name}.".startswith(f"{missing}."):
+            raise UserError(
+                f"{kind} {name!r}: no module {module_name!r} can be imported; write "
+                "package.module:Name of a module on PYTHONPATH"
+            ) from error
+        raise UserError(
+            f"{kind} {name!r} needs the Python package {missing!r}, which is not installed; "
+            f"install it, for example with: pip install {missing}"
+        ) from error
+    found = getattr(module, class_name, None)
+    if not isinstance(found, type):
+        classes = [key for key, value in vars(module).items() if isinstance(value, type)]
+        raise UserError(
+            f"{kind} {name!r}: module {module_name!r} has no class {class_name!r}"
+            f"{nearest(class_name, classes)}; it must define one"
+        )
+    if not dataclasses.is_dataclass(found):
+        raise UserError(
+            f"{kind} {name!r}: {class_name} is not a dataclass; decorate it with "
+            "@dataclass(frozen=True), so that its fields are its options"
+        )
+    return found
+
+
+# --- resolution ------------------------------------------------------------------------------
+
+
+def parse_override(text: str) -> tuple[str, str, Any]:
+    """``section.key=value`` as (section, key, value); the value is TOML, else a bare string."""
+    address, equals, value_text = text.partition("=")
+    section, dot, key = address.strip().partition(".")
+    if not (equals and section and dot and key) or "." in key:
+        raise UserError(f"--set {text!r}: write section.key=value, for example run.seed=1")
+    if section not in SECTIONS:
+        raise UserError(
+            f"--set {text!r}: section {section!r} does not exist{nearest(section, SECTIONS)}; "
+            f"sections are: {', '.join(SECTIONS)}"
+        )
+    value_text = value_text.strip()
+    try:
+        parsed = tomllib.loads(f"value = {value_text}")
+    except tomllib.TOMLDecodeError:
+        return section, key, value_text
+    return section, key, parsed["value"] if set(parsed) == {"value"} else value_text
+
+
+def _apply(raw: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Table]:
+    tables: dict[str, Table] = {name: {} for name in SECTIONS}
+    for name, table in raw.items():
+        if name not in SECTIONS:
+            raise UserError(
+                f"[{name}] is not a section{nearest(name, SECTIONS)}; sections are: "
+                f"{', '.join(SECTIONS)}"
+            )
+        if not isinstance(table, Mapping):
+            raise UserError(f"{name} = {table!r}: must be a section; write a line [{name}]")
+        tables[name] = copy.deepcopy(dict(table))
+    tables["objective"].setdefault("name", "return")
+    parsed = [parse_override(text) for text in overrides]
+    for section, key, value in parsed:
+        if key == "name" and section in KINDS and value != tables[section].get("name"):
+            kept = {k: v for k, v in tables[section].items() if (section, k) == ("task", "trials")}
+            tables[section] = {"name": value, **kept}
+    given = {(section, key) for section, key, _ in parsed}
+    for section, key, value in parsed:
+        other = _SYNONYMS.get(key)
+        if section == "budget" and other and (section, other) not in given:
+            tables[section].pop(other, None)
+        tables[section][key] = value
+    return tables
+
+
+def _section(kind: str, table: Table) -> Section:
+    name = table.pop("name", None)
+    if not isinstance(name, str) or not name:
+        given = "is missing" if name is None else f"= {name!r} is not a name"
+        raise UserError(
+            f'{kind}.name {given}; write name = "..." in [{kind}]; there are: '
+            f"{listed(module_names(KINDS[kind][0]))}"
+        )
+    instance = check_options(load_class(kind, name), table, kind)
+    options = {f.name: getattr(instance, f.name) for f in dataclasses.fields(instance) if f.init}
+    return Section(name, options, instance)
+
+
+def resolve(raw: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
+    """Check the tables of a TOML file after applying ``overrides`` (``section.key=value``).
+
+    An override that changes a ``name`` drops every option the file gives in that section, as they
+    were chosen for something else: the defaults of the newly named module hold, except for
+    options that are overridden too. ``task.trials`` is kept. ``budget.generations`` replaces
+    ``budget.updates`` and the reverse.
+    """
+    tables = _apply(raw, overrides)
+    trials = tables["task"].pop("trials", DEFAULT_TRIALS)
+    errors.positive_int("task.trials", trials, example=DEFAULT_TRIALS)
+    sections = {kind: _section(kind, tables[kind]) for kind in KINDS}
+    budget = check_options(Budget, tables["budget"], "budget")
+    run = check_options(Run, tables["run"], "run")
+    return Config(trials=trials, budget=budget, run=run, **sections)
+
+
+def to_tables(config: Config) -> dict[str, Table]:
+    """All values of a configuration, defaults included, as plain TOML types."""
+
+    def plain(value: Any) -> Any:
+        if value is None:
+            return "none"
+        if isinstance(value, Mapping):
+            return {key: plain(item) for key, item in value.items()}
+        return [plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+    tables: dict[str, Table] = {}
+    for kind in KINDS:
+        section = getattr(config, kind)
+        options = {key: plain(value) for key, value in section.options.items()}
+        trials = {"trials": config.trials} if kind == "task" else {}
+        tables[kind] = {"name": section.name, **trials, **options}
+    for name, part in (("budget", config.budget), ("run", config.run)):
+        tables[name] = {key: plain(value) for key, value in vars(part).items()}
+    return tables
+
+
+def to_toml(config: Config) -> str:
+    """The configuration as TOML, every default written; resolves to an equal one."""
+    import tomli_w
+
+    return tomli_w.dumps(to_tables(config))
+
+
+def digest(config: Config) -> bytes:
+    """SHA-256 of all that decides the course of a run, up to its end: 32 bytes.
+
+    Budget, device, threads and what is merely written down may change when a run goes on.
+    """
+    tables = to_tables(config)
+    del tables["budget"]
+    tables["run"] = {k: v for k, v in tables["run"].items() if k not in NOT_IN_DIGEST}
+    return hashlib.sha256(json.dumps(tables, sort_keys=True, default=repr).encode()).digest()

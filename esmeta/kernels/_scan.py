@@ -1,0 +1,106 @@
+"""A sequence of plastic steps that keeps few tensors for its gradient.
+
+Plain automatic differentiation keeps O(T S n^2) numbers per trial. ``CheckpointedScan`` keeps the S
+values of tanh of every step and one matrix every ``every`` steps; its backward rebuilds the rest
+one segment at a time and applies the hand-written adjoint of ``_adjoint``.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from esmeta.kernels._adjoint import Sweep
+from esmeta.kernels._recurrence import Constants, Folded, advance, constants
+
+
+class Plan(NamedTuple):
+    """What is not differentiated: checkpoint spacing, and where fast weights start afresh.
+
+    ``mask`` is bool ``[T, P, B, 1, 1]`` or None; ``resets[t]`` says on the host whether step t
+    resets any trial.
+    """
+
+    every: int
+    mask: Tensor | None
+    resets: list[bool]
+
+
+class _Context(FunctionCtx):
+    plan: Plan
+    inputs: int
+    saved_tensors: tuple[Tensor, ...]
+
+
+def run(
+    k: Constants, plan: Plan, w_t: Tensor, x: Tensor, start_t: Tensor | None
+) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
+    """Step through x ``[T, P, B, n]`` from transposed fast weights ``[P, B, n, n]``.
+
+    ``start_t`` is ``[P, 1 or B, n, n]``, transposed. Returns y, the last fast weights, every
+    ``plan.every``-th fast weights, and the T S values of tanh in order.
+    """
+    outputs, checkpoints, reads = [], [], []
+    for t, v in enumerate(x.unbind(0)):
+        if t % plan.every == 0:
+            checkpoints.append(w_t)
+        if start_t is not None and plan.mask is not None and plan.resets[t]:
+            w_t = torch.where(plan.mask[t], start_t, w_t)
+        y, w_t, read = advance(k, w_t, v)
+        outputs.append(y)
+        reads += read
+    return torch.stack(outputs), w_t, checkpoints, reads
+
+
+class CheckpointedScan(torch.autograd.Function):
+    """``run`` with O(T S n + (T / every) n^2) numbers per trial kept for the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: _Context,
+        plan: Plan,
+        w_t: Tensor,
+        x: Tensor,
+        start_t: Tensor | None,
+        *folded: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """``folded`` is kappa, composite, alpha_t and then the write tensors of ``Folded``."""
+        y, w_t, checkpoints, reads = run(constants(_unpack(folded)), plan, w_t, x, start_t)
+        ctx.plan = plan
+        ctx.inputs = 2 + len(folded)
+        # Torch keeps None as it is; its annotation forgets to say so.
+        kept = cast("tuple[Tensor, ...]", (x, start_t, *folded, *checkpoints, *reads))
+        ctx.save_for_backward(*kept)
+        return y, w_t
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: _Context, grad_y: Tensor, grad_w: Tensor) -> tuple[Tensor | None, ...]:
+        """Sweep the segments from the last to the first."""
+        every, mask, resets = ctx.plan
+        inputs = ctx.inputs
+        x, start_t, *folded = ctx.saved_tensors[:inputs]
+        depth = folded[0].shape[1]
+        count = -(-len(x) // every)
+        checkpoints = ctx.saved_tensors[inputs : inputs + count]
+        reads = ctx.saved_tensors[inputs + count :]
+        sweep = Sweep(_unpack(tuple(folded)), start_t, grad_w.contiguous())
+        grad_x: list[Tensor] = []
+        for number in reversed(range(count)):
+            low, high = number * every, min((number + 1) * every, len(x))
+            masks = [mask[t] if mask is not None and resets[t] else None for t in range(low, high)]
+            part = reads[low * depth : high * depth]
+            tanh = [torch.cat(part[s::depth], 1) for s in range(depth)]
+            grad_x += sweep.segment(x[low:high], tanh, checkpoints[number], masks, grad_y[low:high])
+        grad_start = None if start_t is None else sweep.start.sum_to_size(start_t.shape)
+        grads = sweep.parameter_gradients()
+        return None, sweep.grad_w, torch.stack(grad_x[::-1]), grad_start, *grads
+
+
+def _unpack(folded: tuple[Tensor | None, ...]) -> Folded:
+    kappa, composite, alpha_t, *write = folded
+    assert kappa is not None and composite is not None, "only alpha_t may be missing"
+    return Folded(kappa, composite, alpha_t, tuple(w for w in write if w is not None))

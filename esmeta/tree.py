@@ -1,0 +1,54 @@
+"""Parameter trees and flat vectors."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from esmeta.types import Params
+
+
+def shapes_of(params: Params) -> dict[str, tuple[int, ...]]:
+    """Shape of every leaf without the axis P."""
+    return {name: tuple(leaf.shape[1:]) for name, leaf in params.items()}
+
+
+def size_of(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Number of scalars of one member, D."""
+    return sum(torch.Size(shape).numel() for shape in shapes.values())
+
+
+def ravel(params: Params) -> Tensor:
+    """Flatten a parameter tree ``[P, ...]`` to ``[P, D]``, leaves in the tree's own order."""
+    return torch.cat([leaf.reshape(leaf.shape[0], -1) for leaf in params.values()], dim=1)
+
+
+def unravel_shapes(vector: Tensor, shapes: Mapping[str, tuple[int, ...]]) -> Params:
+    """The inverse of :func:`ravel`: ``[P, D]`` to leaves ``[P, ...]`` (views where possible)."""
+    size = size_of(shapes)
+    if vector.ndim != 2 or vector.shape[1] != size:
+        raise ValueError(
+            f"unravel: got a tensor of shape {tuple(vector.shape)}; the policy has D = {size} "
+            f"parameters, so pass [P, {size}] (one row per member)"
+        )
+    params, start = {}, 0
+    for name, shape in shapes.items():
+        count = torch.Size(shape).numel()
+        params[name] = vector[:, start : start + count].reshape(vector.shape[0], *shape)
+        start += count
+    return params
+
+
+def stack_members(members: Sequence[Params]) -> Params:
+    """Join single members (leaves without P) along a new first axis P."""
+    return {name: torch.stack([member[name] for member in members]) for name in members[0]}
+
+
+def theta_sha256(params: Params) -> str:
+    """Hash of the flat float32 vector of the first member: the identity of theta in every log."""
+    flat = ravel({name: leaf[:1] for name, leaf in params.items()})
+    data = flat.detach().to(dtype=torch.float32, device="cpu").contiguous().numpy().tobytes()
+    return hashlib.sha256(data).hexdigest()

@@ -1,0 +1,269 @@
+"""Central types, and the axes that every boundary of esmeta is written in.
+
+Three axes, in this order:
+
+* ``T``: time steps;
+* ``P``: distinct parameter sets (the members of a population; 1 for a gradient update);
+* ``B``: parallel trials per parameter set.
+
+Parameters have leaves ``[P, ...]``, the state of a trial has leaves ``[P, B, ...]`` and recorded
+sequences have leaves ``[T, P, B, ...]``. Data that describe tasks have leaves ``[P or 1, B, ...]``:
+a leading 1 means that all members face the same tasks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from esmeta.rng import Rng
+
+Params = dict[str, Tensor]
+"""Parameter tree: a flat mapping from dotted names to leaves ``[P, ...]``."""
+
+State = dict[str, Tensor]
+"""Memory of an agent inside a trial: leaves ``[P, B, ...]``. Fast weights are state."""
+
+Metrics = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Discrete:
+    """``n`` actions, numbered 0..n-1. An action tensor is int64 ``[P, B]``."""
+
+    n: int
+
+    @property
+    def size(self) -> int:
+        """Width of the action as an input of the policy (one-hot)."""
+        return self.n
+
+
+@dataclass(frozen=True)
+class Continuous:
+    """Real vectors; an action tensor is float ``[P, B, size]``, clipped by the environment."""
+
+    size: int
+    low: float = -1.0
+    high: float = 1.0
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a policy must know of a task.
+
+    ``horizon`` is the number of environment steps of a whole trial at most.
+    """
+
+    obs_size: int
+    action: Discrete | Continuous
+    horizon: int
+    episodes_per_trial: int = 1
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Scores (mean return of a trial) that results are read against."""
+
+    random: float
+    best: float
+    note: str
+
+
+class TimeStep(NamedTuple):
+    """All that an agent may see before it acts; leaves ``[P, B, ...]``.
+
+    ``reward``, ``terminated`` and ``truncated`` belong to the transition that led here, and
+    ``prev_action`` (one-hot, or the raw vector) is the action that caused it; all are zero at the
+    first step of a trial. ``new_episode`` marks the first step of an episode and ``new_trial`` the
+    first step of a trial: only ``new_trial`` resets an agent's memory. When a trial ends, the time
+    step that carries its last reward is marked ``new_trial``: what follows is not part of it.
+    """
+
+    obs: Tensor
+    prev_action: Tensor
+    reward: Tensor
+    terminated: Tensor
+    truncated: Tensor
+    new_episode: Tensor
+    new_trial: Tensor
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """A set of tasks as data.
+
+    ``index`` (int64 ``[P or 1, B]``) together with the seed is the address of each task;
+    ``data`` holds what the environment needs, leaves ``[P or 1, B, ...]``.
+    """
+
+    index: Tensor
+    data: dict[str, Tensor] = field(default_factory=dict)
+
+
+class BatchedEnv(Protocol):
+    """P x B environments in lockstep; one trial each."""
+
+    def reset(self, tasks: Tasks, rng: Rng, population: int = 1) -> tuple[Any, TimeStep]:
+        """Start one trial per task for each of ``population`` members.
+
+        All randomness of the dynamics is drawn from ``rng`` addressed by ``tasks.index``, so a
+        trial does not depend on its batch mates, and members face the same randomness.
+        """
+        ...
+
+    def step(self, state: Any, action: Tensor) -> tuple[Any, TimeStep]:
+        """Advance every trial by one step; finished trials stay finished with reward 0."""
+        ...
+
+    def metrics(self, state: Any) -> dict[str, Tensor]:
+        """Task-specific scores of each trial so far, float ``[P, B]``; NaN where undefined."""
+        ...
+
+
+class Task(Protocol):
+    """A distribution of tasks. Implementations are frozen dataclasses; fields are options."""
+
+    @property
+    def spec(self) -> Spec: ...
+
+    @property
+    def reference(self) -> Reference: ...
+
+    def sample(self, batch: int | Tensor, split: str, rng: Rng) -> Tasks:
+        """Tasks number 0..batch-1, or those of an int64 tensor of numbers ``[B]``.
+
+        ``split`` is ``"train"`` or ``"test"``; the two never share a task where the
+        distribution is rich enough to keep them apart (each task's page says so).
+        """
+        ...
+
+    def make_env(self, device: torch.device | str) -> BatchedEnv: ...
+
+
+class PolicyOut(NamedTuple):
+    """What the heads say; leaves ``[(T,) P, B, ...]``.
+
+    ``logits`` for discrete actions, ``mean`` and ``std`` for continuous ones (the others are
+    None); ``value`` where the policy has a value head.
+    """
+
+    logits: Tensor | None
+    mean: Tensor | None
+    std: Tensor | None
+    value: Tensor | None
+
+
+class Memory(Protocol):
+    """What carries information between the time steps of a trial."""
+
+    size: int
+
+    def init(self, rng: Rng) -> Params:
+        """Parameters of one member, leaves without the axis P."""
+        ...
+
+    def initial_state(self, params: Params, batch: int, rng: Rng, index: Tensor) -> State: ...
+
+    def prepare(self, params: Params) -> Any:
+        """Whatever a rollout should compute once instead of at every step."""
+        ...
+
+    def reset(self, prepared: Any, state: State, new_trial: Tensor) -> State:
+        """The state with every trial marked in ``new_trial [P, B]`` started anew."""
+        ...
+
+    def step(self, prepared: Any, state: State, x: Tensor) -> tuple[Tensor, State]:
+        """One step: ``x [P, B, n]`` to output ``[P, B, size]``."""
+        ...
+
+    def scan(
+        self, prepared: Any, state: State, x: Tensor, new_trial: Tensor | None
+    ) -> tuple[Tensor, State]:
+        """A sequence ``x [T, P, B, n]``; the same numbers as :meth:`step` in a loop."""
+        ...
+
+
+@dataclass(frozen=True)
+class Fitness:
+    """Scores of a population. Larger is better.
+
+    ``returns`` float64 ``[P, B]``, ``steps`` int64 ``[P, B]`` (environment steps until the trial
+    ended), ``metrics`` the task's own scores, each float64 ``[P, B]``.
+    """
+
+    returns: Tensor
+    steps: Tensor
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+
+    def mean(self) -> Tensor:
+        """Mean return over trials, float64 ``[P]``."""
+        return self.returns.mean(dim=1)
+
+
+class Comm(Protocol):
+    """Buffer collectives over ranks. Every call has a time limit and never pickles."""
+
+    rank: int
+    size: int
+
+    def gather_rows(self, local: Tensor, counts: list[int]) -> Tensor:
+        """Concatenate float64 blocks ``[counts[r], K]`` of all ranks in rank order."""
+        ...
+
+    def sum_exact(self, value: Tensor) -> Tensor:
+        """Elementwise int64 sum over ranks: exact, whatever the number of ranks."""
+        ...
+
+    def sum_ordered(self, value: Tensor) -> Tensor:
+        """Floating-point sum over ranks in rank order: the same bits on every rank."""
+        ...
+
+    def bcast(self, value: Tensor) -> Tensor:
+        """Rank 0's tensor on every rank (shape and dtype must agree)."""
+        ...
+
+    def same(self, digest: bytes) -> bool:
+        """Whether all ranks passed the same bytes (compared by their first 32)."""
+        ...
+
+    def abort(self, code: int, message: str) -> None:
+        """Say why on stderr with the rank, and end the whole job with ``code``."""
+        ...
+
+
+class Objective(Protocol):
+    """What a meta-parameter vector is worth, on the tasks of a given step."""
+
+    def fitness(self, params: Params | Tensor, step: int) -> Fitness:
+        """Score members ``[P, ...]`` (or flat vectors ``[P, D]``) on the tasks of ``step``."""
+        ...
+
+
+class Optimizer(Protocol):
+    """One way to improve theta. Implementations are frozen dataclasses; fields are options.
+
+    ``gradient`` says whether it differentiates: the policy then needs a value head.
+    """
+
+    gradient: ClassVar[bool]
+
+    def init(self, theta: Params, rng: Rng) -> Any: ...
+
+    def step(self, state: Any, objective: Any, comm: Comm, rng: Rng) -> tuple[Any, Metrics]: ...
+
+    def theta(self, state: Any) -> Params:
+        """The meta-parameters that are evaluated and saved, leaves ``[1, ...]``."""
+        ...
+
+    def state_dict(self, state: Any) -> dict[str, Any]:
+        """Everything a resumed run needs: tensors, numbers, strings, bytes; nothing else."""
+        ...
+
+    def load_state_dict(self, saved: dict[str, Any], theta: Params) -> Any:
+        """The inverse of ``state_dict``; ``theta`` gives names and shapes."""
+        ...
