@@ -1,0 +1,368 @@
+"""Ranks: buffer collectives with a time limit, and an end for the whole job when one rank fails.
+
+Every collective is non-blocking and polled, so a rank that hangs or left early becomes a
+``TimeoutError`` on the others instead of a job that never ends. mpi4py is imported only when an
+MPI launcher started more than one process.
+
+:func:`encode` turns plain data into bytes that are checked when they are read, without pickle's
+power to run code: for the wire (:func:`share`) and for checkpoint files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import os
+import stat
+import struct
+import sys
+import time
+import traceback
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from esmeta.errors import UserError
+from esmeta.types import Comm
+
+EXIT_USER_ERROR = 2
+EXIT_EXCEPTION = 3
+
+_SIZE_VARIABLES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+_RANK_VARIABLES = ("PMIX_RANK", "PMI_RANK", "PALS_RANKID")
+_LOCAL_RANK_VARIABLES = (
+    "MPI_LOCALRANKID",
+    "OMPI_COMM_WORLD_LOCAL_RANK",
+    "MV2_COMM_WORLD_LOCAL_RANK",
+    "PALS_LOCAL_RANKID",
+    "SLURM_LOCALID",
+)
+
+MAGIC = b"esmeta checkpoint\n"
+FORMAT = 1
+_HEAD = len(MAGIC) + 4 + 8 + 32
+
+_SPIN_SECONDS = 1e-3
+_LONGEST_SLEEP = 1e-3
+
+
+def _number(env: Mapping[str, str], name: str) -> int | None:
+    text = env.get(name, "")
+    return int(text) if text.isdecimal() else None
+
+
+def launched_ranks(env: Mapping[str, str]) -> int:
+    """How many ranks an MPI launcher started: 1 without a launcher, 0 if it does not say.
+
+    ``SLURM_*`` counts only where srun also speaks PMI to this process: in a batch script the same
+    variables describe the allocation, not this process.
+    """
+    sizes = [size for name in _SIZE_VARIABLES if (size := _number(env, name))]
+    if sizes:
+        return max(sizes)
+    if not any(name in env for name in _RANK_VARIABLES):
+        return 1
+    return _number(env, "SLURM_STEP_NUM_TASKS") or _number(env, "SLURM_NTASKS") or 0
+
+
+def local_rank(env: Mapping[str, str] | None = None) -> int:
+    """Number of this rank among the ranks of its machine; 0 without a launcher."""
+    env = os.environ if env is None else env
+    found = (_number(env, name) for name in _LOCAL_RANK_VARIABLES)
+    return next((rank for rank in found if rank is not None), 0)
+
+
+def _check_rows(local: Tensor, counts: list[int], rank: int, size: int) -> None:
+    assert len(counts) == size, f"counts for {len(counts)} ranks, but there are {size}"
+    assert local.dtype == torch.float64, f"gather_rows wants float64, got {local.dtype}"
+    assert local.shape[0] == counts[rank], f"{local.shape[0]} rows, counts say {counts[rank]}"
+
+
+class SelfComm:
+    """The communicator of a single process: every collective is the identity."""
+
+    rank = 0
+    size = 1
+
+    def __init__(self, timeout_s: float = 60.0) -> None:
+        self.timeout_s = timeout_s
+        self.label = "start"
+
+    def gather_rows(self, local: Tensor, counts: list[int]) -> Tensor:
+        """The rows themselves, ``[counts[0], ...]``."""
+        _check_rows(local, counts, 0, 1)
+        return local
+
+    def sum_exact(self, value: Tensor) -> Tensor:
+        """The int64 value itself."""
+        assert value.dtype == torch.int64, f"sum_exact wants int64, got {value.dtype}"
+        return value
+
+    def sum_ordered(self, value: Tensor) -> Tensor:
+        """The value itself."""
+        return value
+
+    def bcast(self, value: Tensor) -> Tensor:
+        """The value itself."""
+        return value
+
+    def same(self, digest: bytes) -> bool:
+        """Always true."""
+        return True
+
+    def barrier(self) -> None:
+        """Nothing to wait for."""
+
+    def abort(self, code: int, message: str) -> NoReturn:
+        """Say why on stderr and end the process with ``code``."""
+        print(f"esmeta: {message}", file=sys.stderr, flush=True)
+        raise SystemExit(code)
+
+
+class MPIComm:
+    """Collectives over the ranks of ``MPI_COMM_WORLD``; results stand on the input's device.
+
+    ``timeout_s`` (seconds) and ``label`` (where the run is, for messages) may be set at any time.
+    After a ``TimeoutError`` no further collective is possible: the job has to end.
+    """
+
+    def __init__(self, timeout_s: float = 60.0) -> None:
+        # MPI starts at this import, never at the import of esmeta.
+        from mpi4py import MPI
+
+        self._mpi = MPI
+        # Copies: no other user's messages get in between, nor do the last words of a failed rank.
+        self._world = MPI.COMM_WORLD.Dup()
+        self._last_words = MPI.COMM_WORLD.Dup()
+        self.rank: int = self._world.Get_rank()
+        self.size: int = self._world.Get_size()
+        self.timeout_s = timeout_s
+        self.label = "start"
+        self._abandoned: list[Any] = []
+
+    def gather_rows(self, local: Tensor, counts: list[int]) -> Tensor:
+        """Concatenate float64 blocks ``[counts[r], ...]`` of all ranks in rank order."""
+        _check_rows(local, counts, self.rank, self.size)
+        out = torch.empty((sum(counts), *local.shape[1:]), dtype=torch.float64)
+        width = local.shape[1:].numel()
+        send, receive = _buffer(local), out.numpy()
+        layout = [receive, [count * width for count in counts]]
+        self._wait(self._world.Iallgatherv(send, layout), "gather_rows", send, receive)
+        return _like(out, local)
+
+    def sum_exact(self, value: Tensor) -> Tensor:
+        """Elementwise int64 sum over ranks: exact, whatever the number of ranks."""
+        assert value.dtype == torch.int64, f"sum_exact wants int64, got {value.dtype}"
+        send, out = _buffer(value), torch.empty(value.shape, dtype=torch.int64)
+        request = self._world.Iallreduce(send, out.numpy(), op=self._mpi.SUM)
+        self._wait(request, "sum_exact", send, out)
+        return _like(out, value)
+
+    def sum_ordered(self, value: Tensor) -> Tensor:
+        """Elementwise float sum in rank order: the same bits on every rank and in every run.
+
+        The bits do depend on the number of ranks; :meth:`sum_exact` is for what must not.
+        """
+        send = _buffer(value)
+        rows = torch.empty((self.size, *value.shape), dtype=value.dtype)
+        self._wait(self._world.Iallgather(send, rows.numpy()), "sum_ordered", send, rows)
+        total = rows[0].clone()
+        for row in rows[1:]:
+            total += row
+        return _like(total, value)
+
+    def bcast(self, value: Tensor) -> Tensor:
+        """Rank 0's tensor on every rank (shape and dtype must agree)."""
+        out = value.detach().cpu().contiguous().clone()
+        flat = out.view(-1).view(torch.uint8).numpy()
+        self._wait(self._world.Ibcast(flat, root=0), "bcast", flat)
+        return _like(out, value)
+
+    def same(self, digest: bytes) -> bool:
+        """Whether all ranks passed the same bytes (compared by their first 32)."""
+        send = bytearray(digest[:32].ljust(32, b"\0"))
+        receive = bytearray(32 * self.size)
+        self._wait(self._world.Iallgather(send, receive), "same", send, receive)
+        return receive == send * self.size
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        self._wait(self._world.Ibarrier(), "barrier")
+
+    def abort(self, code: int, message: str) -> NoReturn:
+        """Say why on stderr with the rank, and end the whole job with ``code``."""
+        print(f"esmeta: rank {self.rank}: {message}", file=sys.stderr, flush=True)
+        # The launcher drops what it has not read when the job is aborted.
+        wait_until_read(sys.stderr, 2.0)
+        self._mpi.COMM_WORLD.Abort(code)
+        os._exit(code)
+
+    def library(self) -> str:
+        """Name and version of the MPI library."""
+        return self._mpi.Get_library_version().strip("\0").split("\n")[0].strip()
+
+    def meet_to_leave(self, seconds: float) -> bool:
+        """Whether all ranks get here within ``seconds``: then each may exit by itself."""
+        return self._poll(self._last_words.Ibarrier(), seconds)
+
+    def _poll(self, request: Any, seconds: float) -> bool:
+        # Spin at first, as most collectives end within microseconds; then leave the core to
+        # others, with naps that grow from 20 us.
+        start = time.monotonic()
+        nap = 2e-5
+        while not request.Test():
+            waited = time.monotonic() - start
+            if waited > seconds:
+                self._abandoned.append(request)
+                return False
+            if waited < _SPIN_SECONDS:
+                time.sleep(0)
+            else:
+                time.sleep(nap)
+                nap = min(2 * nap, _LONGEST_SLEEP)
+        return True
+
+    def _wait(self, request: Any, operation: str, *buffers: Any) -> None:
+        if not self._poll(request, self.timeout_s):
+            # MPI may still write here: the buffers have to outlive the request.
+            self._abandoned.extend(buffers)
+            raise TimeoutError(
+                f"rank {self.rank} of {self.size}: {operation} waited {self.timeout_s:g} s for "
+                f"other ranks at {self.label}; one of them hangs, is gone or is much slower"
+            )
+
+
+def _buffer(value: Tensor) -> Any:
+    return value.detach().cpu().contiguous().numpy()
+
+
+def _like(result: Tensor, model: Tensor) -> Tensor:
+    return result if model.device.type == "cpu" else model.new_empty(result.shape).copy_(result)
+
+
+def wait_until_read(stream: Any, seconds: float) -> None:
+    """Wait, at most ``seconds``, until the reader of a pipe has taken all that was written to it.
+
+    Returns at once where this cannot be asked: no pipe, no file descriptor, not Linux.
+    """
+    with contextlib.suppress(OSError, ValueError, ImportError, AttributeError):
+        import fcntl
+        import termios
+
+        pipe = stream.fileno()
+        if not stat.S_ISFIFO(os.fstat(pipe).st_mode):
+            return
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            if struct.unpack("i", fcntl.ioctl(pipe, termios.FIONREAD, b"\0" * 4))[0] == 0:
+                # Read is not yet passed on: the reader needs a moment for its own write.
+                time.sleep(0.05)
+                return
+            time.sleep(0.002)
+
+
+def make_comm(timeout_s: float = 60.0) -> SelfComm | MPIComm:
+    """The communicator this process was launched for; without a launcher mpi4py is not needed."""
+    ranks = launched_ranks(os.environ)
+    if ranks == 1:
+        return SelfComm(timeout_s)
+    try:
+        comm = MPIComm(timeout_s)
+    except (ImportError, RuntimeError) as error:
+        raise UserError(
+            f"an MPI launcher started this process, but mpi4py cannot be loaded ({error}); "
+            "install it with: pip install mpi4py mpich, or start without mpirun"
+        ) from error
+    if comm.size > 1:
+        return comm
+    if ranks > 1:
+        # Otherwise every process would take itself for the only one and write the same files.
+        raise UserError(
+            f"the launcher started {ranks} ranks, but the MPI library of mpi4py "
+            f"({comm.library()}) sees 1; use the mpirun of that library: with pip's mpich, the "
+            "one beside python"
+        )
+    return SelfComm(timeout_s)
+
+
+def install_excepthook(comm: SelfComm | MPIComm) -> None:
+    """Let an uncaught exception on any rank end the whole job at once.
+
+    ``UserError``: one line from rank 0 and exit code 2. Anything else: the traceback with the
+    rank and exit code 3. ``sys.exit`` on one rank only does not pass here: the other ranks run
+    into the time limit of their next collective.
+    """
+
+    def leave_by_user_error(error: UserError) -> NoReturn:
+        # As a rule all ranks meet the same mistake; leaving together spares MPI's abort banner.
+        if isinstance(comm, MPIComm) and not comm.meet_to_leave(2.0):
+            comm.abort(EXIT_USER_ERROR, f"error: {error}")
+        if comm.rank == 0:
+            print(f"esmeta: error: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(EXIT_USER_ERROR)
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if isinstance(error, UserError):
+            leave_by_user_error(error)
+        text = "".join(traceback.format_exception(kind, error, trace)).rstrip()
+        if isinstance(error, KeyboardInterrupt):
+            comm.abort(130, f"interrupted at {comm.label}")
+        comm.abort(EXIT_EXCEPTION, f"exception at {comm.label}\n{text}")
+
+    sys.excepthook = hook
+
+
+# --- plain data as bytes ---------------------------------------------------------------------
+
+
+def _packed(value: Any, where: str) -> Any:
+    """The value with detached tensors on the CPU; refuses what a safe loader would not read."""
+    if isinstance(value, Tensor):
+        # clone: a view would drag its whole storage into the file.
+        return value.detach().cpu().clone(memory_format=torch.contiguous_format)
+    if isinstance(value, dict):
+        return {key: _packed(item, f"{where}.{key}") for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_packed(item, f"{where}[{i}]") for i, item in enumerate(value))
+    if value is None or type(value) in (bool, int, float, str, bytes):
+        return value
+    raise TypeError(f"checkpoint: {where} is a {type(value).__name__}; only plain data is saved")
+
+
+def encode(payload: Mapping[str, Any]) -> bytes:
+    """Plain data (tensors, numbers, strings, bytes, lists, dicts, None) as a framed block."""
+    buffer = io.BytesIO()
+    torch.save(_packed(dict(payload), "payload"), buffer)
+    body = buffer.getvalue()
+    head = FORMAT.to_bytes(4, "little") + len(body).to_bytes(8, "little")
+    return MAGIC + head + hashlib.sha256(head + body).digest() + body
+
+
+def decode(block: bytes) -> dict[str, Any]:
+    """The inverse of :func:`encode`; ``ValueError`` if a single byte is missing or changed."""
+    if not block.startswith(MAGIC) or len(block) < _HEAD:
+        raise ValueError("not an esmeta checkpoint, or cut off")
+    head = block[len(MAGIC) : len(MAGIC) + 12]
+    version, length = int.from_bytes(head[:4], "little"), int.from_bytes(head[4:], "little")
+    body = memoryview(block)[_HEAD:]
+    if len(body) != length:
+        raise ValueError(f"cut off: {len(body)} of {length} bytes")
+    if hashlib.sha256(head + body).digest() != block[_HEAD - 32 : _HEAD]:
+        raise ValueError("damaged: the checksum does not agree")
+    if version != FORMAT:
+        raise ValueError(f"format {version}, this esmeta reads format {FORMAT}")
+    return torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
+
+
+def share(comm: Comm, payload: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Rank 0's plain data (or None) on every rank; the other ranks' argument is ignored."""
+    block = encode(payload) if comm.rank == 0 and payload is not None else b""
+    size = int(comm.bcast(torch.tensor([len(block)], dtype=torch.int64)))
+    if size == 0:
+        return None
+    data = bytearray(block) if comm.rank == 0 else bytearray(size)
+    return decode(comm.bcast(torch.frombuffer(data, dtype=torch.uint8)).numpy().tobytes())

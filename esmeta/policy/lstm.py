@@ -1,0 +1,20 @@
+"""RL2 with an LSTM (Wang et al. 2016, arXiv 1611.05763)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from esmeta.policy._core import Policy
+from esmeta.policy._recurrent import Lstm, RecurrentConfig
+from esmeta.types import Spec
+
+
+@dataclass(frozen=True)
+class Config(RecurrentConfig):
+    """Options of every recurrent policy."""
+
+
+def build(spec: Spec, config: Config, *, value: bool) -> Policy:
+    """A policy with Lstm between the tanh layers of the embedding and the heads."""
+    memory = Lstm(config.hidden[-1], config.neurons)
+    return Policy(spec, config, memory, value=value, tanh_layers_only=True)

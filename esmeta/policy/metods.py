@@ -1,0 +1,52 @@
+"""MetODS: meta-optimised dynamical synapses (Chalvidal et al. 2022), fast weights as the memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from esmeta import errors
+from esmeta.policy._core import Policy, PolicyConfig
+from esmeta.policy._plastic import Plastic
+from esmeta.types import Spec
+
+
+@dataclass(frozen=True)
+class Config(PolicyConfig):
+    """Options of a MetODS policy, on top of those that every policy has.
+
+    ``depth`` rounds S of reading and writing per step; ``variant`` of the write (``base``:
+    alpha v v^T, ``no-alpha``: v v^T, ``linear``: alpha v (A v)^T, ``mlp``: alpha v m(v)^T);
+    ``init`` ``identity`` for quick runs or ``paper`` for replication; ``w0`` ``learned``,
+    ``sampled`` per trial or ``fixed``; standard deviations of alpha and W0; ``skip``: start of
+    kappa[s, 0] under ``identity``.
+    """
+
+    depth: int = 2
+    variant: Literal["base", "no-alpha", "linear", "mlp"] = "base"
+    init: Literal["identity", "paper"] = "identity"
+    w0: Literal["learned", "sampled", "fixed"] = "learned"
+    alpha_std: float = 1e-3
+    w0_std: float = 1e-3
+    skip: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        errors.positive_int("depth", self.depth)
+        errors.finite_positive("alpha_std", self.alpha_std)
+        errors.finite_positive("w0_std", self.w0_std)
+
+
+def build(spec: Spec, config: Config, *, value: bool) -> Policy:
+    """A policy whose memory is ``config.neurons`` squared fast weights per trial."""
+    memory = Plastic(
+        config.neurons,
+        config.depth,
+        variant=config.variant,
+        init=config.init,
+        w0=config.w0,
+        alpha_std=config.alpha_std,
+        w0_std=config.w0_std,
+        skip=config.skip,
+    )
+    return Policy(spec, config, memory, value=value)

@@ -1,0 +1,20 @@
+"""RL2 with a GRU (Duan et al. 2016, arXiv 1611.02779): the recurrent state is the memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from esmeta.policy._core import Policy
+from esmeta.policy._recurrent import Gru, RecurrentConfig
+from esmeta.types import Spec
+
+
+@dataclass(frozen=True)
+class Config(RecurrentConfig):
+    """Options of every recurrent policy."""
+
+
+def build(spec: Spec, config: Config, *, value: bool) -> Policy:
+    """A policy with Gru between the tanh layers of the embedding and the heads."""
+    memory = Gru(config.hidden[-1], config.neurons)
+    return Policy(spec, config, memory, value=value, tanh_layers_only=True)
