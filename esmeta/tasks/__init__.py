@@ -1,0 +1,121 @@
+"""Tasks by name, and the checks that their options share.
+
+A task is one module that defines a frozen dataclass ``Task`` (see ``tasks/README.md``). In a
+checkout the modules lie in the folder ``tasks/`` at the top; in a wheel they lie beside this file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+import pkgutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from esmeta.types import Task
+
+_CHECKOUT = Path(__file__).resolve().parents[2] / "tasks"
+# Only our own folder: in site-packages the same relative path could be anybody's.
+if (_CHECKOUT / "harlow.py").is_file() and str(_CHECKOUT) not in __path__:
+    __path__.append(str(_CHECKOUT))
+
+SPLITS = ("train", "test")
+
+
+def task_names() -> list[str]:
+    """Names of the tasks that ship with esmeta, sorted: the modules of the folder."""
+    names = {module.name for module in pkgutil.iter_modules(__path__)}
+    return sorted(name for name in names if not name.startswith("_"))
+
+
+def make_task(name: str, **options: object) -> Task:
+    """Build the task ``name`` with ``options``, the fields of its ``Task`` dataclass.
+
+    ``"package.module:Name"`` loads a class from outside esmeta. A wrong name, option or value
+    raises ``ValueError``.
+    """
+    cls = _task_class(name)
+    fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
+    for option, value in options.items():
+        if option not in fields:
+            raise ValueError(
+                f"task {name!r} has no option {option!r}{_nearest(option, list(fields))}; "
+                f"it takes: {', '.join(fields) or 'no options'}"
+            )
+        default = fields[option].default
+        if default is not dataclasses.MISSING and not _same_kind(value, default):
+            raise ValueError(
+                f"option {option!r} of task {name!r} is {value!r} ({type(value).__name__}); "
+                f"it must be of type {type(default).__name__}, such as {default!r}"
+            )
+    return cast("Task", cls(**options))
+
+
+def _task_class(name: str) -> Any:  # noqa: ANN401 - a class from a module that is found by name
+    module_name, _, class_name = name.partition(":")
+    if not class_name:
+        if name not in task_names():
+            raise ValueError(
+                f"there is no task {name!r}{_nearest(name, task_names())}; there are: "
+                f"{', '.join(task_names())}. 'package.module:Name' loads one of your own."
+            )
+        return importlib.import_module(f"{__name__}.{name}").Task
+    try:
+        cls = getattr(importlib.import_module(module_name), class_name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"cannot load the task {name!r}: {error}. Write 'package.module:Name', where the "
+            f"module can be imported from here and defines the class."
+        ) from error
+    if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
+        raise ValueError(f"{name!r} is {cls!r}; it must be a dataclass with the task's options")
+    return cls
+
+
+def _nearest(word: str, known: list[str]) -> str:
+    matches = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f" (did you mean {matches[0]!r}?)" if matches else ""
+
+
+def _same_kind(value: object, default: object) -> bool:
+    if isinstance(default, bool) or isinstance(value, bool):
+        return isinstance(value, bool) and isinstance(default, bool)
+    if isinstance(default, float):
+        return isinstance(value, int | float)
+    return default is None or isinstance(value, type(default))
+
+
+def check_int(option: str, value: object, low: int, high: int) -> None:
+    """Raise ``ValueError`` unless ``value`` is a whole number in ``low..high``."""
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        cure = low
+        if isinstance(value, int | float) and not isinstance(value, bool) and value == value:
+            cure = int(min(max(value, low), high))
+        raise ValueError(
+            f"{option} is {value!r}; it must be a whole number from {low} to {high}: "
+            f"write {option}={cure}"
+        )
+
+
+def check_split(split: str) -> None:
+    """Raise ``ValueError`` unless ``split`` is one of the two task sets."""
+    if split not in SPLITS:
+        raise ValueError(f"split is {split!r}; write 'train' or 'test'")
+
+
+def task_numbers(batch: int | Tensor) -> Tensor:
+    """The numbers of the tasks asked for, int64 ``[1, B]``, on the device of ``batch``."""
+    if isinstance(batch, Tensor):
+        if batch.dim() != 1 or batch.dtype != torch.int64 or batch.numel() == 0:
+            raise ValueError(
+                f"task numbers are {batch.dtype} of shape {list(batch.shape)}; they must be a "
+                f"non-empty int64 tensor [B]: write torch.arange(first, last)"
+            )
+        return batch.unsqueeze(0)
+    check_int("batch", batch, 1, 2**40)
+    return torch.arange(batch, dtype=torch.int64).unsqueeze(0)

@@ -1,0 +1,317 @@
+"""Harlow task on a line: fixate, choose one of two objects, learn from one choice which is good.
+
+Source: the 1-D task of the MetODS paper; what it leaves open (start, view, phases) is completed as
+``tasks/README.md`` says. The agent walks on a line of cells. It must first visit the fixation cell
+in the middle (reward 0.2), then step on one of two objects, left and right of it: one is worth
++1 and the other -1 for the whole trial, and the sides are drawn anew at every presentation. The
+trial ends with the last choice.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from esmeta.rng import Rng
+from esmeta.tasks import check_int, check_split, task_numbers
+from esmeta.types import Discrete, Reference, Spec, Tasks, TimeStep
+
+_VIEW_LEFT, _VIEW = 4, 8  # the agent at p sees the cells p-4 .. p+3
+_DISTANCE = 3  # from the fixation cell to either object
+_FIXATION_REWARD = 0.2
+_LENGTH_UNIT = 40  # bit of the tally from which the steps are counted
+
+
+class _Tables(NamedTuple):
+    """The whole trial as a finite automaton, one row of codes per task (``R`` tasks).
+
+    A code is ``row * codes + (2 * presentation + phase) * cells + position``, and the last code
+    of a row means finished. Tables over transitions are flat ``[2 * R * codes]``, action first;
+    ``obs`` ``[R * codes, 8]`` and ``finished`` ``[R * codes]`` are over codes. ``last`` ``[Q, B]``
+    is each row's last code, and ``lines`` ``[R, presentations, 2, cells + 7]`` the contents of the
+    line in both phases, with the unseen margins.
+    """
+
+    next_code: Tensor
+    reward: Tensor
+    tally: Tensor
+    terminated: Tensor
+    obs: Tensor
+    finished: Tensor
+    last: Tensor
+    lines: Tensor
+
+
+class State(NamedTuple):
+    """State of P x B trials: ``code`` and ``tally`` int64 ``[P, B]``, ``time`` int64 ``[]``.
+
+    ``tally`` packs two bits per finished presentation (1 wrong, 2 right) and, above them, the
+    number of steps.
+    """
+
+    code: Tensor
+    tally: Tensor
+    time: Tensor
+    tables: _Tables
+
+
+@dataclass(frozen=True)
+class Task:
+    """One-dimensional Harlow task. Observation ``[8]``: what lies on the cells p-4 .. p+3.
+
+    The fixation cell shows -1 while fixation is asked for; objects show value/10 while a choice is
+    asked for; all else is 0. Actions: 0 left, 1 right; moves stop at the ends of the line.
+
+    Args:
+        horizon: longest trial, in steps.
+        presentations: choices per trial.
+        cells: length of the line, odd; the fixation cell is in the middle.
+        mirrored: tasks 2k and 2k + 1 are twins: all is alike, noise included, but which object is
+            good. Over both the luck of a choice made without memory cancels, which takes most of
+            the noise out of a comparison of members. The distribution of tasks is the same.
+    """
+
+    horizon: int = 250
+    presentations: int = 5
+    cells: int = 17
+    mirrored: bool = False
+
+    def __post_init__(self) -> None:
+        check_int("horizon", self.horizon, 1, 1_000_000)
+        check_int("presentations", self.presentations, 1, _LENGTH_UNIT // 2)
+        check_int("cells", self.cells, 2 * _DISTANCE + 1, 101)
+        if self.cells % 2 == 0:
+            raise ValueError(
+                f"cells is {self.cells}; it must be odd, so that there is a middle: "
+                f"write cells={self.cells + 1}"
+            )
+
+    @property
+    def spec(self) -> Spec:
+        """Eight cells in view, two actions, one episode per trial."""
+        return Spec(_VIEW, Discrete(2), self.horizon, episodes_per_trial=self.presentations)
+
+    @property
+    def reference(self) -> Reference:
+        """Random: exact, by the Markov chain of the positions. Best: one-shot learning."""
+        best = _FIXATION_REWARD * self.presentations + self.presentations - 1
+        random = _random_return(self.cells, self.presentations, self.horizon)
+        note = (
+            "random: uniform actions, exact; best: every fixation, a coin flip at the first choice "
+            "and no error afterwards, if the horizon leaves time for it (a memoryless agent that "
+            f"finishes reaches {_FIXATION_REWARD * self.presentations:.1f})"
+        )
+        return Reference(random=random, best=best, note=note)
+
+    def sample(self, batch: int | Tensor, split: str, rng: Rng) -> Tasks:
+        """Tasks by number; ``train`` and ``test`` are different streams of real-valued objects.
+
+        Data: ``values`` float32 ``[1, B, 2]`` in 0..10 and ``good`` int64 ``[1, B]``, which of the
+        two is worth +1.
+        """
+        check_split(split)
+        index = task_numbers(batch)
+        twin = index % 2 if self.mirrored else torch.zeros_like(index)
+        # Twins share the address of all that is drawn later, as dynamics and action noise.
+        address = index // 2 if self.mirrored else index
+        draws = rng.fold("harlow", split).uniform(address, 3)
+        values = (10.0 * draws[..., :2]).to(torch.float32)
+        good = (draws[..., 2] < 0.5).to(torch.int64) ^ twin
+        return Tasks(address, {"values": values, "good": good})
+
+    def make_env(self, device: torch.device | str) -> HarlowEnv:
+        """The environment on ``device``; tasks given to it must lie there too."""
+        return HarlowEnv(self, device)
+
+
+class HarlowEnv:
+    """P x B Harlow trials in lockstep; a step is a handful of table look-ups."""
+
+    def __init__(self, task: Task, device: torch.device | str) -> None:
+        self._task = task
+        moves, events = _automaton(task.cells, task.presentations)
+        self._codes = moves.shape[1]
+        self._moves = torch.tensor(moves, device=device)
+        self._events = torch.tensor(events, device=device)
+        self._eye = torch.eye(2, device=device)
+
+    def reset(self, tasks: Tasks, rng: Rng, population: int = 1) -> tuple[State, TimeStep]:
+        """Start on a uniformly random cell; the sides of all presentations are drawn here."""
+        task = self._task
+        draws = rng.fold("dynamics").uniform(tasks.index, 1 + task.presentations)
+        tables = self._tables(tasks, draws[..., 1:] < 0.5)
+        rows, batch = tasks.index.shape
+        row = torch.arange(rows * batch, device=draws.device).view(rows, batch)
+        code = row * self._codes + (draws[..., 0] * task.cells).to(torch.int64)
+        code = code.expand(population, batch).contiguous()
+        zeros = torch.zeros_like(code)
+        state = State(code, zeros, torch.zeros((), dtype=torch.int64, device=code.device), tables)
+        no = torch.zeros_like(code, dtype=torch.bool)
+        yes = torch.ones_like(no)
+        reward = zeros.to(torch.float32)
+        obs = torch.embedding(tables.obs, code)
+        prev_action = reward.unsqueeze(-1).expand(-1, -1, 2)
+        return state, TimeStep(obs, prev_action, reward, no, no, yes, yes)
+
+    def step(self, state: State, action: Tensor) -> tuple[State, TimeStep]:
+        """One step of every trial: reward 0.2 at fixation, +1 or -1 at a choice."""
+        tables = state.tables
+        move = torch.add(state.code, action, alpha=tables.finished.shape[0])
+        code = torch.take(tables.next_code, move)
+        finished = torch.take(tables.finished, code)
+        time = state.time + 1
+        timeout = time >= self._task.horizon
+        over = finished | timeout
+        reward = torch.take(tables.reward, move)
+        step = TimeStep(
+            obs=torch.embedding(tables.obs, code),
+            prev_action=torch.embedding(self._eye, action),
+            reward=reward,
+            terminated=torch.take(tables.terminated, move),
+            truncated=timeout > finished,  # on booleans: timeout and not finished
+            # A presentation begins when fixation is rewarded and the objects appear.
+            new_episode=over | (reward == _FIXATION_REWARD),
+            new_trial=over,
+        )
+        tally = state.tally + torch.take(tables.tally, move)
+        return State(torch.where(timeout, tables.last, code), tally, time, tables), step
+
+    def metrics(self, state: State) -> dict[str, Tensor]:
+        """``accuracy_k`` (1, 0, or NaN if not reached), ``presentations`` done, ``length`` (steps).
+
+        All are float32 ``[P, B]``.
+        """
+        count = self._task.presentations
+        bits = torch.arange(0, 2 * count, 2, device=state.tally.device)
+        outcome = ((state.tally.unsqueeze(-1) >> bits) & 3).to(torch.float32)
+        nan = torch.full_like(outcome, torch.nan)
+        accuracy = torch.where(outcome > 0, outcome - 1, nan)
+        result = {f"accuracy_{k + 1}": accuracy[..., k] for k in range(count)}
+        result["presentations"] = (outcome > 0).sum(-1).to(torch.float32)
+        result["length"] = (state.tally >> _LENGTH_UNIT).to(torch.float32)
+        return result
+
+    def _tables(self, tasks: Tasks, first_left: Tensor) -> _Tables:
+        """Unroll the automaton for every task; ``first_left`` bool ``[Q, B, presentations]``."""
+        good_left = (first_left == (tasks.data["good"] == 0).unsqueeze(-1)).flatten(0, 1)
+        rows, count = good_left.shape
+        codes, events = self._codes, self._events
+        offset = codes * torch.arange(rows, device=events.device)
+        next_code = self._moves.unsqueeze(1) + offset[:, None]
+        # Event 2 + 2k + side is the choice of that side at presentation k.
+        correct = torch.stack([good_left, ~good_left], dim=-1).flatten(1)
+        nothing = torch.zeros_like(correct[:, :1], dtype=torch.float32)
+        choices = torch.where(correct, 1.0, -1.0)
+        reward = torch.cat([nothing, nothing + _FIXATION_REWARD, choices], dim=1)[:, events]
+        shift = torch.arange(0, 2 * count, 2, device=events.device).repeat_interleave(2)
+        outcome = (1 + correct.to(torch.int64)) << shift
+        tally = torch.cat([torch.zeros_like(outcome[:, :2]), outcome], dim=1)[:, events]
+        tally[:, :, : codes - 1] += 1 << _LENGTH_UNIT
+        terminated = torch.zeros_like(next_code, dtype=torch.bool)
+        terminated[:] = (events >= 2 * count).unsqueeze(1)
+        finished = torch.zeros(rows, codes, dtype=torch.bool, device=events.device)
+        finished[:, -1] = True
+        lines = self._lines(tasks, first_left)
+        return _Tables(
+            next_code.flatten(),
+            reward.transpose(0, 1).flatten(),
+            tally.transpose(0, 1).flatten(),
+            terminated.flatten(),
+            _views(lines),
+            finished.flatten(),
+            (offset + codes - 1).view(tasks.index.shape),
+            lines,
+        )
+
+    def _lines(self, tasks: Tasks, first_left: Tensor) -> Tensor:
+        """Contents of the line, float32 ``[R, presentations, 2, cells + 7]``."""
+        cells, count = self._task.cells, self._task.presentations
+        values = (tasks.data["values"] / 10.0).flatten(0, 1)
+        side = first_left.flatten(0, 1)
+        first, second = values[:, :1], values[:, 1:]
+        middle = _VIEW_LEFT + cells // 2
+        line = values.new_zeros(values.shape[0], count, 2, cells + _VIEW - 1)
+        line[:, :, 0, middle] = -1.0
+        line[:, :, 1, middle - _DISTANCE] = torch.where(side, first, second)
+        line[:, :, 1, middle + _DISTANCE] = torch.where(side, second, first)
+        return line
+
+
+def _views(lines: Tensor) -> Tensor:
+    """What is seen in every code, float32 ``[R * codes, 8]``; nothing when finished."""
+    views = lines.unfold(-1, _VIEW, 1).flatten(1, 3)
+    return torch.cat([views, torch.zeros_like(views[:, :1])], dim=1).flatten(0, 1)
+
+
+@functools.cache
+def _automaton(cells: int, presentations: int) -> tuple[np.ndarray, np.ndarray]:
+    """Next code and event of (action, code), int64 ``[2, codes]`` each.
+
+    Events: 0 nothing, 1 fixation, ``2 + 2 * presentation + side`` a choice (side 0 left, 1 right).
+    """
+    codes = 2 * presentations * cells + 1
+    moves = np.full((2, codes), codes - 1, dtype=np.int64)
+    events = np.zeros((2, codes), dtype=np.int64)
+    middle = cells // 2
+    for code in range(codes - 1):
+        block, position = divmod(code, cells)
+        presentation, choosing = divmod(block, 2)
+        for action, shift in enumerate((-1, 1)):
+            there = min(max(position + shift, 0), cells - 1)
+            if not choosing and there == middle:
+                block_after, event = block + 1, 1
+            elif choosing and abs(there - middle) == _DISTANCE:
+                block_after, event = block + 1, 2 + 2 * presentation + int(there > middle)
+            else:
+                block_after, event = block, 0
+            ended = block_after == 2 * presentations
+            moves[action, code] = codes - 1 if ended else block_after * cells + there
+            events[action, code] = event
+    return moves, events
+
+
+@functools.cache
+def _random_return(cells: int, presentations: int, horizon: int) -> float:
+    """Mean return of uniform actions: 0.2 per fixation, since choices are worth 0 on average."""
+    moves, events = _automaton(cells, presentations)
+    mass = np.zeros(moves.shape[1])
+    mass[:cells] = 1.0 / cells
+    total = 0.0
+    for _ in range(horizon):
+        total += _FIXATION_REWARD * 0.5 * float((mass * (events == 1)).sum())
+        after = np.zeros_like(mass)
+        for action in range(2):
+            np.add.at(after, moves[action], 0.5 * mass)
+        mass = after
+        if mass[-1] > 1.0 - 1e-12:
+            break
+    return total
+
+
+def render(state: State, p: int, b: int, scale: int = 16) -> np.ndarray:
+    """Picture of trial ``[p, b]``: uint8 ``[3 * scale, cells * scale, 3]``, one square per cell.
+
+    Fixation is blue while asked for, objects are orange, the brighter the larger their value, and
+    the agent is a green square above its cell.
+    """
+    lines = state.tables.lines
+    _, presentations, _, width = lines.shape
+    cells = width - (_VIEW - 1)
+    row, code = divmod(int(state.code[p, b]), 2 * presentations * cells + 1)
+    picture = np.full((3, cells, 3), 255, dtype=np.uint8)
+    picture[1] = 225
+    if code < 2 * presentations * cells:
+        block, position = divmod(code, cells)
+        line = lines[row, block // 2, block % 2, _VIEW_LEFT : _VIEW_LEFT + cells]
+        for cell, shown in enumerate(line.tolist()):
+            if shown < 0:
+                picture[1, cell] = (40, 90, 200)
+            elif shown > 0:
+                picture[1, cell] = (255, int(200 - 130 * shown), int(120 - 120 * shown))
+        picture[0, position] = (30, 150, 60)
+    return picture.repeat(scale, axis=0).repeat(scale, axis=1)
