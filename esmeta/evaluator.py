@@ -1,0 +1,145 @@
+"""Score a population of meta-parameters on a set of tasks, in batches on one device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from esmeta import rollout as loop
+from esmeta.policy import Policy, unravel
+from esmeta.policy import _heads as heads
+from esmeta.rng import Rng
+from esmeta.types import Fitness, Params, Task, Tasks
+
+# Members per batch: enough to hide the cost of calling an operation, few enough for the cache.
+_CACHE_FLOATS = 800_000
+_GPU_FLOATS = 1 << 30
+_TRIAL_TILE = 8
+
+
+class PopulationEvaluator:
+    """Fitness of members ``[P, ...]``: each runs ``trials`` trials, all on the same tasks.
+
+    Same seed and same task numbers give the same bits, for any ``chunk``, any split of members or
+    trials over calls or ranks, and whatever the global random generators hold: batches are padded
+    to at least two members and a multiple of eight trials, and every random number is addressed by
+    (seed, task number).
+
+    Args:
+        policy: what to run; see :func:`esmeta.make_policy`.
+        task: the distribution of tasks; see :func:`esmeta.make_task`.
+        trials: tasks per evaluation, the axis B.
+        device: where to run, e.g. ``"cpu"`` or ``"cuda:0"``.
+        chunk: members per batch; ``None`` chooses by the size of the policy.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        task: Task,
+        trials: int = 16,
+        device: str | torch.device = "cpu",
+        chunk: int | None = None,
+    ) -> None:
+        if trials < 1:
+            raise ValueError(f"trials = {trials}: must be at least 1; write for example trials=16")
+        if chunk is not None and chunk < 2:
+            raise ValueError(
+                f"chunk = {chunk}: must be at least 2 members (a batch of one rounds differently); "
+                "leave it out to have it chosen"
+            )
+        if policy.spec != task.spec:
+            raise ValueError(
+                f"the policy was made for {policy.spec}, the task has {task.spec}; "
+                "make it with make_policy(name, task.spec)"
+            )
+        self.policy = policy
+        self.task = task
+        self.trials = trials
+        self.device = torch.device(device)
+        self.chunk = chunk
+        self._env = task.make_env(self.device)
+
+    @property
+    def size(self) -> int:
+        """D, the number of meta-parameters of one member."""
+        return self.policy.size
+
+    def _members_per_batch(self, batch: int) -> int:
+        if self.chunk is not None:
+            return self.chunk
+        limit = _CACHE_FLOATS if self.device.type == "cpu" else _GPU_FLOATS
+        return max(2, limit // (batch * max(self.policy.config.neurons**2, 1)))
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        params: Params | Tensor,
+        seed: int = 0,
+        split: str = "train",
+        index: Tensor | None = None,
+        *,
+        act: loop.Act = heads.sample,
+        intervene: loop.Intervention | None = None,
+    ) -> Fitness:
+        """Score members.
+
+        ``params`` is a tree with leaves ``[P, ...]`` or flat vectors ``[P, D]``; ``split`` is
+        ``"train"`` or ``"test"``; ``index`` (int64 ``[B]``) names the tasks by number, default
+        0..trials-1; ``act`` chooses actions (sampled by default); ``intervene`` changes memory
+        or inputs before each step, for lesion controls. Returns a :class:`Fitness` on the CPU.
+        """
+        tree = unravel(params, self.policy) if isinstance(params, Tensor) else params
+        tree = {name: leaf.to(self.device) for name, leaf in tree.items()}
+        population = next(iter(tree.values())).shape[0]
+        if index is None:
+            index = torch.arange(self.trials)
+        if population == 0 or index.ndim != 1 or len(index) == 0:
+            raise ValueError(
+                f"there are {population} members and task numbers of shape {tuple(index.shape)}; "
+                "pass at least one member, and index [B] with at least one number"
+            )
+        batch = index.shape[0]
+        padded = -(-batch // _TRIAL_TILE) * _TRIAL_TILE
+        index = torch.cat([index, index[-1:].expand(padded - batch)])
+        rng = Rng(seed).fold("trials", split)
+        tasks = self.place(self.task.sample(index, split, Rng(seed).fold("tasks")))
+        parts = []
+        batches = -(-population // self._members_per_batch(padded))
+        # Batches of one size: a short last one would be filled up with copies.
+        rows = max(2, -(-population // batches))
+        for first in range(0, population, rows):
+            members = torch.arange(first, first + rows).clamp(max=population - 1).to(self.device)
+            part = {name: leaf[members] for name, leaf in tree.items()}
+            parts.append(self._score(part, tasks, rng, act, intervene))
+        return _join(parts, population, batch)
+
+    def place(self, tasks: Tasks) -> Tasks:
+        """The same tasks on this evaluator's device."""
+        data = {name: leaf.to(self.device) for name, leaf in tasks.data.items()}
+        return Tasks(tasks.index.to(self.device), data)
+
+    def _score(
+        self,
+        params: Params,
+        tasks: Tasks,
+        rng: Rng,
+        act: loop.Act,
+        intervene: loop.Intervention | None,
+    ) -> Fitness:
+        begin = loop.start(self.policy, params, self._env, tasks, rng)
+        collector = loop.Returns(*begin.ts.reward.shape, device=self.device)
+        end = loop.rollout(self.policy, self._env, begin, collector, act=act, intervene=intervene)
+        metrics = {k: v.double().cpu() for k, v in self._env.metrics(end.env_state).items()}
+        return Fitness(collector.returns.cpu(), collector.steps.cpu(), metrics)
+
+
+def _join(parts: list[Fitness], population: int, batch: int) -> Fitness:
+    def cut(leaves: list[Tensor]) -> Tensor:
+        return torch.cat(leaves)[:population, :batch]
+
+    return Fitness(
+        cut([part.returns for part in parts]),
+        cut([part.steps for part in parts]),
+        {name: cut([part.metrics[name] for part in parts]) for name in parts[0].metrics},
+    )

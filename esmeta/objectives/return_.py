@@ -1,0 +1,88 @@
+"""The return of an agent over a trial: the objective of MetODS, RL2 and plain evolution."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from esmeta import rollout as loop
+from esmeta.evaluator import PopulationEvaluator
+from esmeta.policy import Policy
+from esmeta.policy._plastic import composite_decay
+from esmeta.rng import Rng
+from esmeta.types import Fitness, Metrics, Params, State, Task
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The objective ``return`` has no options."""
+
+    def make(
+        self, policy: Policy, task: Task, *, trials: int, seed: int, device: str | torch.device
+    ) -> ReturnObjective:
+        """Tie the objective to a policy and a task distribution."""
+        return ReturnObjective(policy, task, trials=trials, seed=seed, device=device)
+
+
+class ReturnObjective:
+    """Sum of rewards over a trial; every step has its own ``trials`` training tasks.
+
+    Step k of a run uses training tasks k * trials .. (k + 1) * trials - 1 of the run's seed, on
+    all ranks and for all members.
+    """
+
+    def __init__(
+        self, policy: Policy, task: Task, *, trials: int, seed: int, device: str | torch.device
+    ) -> None:
+        self.policy = policy
+        self.task = task
+        self.trials = trials
+        self.seed = seed
+        self.device = torch.device(device)
+        self.evaluator = PopulationEvaluator(policy, task, trials=trials, device=device)
+        self._env = task.make_env(self.device)
+
+    def fitness(self, params: Params | Tensor, step: int) -> Fitness:
+        """Returns of members on the tasks of ``step``; no gradient."""
+        index = torch.arange(step * self.trials, (step + 1) * self.trials)
+        return self.evaluator(params, seed=self.seed, split="train", index=index)
+
+    def heldout(self, params: Params | Tensor, trials: int, seed: int | None = None) -> Fitness:
+        """Returns on the first ``trials`` held-out tasks, always the same ones for a seed."""
+        seed = self.seed if seed is None else seed
+        return self.evaluator(params, seed=seed, split="test", index=torch.arange(trials))
+
+    @torch.no_grad()
+    def trajectories(
+        self, params: Params, step: int, rank: int = 0, size: int = 1
+    ) -> tuple[loop.Trajectory, Tensor, Metrics]:
+        """Record this rank's share of the trials of ``step`` with one policy ``[1, ...]``.
+
+        Returns the trajectory, the value ``[1, B]`` of what follows its last step (zeros without a
+        value head) and the task's metrics, averaged.
+        """
+        low, high = self.trials * rank // size, self.trials * (rank + 1) // size
+        index = step * self.trials + torch.arange(low, high)
+        tasks = self.task.sample(index, "train", Rng(self.seed).fold("tasks"))
+        tasks = self.evaluator.place(tasks)
+        rng = Rng(self.seed).fold("trials", "train")
+        begin = loop.start(self.policy, params, self._env, tasks, rng)
+        recorder = loop.Recorder(begin.state)
+        end = loop.rollout(self.policy, self._env, begin, recorder)
+        out, _ = self.policy.step_bound(begin.bound, end.state, end.ts, self.policy.spec.horizon)
+        last = torch.zeros_like(end.ts.reward) if out.value is None else out.value
+        metrics = {k: float(v.nanmean()) for k, v in self._env.metrics(end.env_state).items()}
+        return recorder.trajectory(), last, metrics | _memory_metrics(params, end.state)
+
+
+def _memory_metrics(params: Params, state: State) -> Metrics:
+    """Largest fast weight after the rollout, and the share of W that one step keeps (b_S).
+
+    A memory that is about to explode shows up here first.
+    """
+    if "W" not in state:
+        return {}
+    decay = composite_decay(params["memory.beta"])
+    return {"fast_weight_max": float(state["W"].abs().max()), "memory_decay": float(decay)}

@@ -1,0 +1,1 @@
+"""Optimizers: one module per value of ``--optimizer``, each with a class ``Optimizer``."""

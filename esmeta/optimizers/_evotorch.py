@@ -1,0 +1,327 @@
+"""EvoTorch's searchers as esmeta optimizers, replicated in lock-step on every rank.
+
+Toklu et al., "EvoTorch: Scalable Evolutionary Computation in Python", 2023,
+https://arxiv.org/abs/2302.12600. Distributions, sampling and update rules are EvoTorch's; what
+differs is who drives them. EvoTorch updates at the start of the *next* step, ranks NaN as the
+best, breaks ties by memory order and random-walks on flat fitness. Here one step samples,
+evaluates (each rank its part), shapes the fitness (:mod:`_shaping`) and updates at once; a
+generation without information changes neither centre nor spread. Noise is addressed by
+(key, generation): the generator is seeded anew each generation, so there is no generator state,
+and a state is a handful of plain tensors without the population.
+
+The import of evotorch takes seconds and pulls in ray and pandas, so it happens at the first step
+that needs it. The adapters use a few of its private names (``_distribution``,
+``_compute_gradients``, ``_update_distribution``, ``_optimizer``), as of 0.6.1.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from esmeta.errors import UserError, finite_positive
+from esmeta.optimizers._generation import Stopwatch, check_popsize
+from esmeta.optimizers._shaping import utilities
+from esmeta.rng import Rng
+from esmeta.tree import ravel, shapes_of, unravel_shapes
+from esmeta.types import Comm, Fitness, Metrics, Objective, Params
+
+if TYPE_CHECKING:
+    from evotorch import Problem
+
+    from esmeta.evaluator import PopulationEvaluator
+    from esmeta.optimizers._evotorch_problem import PopulationProblem
+
+MAX_FULL_SIZE = 1500
+"""Most parameters for a search with a full covariance matrix."""
+
+_RANKING_OF = {"centered": "centered", "nes": "nes", "zscore": "normalized", "raw": "raw"}
+
+Tensors = dict[str, Tensor]
+
+
+class Searcher(ABC):
+    """One EvoTorch searcher, driven sample by sample; its state goes in and out as tensors."""
+
+    @abstractmethod
+    def load(self, tensors: Tensors) -> None:
+        """Continue from ``tensors``, which are not written to."""
+
+    @abstractmethod
+    def dump(self) -> Tensors:
+        """The state; later updates do not write to it. ``center`` float32 ``[D]`` is one of it."""
+
+    @abstractmethod
+    def sample(self, problem: PopulationProblem) -> None:
+        """Draw and evaluate a population; its results are in ``problem.scores``."""
+
+    @abstractmethod
+    def update(self, fitness: Tensor) -> bool:
+        """Use the fitness of the last sample; False, and no change, if it was flat."""
+
+    @abstractmethod
+    def sigma(self) -> float:
+        """Spread of the distribution, averaged over coordinates."""
+
+
+@dataclass(frozen=True)
+class EvoTorchState:
+    """State between generations. ``searcher`` is a workspace that is rebuilt when missing."""
+
+    generation: int
+    tensors: Tensors
+    shapes: dict[str, tuple[int, ...]]
+    searcher: tuple[PopulationProblem, Searcher] | None = field(
+        default=None, compare=False, repr=False
+    )
+
+
+def new_problem(size: int) -> PopulationProblem:
+    """A problem for one searcher; the objective is set generation by generation."""
+    os.environ.setdefault("EVOTORCH_VERBOSE_LEVEL", "0")
+    from esmeta.optimizers._evotorch_problem import PopulationProblem
+
+    def unset(values: Tensor, generation: int) -> Fitness:
+        raise AssertionError("the objective is set before every evaluation")
+
+    return PopulationProblem(unset, size, seed=0)
+
+
+@dataclass(frozen=True)
+class EvoTorchOptimizer(ABC):
+    """The part of the contract that does not depend on the searcher."""
+
+    gradient: ClassVar[bool] = False
+
+    popsize: int = 256
+    sigma: float = 0.05
+
+    def __post_init__(self) -> None:
+        check_popsize(self.popsize)
+        finite_positive("sigma", self.sigma, example=0.05)
+
+    @abstractmethod
+    def _searcher(self, problem: PopulationProblem, center: Tensor) -> Searcher: ...
+
+    def init(self, theta: Params, rng: Rng) -> EvoTorchState:
+        """Start at ``theta`` ``[1, ...]``; nothing is drawn."""
+        center = ravel(theta)[0].detach().cpu().float().clone()
+        problem = new_problem(len(center))
+        searcher = self._searcher(problem, center)
+        return EvoTorchState(0, searcher.dump(), shapes_of(theta), (problem, searcher))
+
+    def step(
+        self, state: EvoTorchState, objective: Objective, comm: Comm, rng: Rng
+    ) -> tuple[EvoTorchState, Metrics]:
+        """One generation: sample, evaluate, shape, update, compare hashes."""
+        watch = Stopwatch()
+        problem, searcher = workspace = state.searcher or self._workspace(state)
+        searcher.load(state.tensors)
+        problem.manual_seed(rng.fold("evotorch", state.generation).key % 2**63)
+        problem.bind(objective.fitness, state.generation, comm, watch)
+        sigma = searcher.sigma()
+        searcher.sample(problem)
+        assert problem.scores is not None
+        moved = searcher.update(problem.scores.fitness)
+        tensors = searcher.dump()
+        if not all(bool(torch.isfinite(value).all()) for value in tensors.values()):
+            raise FloatingPointError(
+                f"the search is not finite after generation {state.generation}; "
+                "lower optimizer.sigma or optimizer.learning_rate"
+            )
+        tensors, resync = _in_step(tensors, comm, watch)
+        problem.unbind()
+        move = torch.linalg.vector_norm(tensors["center"].double() - state.tensors["center"])
+        after = EvoTorchState(state.generation + 1, tensors, state.shapes, workspace)
+        return after, {
+            **problem.scores.metrics(),
+            "flat": float(not moved),
+            "sigma": sigma,
+            "update_norm": move.item(),
+            "resync": float(resync),
+            **watch.metrics(),
+        }
+
+    def theta(self, state: EvoTorchState) -> Params:
+        """The centre of the distribution, leaves ``[1, ...]``."""
+        return unravel_shapes(state.tensors["center"].clone().unsqueeze(0), state.shapes)
+
+    def state_dict(self, state: EvoTorchState) -> dict[str, Any]:
+        """The generation and the distribution as plain tensors; no population, no pickle."""
+        tensors = {name: value.clone() for name, value in state.tensors.items()}
+        return {"generation": state.generation, **tensors}
+
+    def load_state_dict(self, saved: dict[str, Any], theta: Params) -> EvoTorchState:
+        """The inverse of :meth:`state_dict`."""
+        tensors = {name: value.clone() for name, value in saved.items() if name != "generation"}
+        size = ravel(theta).shape[1]
+        if len(tensors["center"]) != size:
+            raise UserError(
+                f"the checkpoint has {len(tensors['center'])} parameters, the policy has {size}: "
+                "resume with the [policy] and [task] sections that the run was started with"
+            )
+        return EvoTorchState(int(saved["generation"]), tensors, shapes_of(theta))
+
+    def _workspace(self, state: EvoTorchState) -> tuple[PopulationProblem, Searcher]:
+        center = state.tensors["center"]
+        problem = new_problem(len(center))
+        return problem, self._searcher(problem, center.clone())
+
+
+def _in_step(tensors: Tensors, comm: Comm, watch: Stopwatch) -> tuple[Tensors, bool]:
+    """The state of all ranks: one's own if they agree, else rank 0's.
+
+    Floating-point sums may differ between CPU types; EvoTorch's update has no integer form.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(tensors[name].contiguous().numpy().tobytes())
+    begin = watch.now()
+    agree = comm.same(digest.digest())
+    if not agree:
+        tensors = {name: comm.bcast(tensors[name].contiguous()) for name in sorted(tensors)}
+    watch.wait_s += watch.now() - begin
+    return tensors, not agree
+
+
+class GaussianSearcher(Searcher):
+    """EvoTorch's PGPE, SNES, CEM and XNES: a distribution, its gradient, its update."""
+
+    def __init__(self, search: Any, shaping: str) -> None:
+        from evotorch import SolutionBatch
+
+        self.search = search
+        self.shaping = shaping
+        self.batch = SolutionBatch(search.problem, popsize=search._popsize, empty=True)
+
+    def load(self, tensors: Tensors) -> None:
+        """See :class:`Searcher`."""
+        search = self.search
+        parameters = {"mu": tensors["center"], "sigma": tensors["sigma"]}
+        if "sigma_inv" in tensors:
+            parameters["sigma_inv"] = tensors["sigma_inv"]
+        search._distribution = search._distribution.modified_copy(**parameters)
+        load_ascent(search._optimizer, tensors)
+
+    def dump(self) -> Tensors:
+        """See :class:`Searcher`."""
+        parameters = self.search._distribution.parameters
+        tensors = {"center": parameters["mu"], "sigma": parameters["sigma"]}
+        if "sigma_inv" in parameters:
+            tensors["sigma_inv"] = parameters["sigma_inv"]
+        return tensors | dump_ascent(self.search._optimizer)
+
+    def sample(self, problem: PopulationProblem) -> None:
+        """See :class:`Searcher`."""
+        values = self.batch.access_values()
+        self.search._distribution.sample(out=values, generator=problem)
+        problem.evaluate(self.batch)
+
+    def update(self, fitness: Tensor) -> bool:
+        """See :class:`Searcher`."""
+        weights = utilities(fitness, self.shaping)
+        if not weights.any():
+            return False
+        self.apply(weights)
+        return True
+
+    def apply(self, weights: Tensor) -> None:
+        """Follow the gradients of the last sample; ``weights`` float64 ``[N]``."""
+        from esmeta.optimizers._evotorch_problem import values_of
+
+        self.search._update_distribution(self.gradients(values_of(self.batch), weights))
+
+    def gradients(self, samples: Tensor, weights: Tensor) -> dict[str, Tensor]:
+        """Gradients of the distribution's parameters, by name."""
+        # Not compute_gradients(ranking_method="raw"): SNES divides raw weights by their sum of
+        # magnitudes, which is another step size than its own ranking has.
+        return self.search._distribution._compute_gradients(
+            samples, weights.float(), _RANKING_OF[self.shaping]
+        )
+
+    def sigma(self) -> float:
+        """See :class:`Searcher`."""
+        value = self.search._distribution.sigma
+        if value.ndim == 1:
+            return value.mean().item()
+        return (torch.linalg.matrix_norm(value) / len(value) ** 0.5).item()
+
+
+def dump_ascent(optimizer: Any) -> Tensors:
+    """State of the centre's optimizer: Adam's moments, ClipUp's velocity; SGD has none."""
+    from evotorch.optimizers import Adam, ClipUp
+
+    if isinstance(optimizer, ClipUp):
+        assert optimizer._velocity is not None
+        return {"velocity": optimizer._velocity.clone()}
+    if not isinstance(optimizer, Adam):
+        return {}
+    moments = optimizer._optim.state.get(optimizer._data)
+    if not moments:
+        zeros = torch.zeros_like(optimizer._data)
+        return {"adam_mean": zeros, "adam_square": zeros.clone(), "adam_updates": torch.tensor(0.0)}
+    return {
+        "adam_mean": moments["exp_avg"].clone(),
+        "adam_square": moments["exp_avg_sq"].clone(),
+        "adam_updates": moments["step"].clone(),
+    }
+
+
+def load_ascent(optimizer: Any, tensors: Tensors) -> None:
+    """The inverse of :func:`dump_ascent`."""
+    if "velocity" in tensors:
+        optimizer._velocity = tensors["velocity"].clone()
+    if "adam_mean" in tensors:
+        optimizer._optim.state[optimizer._data] = {
+            "step": tensors["adam_updates"].clone(),
+            "exp_avg": tensors["adam_mean"].clone(),
+            "exp_avg_sq": tensors["adam_square"].clone(),
+        }
+
+
+def check_full_size(size: int, name: str, cure: str) -> None:
+    """Refuse a full covariance matrix for too many parameters."""
+    if size > MAX_FULL_SIZE:
+        raise UserError(
+            f"{name}: the policy has {size} parameters, and a full covariance matrix is allowed "
+            f"for at most {MAX_FULL_SIZE}; {cure}"
+        )
+
+
+def evotorch_problem(
+    evaluator: PopulationEvaluator, comm: Comm | None = None, *, seed: int = 0
+) -> Problem:
+    """An ``evotorch.Problem`` for any EvoTorch searcher, single-process or over MPI ranks.
+
+    Objective: the mean return over ``evaluator.trials`` trials, larger is better; solutions are
+    float32 vectors of ``evaluator.size`` parameters, initially drawn by the policy's own init.
+    Every evaluated batch is scored on fresh training tasks that its members share. Members with a
+    NaN or infinite return are reported below the worst finite one.
+
+    Args:
+        evaluator: what scores members ``[P, D]``.
+        comm: ranks that replicate the search, each evaluating its part of every batch; all must
+            run the same searcher with the same ``seed`` (EvoTorch's functional API ignores it).
+        seed: of the tasks and of the problem's own random generator.
+    """
+    os.environ.setdefault("EVOTORCH_VERBOSE_LEVEL", "0")
+    from esmeta.optimizers._evotorch_problem import PopulationProblem
+
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise UserError(f"seed = {seed!r}: must be an integer >= 0; write for example seed=0")
+
+    def draw(start: int, count: int) -> Tensor:
+        return ravel(evaluator.policy.init(seed=start, population=count))
+
+    def score(values: Tensor, generation: int) -> Fitness:
+        first = generation * evaluator.trials
+        index = torch.arange(first, first + evaluator.trials)
+        return evaluator(values, seed=seed, split="train", index=index)
+
+    return PopulationProblem(score, evaluator.size, seed=seed, comm=comm, draw=draw)

@@ -1,0 +1,175 @@
+"""The rollout loop: the only one, for evolution, gradients, evaluation and every simulator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from esmeta.policy import Bound, Policy
+from esmeta.policy import _heads as heads
+from esmeta.rng import Rng
+from esmeta.types import BatchedEnv, Discrete, Params, PolicyOut, State, Tasks, TimeStep
+
+# Looking whether all trials have ended costs a synchronisation on a GPU, so it is done rarely.
+_CHECK_EVERY = 4
+
+
+Act = Callable[[PolicyOut, Tensor], Tensor]
+"""Heads and noise to actions."""
+Intervention = Callable[[State, TimeStep], tuple[State, TimeStep]]
+"""Changes memory or inputs before a step."""
+
+
+class Start(NamedTuple):
+    """All that a rollout starts from: parameters, memory and environment at the first step."""
+
+    bound: Bound
+    state: State
+    env_state: Any
+    ts: TimeStep
+    noise: Tensor
+    """Action noise ``[T, P or 1, B, k]``, addressed by trial: members share it."""
+
+
+class End(NamedTuple):
+    """What a rollout leaves behind: memory, environment and the time step after the last action."""
+
+    state: State
+    env_state: Any
+    ts: TimeStep
+
+
+class Collector(Protocol):
+    """What is kept of a rollout."""
+
+    def record(
+        self, ts: TimeStep, out: PolicyOut, action: Tensor, after: TimeStep, active: Tensor
+    ) -> None:
+        """One transition; ``active [P, B]`` is False for trials that had ended before it."""
+        ...
+
+
+class Returns:
+    """Keeps the sum of rewards and the number of steps of each trial, ``[P, B]``."""
+
+    def __init__(self, population: int, batch: int, device: torch.device | str) -> None:
+        self.returns = torch.zeros(population, batch, dtype=torch.float64, device=device)
+        self.steps = torch.zeros(population, batch, dtype=torch.int64, device=device)
+
+    def record(
+        self, ts: TimeStep, out: PolicyOut, action: Tensor, after: TimeStep, active: Tensor
+    ) -> None:
+        # Finished trials earn 0 by contract, so the sum needs no mask.
+        self.returns += after.reward
+        self.steps += active
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """A recorded rollout, leaves ``[T, P, B, ...]``."""
+
+    start: State
+    ts: TimeStep
+    action: Tensor
+    out: PolicyOut
+    reward: Tensor
+    terminated: Tensor
+    truncated: Tensor
+    ended: Tensor
+    """Whether the trial ended with this transition."""
+    active: Tensor
+    """Whether the transition belongs to the trial; all means are over these."""
+
+
+class Recorder:
+    """Keeps whole trajectories, for :class:`Trajectory`."""
+
+    def __init__(self, start: State) -> None:
+        self._start = start
+        self._rows: list[tuple[TimeStep, PolicyOut, Tensor, TimeStep, Tensor]] = []
+
+    def record(
+        self, ts: TimeStep, out: PolicyOut, action: Tensor, after: TimeStep, active: Tensor
+    ) -> None:
+        self._rows.append((ts, out, action, after, active))
+
+    def trajectory(self) -> Trajectory:
+        before, outs, actions, after, active = zip(*self._rows, strict=True)
+        steps = TimeStep(*(torch.stack(leaves) for leaves in zip(*before, strict=True)))
+        out = PolicyOut(
+            *(
+                None if leaves[0] is None else torch.stack(leaves)
+                for leaves in zip(*outs, strict=True)
+            )
+        )
+        mask = torch.stack(active)
+        # Inside the trial nothing may reset memory: the first step starts from `start` as it is,
+        # and what follows a trial's end is reset only to stay bounded.
+        stale = torch.zeros_like(mask)
+        stale[1:] = ~mask[:-1]
+        return Trajectory(
+            start=self._start,
+            ts=steps._replace(new_trial=stale),
+            action=torch.stack(actions),
+            out=out,
+            reward=torch.stack([ts.reward for ts in after]),
+            terminated=torch.stack([ts.terminated for ts in after]),
+            truncated=torch.stack([ts.truncated for ts in after]),
+            ended=torch.stack([ts.new_trial for ts in after]) & mask,
+            active=mask,
+        )
+
+
+def start(policy: Policy, params: Params, env: BatchedEnv, tasks: Tasks, rng: Rng) -> Start:
+    """Begin one trial per task for each member of ``params``."""
+    population = next(iter(params.values())).shape[0]
+    index = tasks.index
+    env_state, ts = env.reset(tasks, rng, population)
+    state = policy.initial_state(params, index.shape[1], rng, index)
+    spec = policy.spec
+    width = heads.noise_width(spec.action)
+    draw = rng.fold("action").uniform if isinstance(spec.action, Discrete) else None
+    flat = (draw or rng.fold("action").normal)(index, spec.horizon * width)
+    noise = flat.reshape(*index.shape, spec.horizon, width).permute(2, 0, 1, 3)
+    dtype = next(iter(params.values())).dtype
+    return Start(policy.bind(params), state, env_state, ts, noise.to(dtype).contiguous())
+
+
+def rollout(
+    policy: Policy,
+    env: BatchedEnv,
+    begin: Start,
+    collector: Collector,
+    *,
+    act: Act = heads.sample,
+    intervene: Intervention | None = None,
+    watch: Callable[[Any], None] | None = None,
+) -> End:
+    """Run every trial to its end.
+
+    ``act`` turns heads and noise into actions. ``intervene`` may change memory or inputs before
+    each step, for lesion controls. ``watch`` sees the environment's state before the first step
+    and after each one, for pictures; it must leave it as it is.
+    """
+    bound, state, env_state, ts, noise = begin
+    active = torch.ones_like(ts.new_trial)
+    if watch is not None:
+        watch(env_state)
+    for t in range(policy.spec.horizon):
+        if intervene is not None:
+            state, ts = intervene(state, ts)
+        out, state = policy.step_bound(bound, state, ts, t)
+        action = act(out, noise[t])
+        env_state, after = env.step(env_state, action)
+        if watch is not None:
+            watch(env_state)
+        collector.record(ts, out, action, after, active)
+        active = active & ~after.new_trial
+        ts = after
+        if t % _CHECK_EVERY == _CHECK_EVERY - 1 and not active.any():
+            break
+    return End(state, env_state, ts)
