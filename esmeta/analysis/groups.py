@@ -1,0 +1,295 @@
+"""Run directories as data: what each is, which differ in their seed only, and their scores."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from esmeta import config as configs
+from esmeta.analysis.series import Series, common_end, from_rows, over_seeds
+from esmeta.errors import UserError
+from esmeta.types import Reference
+
+_NUMBERED = re.compile(r"(.+)_(\d+)")
+# Differences that a label names before it is cut.
+_LABEL_KEYS = 3
+_NO_SCORE = math.nan, math.nan
+
+
+@dataclass(frozen=True)
+class RunData:
+    """One run directory: resolved ``tables``, run.json as ``facts``, and metrics as ``rows``."""
+
+    path: Path
+    tables: dict[str, dict[str, Any]]
+    facts: dict[str, Any]
+    rows: list[dict[str, Any]]
+
+    @property
+    def seed(self) -> int:
+        """Seed of everything random."""
+        return self.tables["run"]["seed"]
+
+    @property
+    def last(self) -> dict[str, Any]:
+        """The last line of the metrics."""
+        return self.rows[-1]
+
+    @property
+    def scores(self) -> dict[str, Any]:
+        """The last line with held-out scores; empty if the run never had any."""
+        known = [row for row in self.rows if row.get("heldout_return") is not None]
+        return known[-1] if known else {}
+
+    def curve(self, x: str) -> Series:
+        """Held-out return against ``x``."""
+        return from_rows(self.rows, "heldout_return", x)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs of one configuration that differ in their seed only."""
+
+    label: str
+    runs: list[RunData]
+    reference: Reference
+
+    @property
+    def slug(self) -> str:
+        """The label as part of a file's name."""
+        return re.sub(r"[^a-z0-9.]+", "-", self.label.lower()).strip("-.")[:80] or "group"
+
+    @property
+    def task(self) -> str:
+        """The task with all its options: only groups with the same one can be compared."""
+        # Trials per step and mirrored twins change the noise of training, not what is learned.
+        noise = ("trials", "mirrored")
+        table = {k: v for k, v in self.runs[0].tables["task"].items() if k not in noise}
+        return json.dumps(table, sort_keys=True)
+
+    def remarks(self) -> list[str]:
+        """What a reader of the means must know."""
+        notes = []
+        seeds = Counter(run.seed for run in self.runs)
+        twice = sorted(seed for seed, count in seeds.items() if count > 1)
+        if twice:
+            notes.append(f"seed {twice[0]} occurs more than once: the s.e. over seeds is too small")
+        if len({run.last["step"] for run in self.runs}) > 1:
+            notes.append("the runs stopped after different numbers of steps")
+        late = [run for run in self.runs if run.scores and run.scores["step"] < run.last["step"]]
+        if late:
+            steps = ", ".join(sorted({str(run.scores["step"]) for run in late}))
+            notes.append(f"held-out scores are those of the last evaluation, at step {steps}")
+        open_ = [str(run.seed) for run in self.runs if not run.facts.get("stopped_by")]
+        if open_:
+            notes.append(f"not finished: seed {', '.join(open_)}")
+        return notes
+
+
+def read_run(path: Path) -> RunData:
+    """Read a run directory that esmeta.train wrote."""
+    from esmeta.record import read_metrics
+
+    if not (path / "config.toml").is_file():
+        raise UserError(
+            f"{path}: not a run directory (no config.toml); give one that esmeta.train wrote"
+        )
+    rows = read_metrics(path)
+    if not rows:
+        raise UserError(
+            f"{path}: no metrics yet; wait for its first logged step, or train longer (every "
+            "run.metrics_every steps a line is written)"
+        )
+    try:
+        facts = json.loads((path / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        facts = {}
+    tables = configs.load(path / "config.toml")
+    if not all(isinstance(tables.get(name), dict) for name in configs.SECTIONS):
+        raise UserError(
+            f"{path / 'config.toml'}: a section is missing; a run has all of: "
+            f"{', '.join(configs.SECTIONS)}; restore the file or leave out this run"
+        )
+    return RunData(path, tables, facts, rows)
+
+
+def _flat(run: RunData) -> dict[str, Any]:
+    """All options that decide the course of training, as ``section.key``."""
+    ignored = {"seed", "evaluate_every", "evaluate_trials", *configs.NOT_IN_DIGEST}
+    return {
+        f"{section}.{key}": value
+        for section, table in run.tables.items()
+        for key, value in table.items()
+        if section != "run" or key not in ignored
+    }
+
+
+def _base_label(run: RunData) -> str:
+    names = [run.tables[kind]["name"] for kind in ("task", "policy", "objective", "optimizer")]
+    return " ".join(name for k, name in enumerate(names) if k != 2 or name != "return")
+
+
+def _labels(runs: Sequence[RunData]) -> list[str]:
+    """One label per group: the names, and the options in which namesakes differ."""
+    bases = [_base_label(run) for run in runs]
+    labels = []
+    for run, base in zip(runs, bases, strict=True):
+        mine = _flat(run)
+        namesakes = [_flat(other) for other, name in zip(runs, bases, strict=True) if name == base]
+        differing = [key for key in mine if any(other.get(key) != mine[key] for other in namesakes)]
+        shown = [f"{key.partition('.')[2]}={mine[key]}" for key in differing[:_LABEL_KEYS]]
+        label = " ".join([base, ", ".join(shown)]).strip()
+        same = labels.count(label)
+        labels.append(f"{label} #{same + 1}" if same else label)
+    return labels
+
+
+def _reference(run: RunData) -> Reference:
+    """Reference scores of a run's task; unknown if the task cannot be built here any more."""
+    try:
+        return configs.resolve(run.tables).task.instance.reference
+    except UserError as error:
+        return Reference(math.nan, math.nan, str(error))
+
+
+def group_runs(paths: Sequence[Path]) -> list[Group]:
+    """Runs by configuration, in the order given; a directory given twice counts once."""
+    distinct = {path.resolve(): path for path in paths}
+    found: dict[str, list[RunData]] = {}
+    for path in distinct.values():
+        run = read_run(path)
+        found.setdefault(json.dumps(_flat(run), sort_keys=True, default=str), []).append(run)
+    members = [sorted(runs, key=lambda run: run.seed) for runs in found.values()]
+    labels = _labels([runs[0] for runs in members])
+    return [
+        Group(label, runs, _reference(runs[0])) for label, runs in zip(labels, members, strict=True)
+    ]
+
+
+# --- numbers -----------------------------------------------------------------------------------
+
+
+def mean_se(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and standard error of the values that are not NaN; NaN where there are too few."""
+    kept = [value for value in values if not math.isnan(value)]
+    if not kept:
+        return _NO_SCORE
+    mean = math.fsum(kept) / len(kept)
+    if len(kept) < 2:
+        return mean, math.nan
+    spread = math.fsum((value - mean) ** 2 for value in kept) / (len(kept) - 1)
+    return mean, math.sqrt(spread / len(kept))
+
+
+def _number(value: Any) -> float:
+    return float(value) if isinstance(value, int | float) else math.nan
+
+
+def heldout(group: Group) -> tuple[float, float]:
+    """Held-out return: mean and standard error over seeds, or over trials for a single run."""
+    if len(group.runs) == 1:
+        scores = group.runs[0].scores
+        return _number(scores.get("heldout_return")), _number(scores.get("heldout_se"))
+    return mean_se([_number(run.scores.get("heldout_return")) for run in group.runs])
+
+
+def task_metrics(group: Group) -> dict[str, list[str]]:
+    """Heading of a column -> names of the held-out metrics in it (``accuracy_1`` .. in one)."""
+    skip = {"heldout_return", "heldout_se", "heldout_steps"}
+    columns: dict[str, list[str]] = {}
+    for name in group.runs[0].scores:
+        if not name.startswith("heldout_") or name in skip:
+            continue
+        short = name.removeprefix("heldout_")
+        match = _NUMBERED.fullmatch(short)
+        columns.setdefault(match.group(1) if match else short, []).append(name)
+    return {
+        f"{title} {names[0].rpartition('_')[2]}-{names[-1].rpartition('_')[2]}"
+        if len(names) > 1
+        else names[0].removeprefix("heldout_"): names
+        for title, names in columns.items()
+    }
+
+
+def equal_budget(groups: Sequence[Group], x: str) -> tuple[float, dict[str, tuple[float, float]]]:
+    """The largest ``x`` that every run reached, and the held-out return of each group there."""
+    curves = {group.label: [run.curve(x) for run in group.runs] for group in groups}
+    curves = {label: [c for c in found if len(c)] for label, found in curves.items()}
+    curves = {label: found for label, found in curves.items() if found}
+    end = common_end([curve for found in curves.values() for curve in found])
+    return end, {label: over_seeds(found).at(end) for label, found in curves.items()}
+
+
+# --- tables ------------------------------------------------------------------------------------
+
+
+def plus_minus(value: float, error: float) -> str:
+    """``1.234 ± 0.056``; a dash where the value is unknown."""
+    if math.isnan(value):
+        return "-"
+    return f"{value:.3f}" if math.isnan(error) else f"{value:.3f} ± {error:.3f}"
+
+
+def _metric_text(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> str:
+    values = [mean_se([_number(row.get(name)) for row in rows])[0] for name in names]
+    digits = 2 if len(names) > 1 else 3
+    return " ".join("-" if math.isnan(value) else f"{value:.{digits}f}" for value in values)
+
+
+def runs_table(group: Group) -> list[list[str]]:
+    """Heading, one row per run, and with several seeds a last row of means ± s.e. over seeds."""
+    metrics = task_metrics(group)
+    table = [["seed", "steps", "env steps", "seconds", "held-out return", *metrics]]
+    for run in group.runs:
+        scores = run.scores
+        value, error = (_number(scores.get(f"heldout_{name}")) for name in ("return", "se"))
+        table.append(
+            [
+                str(run.seed),
+                f"{run.last['step']:,}",
+                f"{run.last.get('env_steps') or 0:,}",
+                f"{_number(run.last.get('seconds')):,.1f}",
+                plus_minus(value, error),
+                *(_metric_text([scores], names) for names in metrics.values()),
+            ]
+        )
+    if len(group.runs) > 1:
+        rows = [run.scores for run in group.runs]
+        means = [mean_se([_number(r.last.get(k)) for r in group.runs])[0] for k in _AXES]
+        table.append(
+            [
+                "mean",
+                *(f"{mean:,.{digits}f}" for mean, digits in zip(means, (0, 0, 1), strict=True)),
+                plus_minus(*heldout(group)),
+                *(_metric_text(rows, names) for names in metrics.values()),
+            ]
+        )
+    return table
+
+
+_AXES = ("step", "env_steps", "seconds")
+
+
+def budget_table(groups: Sequence[Group]) -> list[list[str]]:
+    """Heading, and per group its held-out return at equal environment steps and wall time."""
+    head, columns = ["configuration", "runs"], []
+    for x, unit in (("env_steps", "environment steps"), ("seconds", "s")):
+        end, scores = equal_budget(groups, x)
+        digits = 1 if x == "seconds" else 0
+        head.append("-" if math.isnan(end) else f"at {end:,.{digits}f} {unit}")
+        columns.append(scores)
+    rows = [
+        [
+            group.label,
+            str(len(group.runs)),
+            *(plus_minus(*scores.get(group.label, _NO_SCORE)) for scores in columns),
+        ]
+        for group in groups
+    ]
+    return [head, *rows]

@@ -1,0 +1,187 @@
+"""Pictures of single trials: frames of a trained agent, GIF and PNG files."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from esmeta import errors
+from esmeta import rollout as loop
+from esmeta.policy import Policy
+from esmeta.rng import Rng
+from esmeta.types import Params, PolicyOut, Task, TimeStep
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import Tensor
+
+# As in PopulationEvaluator, which pads so that results do not depend on the batch: the trial that
+# is shown is, bit for bit, the one that was scored.
+_MEMBERS, _TRIALS = 2, 8
+_SCALE = 24
+_STRIP = 22
+_GIF_BYTES = 300_000
+_GIF_COLOURS = 64
+
+Render = Callable[[Any, int, int, int], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One trial of one member: ``T`` transitions between ``T + 1`` states of its environment.
+
+    ``states[t]`` is a batch in which the trial is ``[0, 0]``; ``actions`` ``[T]`` or ``[T, k]``,
+    ``rewards`` float64 ``[T]``; ``data`` holds what describes the task, leaves without P and B.
+    """
+
+    states: list[Any]
+    actions: np.ndarray
+    rewards: np.ndarray
+    data: dict[str, np.ndarray]
+
+
+class _Trace:
+    """Keeps actions, rewards and activity of trial ``[0, 0]``."""
+
+    def __init__(self) -> None:
+        self.actions: list[np.ndarray] = []
+        self.rewards: list[float] = []
+        self.active: list[bool] = []
+
+    def record(
+        self, ts: TimeStep, out: PolicyOut, action: Tensor, after: TimeStep, active: Tensor
+    ) -> None:
+        self.actions.append(action[0, 0].numpy())
+        self.rewards.append(float(after.reward[0, 0]))
+        self.active.append(bool(active[0, 0]))
+
+
+@torch.no_grad()
+def run_trial(
+    policy: Policy, params: Params, task: Task, index: int = 0, split: str = "test", seed: int = 0
+) -> Trial:
+    """Run trial number ``index`` of a split on the CPU, the same one that is scored by number.
+
+    ``params`` has leaves ``[P, ...]``; its first member is shown.
+    """
+    errors.non_negative_int("index", index)
+    first = {name: leaf[:1].cpu() for name, leaf in params.items()}
+    members = {name: leaf.expand(_MEMBERS, *leaf.shape[1:]) for name, leaf in first.items()}
+    numbers = torch.full((_TRIALS,), index, dtype=torch.int64)
+    tasks = task.sample(numbers, split, Rng(seed).fold("tasks"))
+    env = task.make_env("cpu")
+    begin = loop.start(policy, members, env, tasks, Rng(seed).fold("trials", split))
+    trace = _Trace()
+    states: list[Any] = []
+    loop.rollout(policy, env, begin, trace, watch=states.append)
+    steps = sum(trace.active)
+    return Trial(
+        states[: steps + 1],
+        np.stack(trace.actions[:steps]),
+        np.array(trace.rewards[:steps], dtype=np.float64),
+        {name: leaf[0, 0].numpy() for name, leaf in tasks.data.items()},
+    )
+
+
+def renderer(task: Task) -> Render | None:
+    """The function ``render(state, p, b, scale)`` beside a task's class; None if it has none."""
+    module = importlib.import_module(type(task).__module__)
+    return getattr(module, "render", None)
+
+
+def trial_frames(
+    policy: Policy,
+    params: Params,
+    task: Task,
+    index: int = 0,
+    split: str = "test",
+    seed: int = 0,
+    max_steps: int | None = None,
+) -> list[np.ndarray]:
+    """Pictures uint8 ``[H, W, 3]`` of every state of a trial, with step and return underneath.
+
+    The strip is green after a positive reward and red after a negative one. ``max_steps`` cuts
+    the trial.
+    """
+    render = renderer(task)
+    if render is None:
+        raise errors.UserError(
+            f"task {type(task).__module__}: has no function render(state, p, b, scale), so there "
+            "is nothing to draw; choose a task that has one (harlow, maze) or write it"
+        )
+    if max_steps is not None:
+        errors.positive_int("max_steps", max_steps, example=100)
+    trial = run_trial(policy, params, task, index, split, seed)
+    total = np.concatenate([[0.0], np.cumsum(trial.rewards)])
+    rewards = np.concatenate([[0.0], trial.rewards])
+    last = len(trial.states) if max_steps is None else max_steps + 1
+    return [
+        _captioned(render(state, 0, 0, _SCALE), f"step {t}   return {total[t]:.1f}", rewards[t])
+        for t, state in enumerate(trial.states[:last])
+    ]
+
+
+def _captioned(picture: np.ndarray, text: str, reward: float) -> np.ndarray:
+    from PIL import Image, ImageDraw, ImageFont
+
+    colour = (30, 130, 60) if reward > 0 else (200, 60, 40) if reward < 0 else (245, 245, 245)
+    strip = Image.new("RGB", (picture.shape[1], _STRIP), colour)
+    draw = ImageDraw.Draw(strip)
+    sign = f"   {reward:+.3g}" if reward else ""
+    ink = (255, 255, 255) if reward else (40, 40, 40)
+    draw.text((6, 4), text + sign, fill=ink, font=ImageFont.load_default(13))
+    return np.concatenate([picture, np.asarray(strip)], axis=0)
+
+
+def _images(frames: Sequence[np.ndarray]) -> list[Image]:
+    """Frames with one common palette, so that unchanged pixels cost nothing."""
+    from PIL import Image
+
+    if not frames:
+        raise errors.UserError("no frames to write; give at least one")
+    pixels = np.concatenate([frame.reshape(-1, 3) for frame in frames]).astype(np.int32)
+    packed = np.unique(pixels @ np.array([1 << 16, 1 << 8, 1], dtype=np.int32))
+    distinct = np.stack([packed >> 16, packed >> 8 & 255, packed & 255], axis=-1)[None]
+    palette = Image.fromarray(distinct.astype(np.uint8)).quantize(
+        _GIF_COLOURS, dither=Image.Dither.NONE
+    )
+    none = Image.Dither.NONE
+    return [Image.fromarray(f).quantize(palette=palette, dither=none) for f in frames]
+
+
+def write_gif(frames: Sequence[np.ndarray], path: Path, fps: float = 8.0) -> Path:
+    """Write frames uint8 ``[H, W, 3]`` as an endless GIF of at most 300 kB; returns its path.
+
+    ``fps`` is in frames per second. Where the file would be larger, every second frame is left
+    out (as often as needed) and the others are shown longer.
+    """
+    errors.finite_positive("fps", fps, example=8)
+    images = _images(frames)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    every = 1
+    while True:
+        kept = images[::every]
+        # GIF counts in hundredths of a second.
+        duration = max(10 * round(100 * every / fps), 20)
+        durations = [duration] * (len(kept) - 1) + [max(1500, duration)]
+        kept[0].save(
+            path, save_all=True, append_images=kept[1:], duration=durations, loop=0, optimize=False
+        )
+        if path.stat().st_size <= _GIF_BYTES or every >= len(images):
+            return path
+        every *= 2
+
+
+def write_png(frame: np.ndarray, path: Path) -> Path:
+    """Write one frame uint8 ``[H, W, 3]`` as a PNG; returns its path."""
+    from PIL import Image
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(frame).save(path, format="PNG", optimize=True)
+    return path

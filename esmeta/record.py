@@ -1,0 +1,392 @@
+"""The run directory: resolved configuration, metrics, checkpoints, theta, and how to go on.
+
+    config.toml           every option, defaults written out
+    metrics.jsonl         one line per logged step
+    tensorboard/          the same numbers as events, if wanted
+    checkpoint/           current.ckpt and previous.ckpt
+    theta.safetensors     what was learned, written at the end
+    run.json              versions, hardware, time, steps, hash of theta
+
+A checkpoint is framed by a format version and a SHA-256, written beside the old one and renamed,
+so that a kill at any moment leaves one that loads.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+import tomllib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+
+from esmeta import config as configuration
+from esmeta.comm import decode, encode
+from esmeta.config import Config
+from esmeta.errors import UserError
+from esmeta.tree import theta_sha256
+from esmeta.types import Params
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Where a run was after ``step``: theta ``[1, ...]``, the caller's payload, seconds so far."""
+
+    step: int
+    theta: Params
+    payload: dict[str, Any]
+    seconds: float
+    digest: bytes
+    config_toml: str
+
+
+# --- reading and writing files -----------------------------------------------------------------
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _write_beside(path: Path, data: bytes) -> Path:
+    """Write and sync a temporary file in the folder of ``path``."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    return temporary
+
+
+def _replace(path: Path, data: bytes) -> None:
+    os.replace(_write_beside(path, data), path)
+    _sync_folder(path.parent)
+
+
+def _read_checkpoint(path: Path) -> Checkpoint:
+    saved = decode(path.read_bytes())
+    return Checkpoint(**{name: saved[name] for name in Checkpoint.__dataclass_fields__})
+
+
+def _newest(run_dir: Path) -> tuple[Checkpoint | None, str]:
+    """The newest readable checkpoint and the name of its file."""
+    folder = run_dir / "checkpoint"
+    troubles = []
+    for name in ("current.ckpt", "previous.ckpt"):
+        try:
+            checkpoint = _read_checkpoint(folder / name)
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError, KeyError, RuntimeError, UnpicklingError) as error:
+            troubles.append(f"{folder / name}: {error}")
+            continue
+        if troubles:
+            text = f"{troubles[0]}; going on from {name}, step {checkpoint.step}"
+            print(f"esmeta: warning: {text}", file=sys.stderr)
+        return checkpoint, name
+    if troubles:
+        raise UserError(
+            f"no checkpoint can be read: {'; '.join(troubles)}; restore one of these files from a "
+            "backup, or start again with another --out"
+        )
+    return None, ""
+
+
+def load_checkpoint(run_dir: Path | str) -> Checkpoint | None:
+    """The newest checkpoint that can be read; None if none was ever written."""
+    return _newest(Path(run_dir))[0]
+
+
+def save_theta(path: Path | str, params: Params, meta: Mapping[str, str]) -> None:
+    """Write parameters ``[1, ...]`` and text about them as one safetensors file."""
+    from safetensors.torch import save
+
+    plain = {name: leaf.detach().cpu().contiguous().clone() for name, leaf in params.items()}
+    # The file sorts leaves by dtype and name; the flat vector and its hash need the tree's order.
+    _replace(Path(path), save(plain, {**meta, "leaves": json.dumps(list(plain))}))
+
+
+def load_theta(path: Path | str) -> tuple[Params, dict[str, str]]:
+    """Parameters ``[1, ...]`` and their text from a file, or from a run directory."""
+    from safetensors import SafetensorError, safe_open
+
+    file = Path(path) / "theta.safetensors" if Path(path).is_dir() else Path(path)
+    try:
+        with safe_open(file, framework="pt") as opened:
+            meta = dict(opened.metadata() or {})
+            names = json.loads(meta.pop("leaves", "null")) or list(opened.keys())
+            return {name: opened.get_tensor(name) for name in names}, meta
+    except FileNotFoundError:
+        raise UserError(f"{file} does not exist; give the directory of a finished run") from None
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(
+            f"{file} cannot be read ({error}); give a run's theta.safetensors"
+        ) from error
+
+
+def read_config(run_dir: Path | str) -> Config:
+    """The configuration a run was made with."""
+    return configuration.resolve(configuration.load(Path(run_dir) / "config.toml"))
+
+
+def read_metrics(run_dir: Path | str) -> list[dict[str, Any]]:
+    """All lines of ``metrics.jsonl`` in order; a line cut off by a kill is left out."""
+    records = []
+    try:
+        text = (Path(run_dir) / "metrics.jsonl").read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return []
+    for line in text.splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
+            records.append(record)
+    return records
+
+
+# --- facts about a run -----------------------------------------------------------------------
+
+
+def _git_commit() -> str | None:
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(root), *words]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip()
+
+    try:
+        commit = git("rev-parse", "--verify", "--quiet", "HEAD")
+        dirty = bool(git("status", "--porcelain", "--untracked-files=no"))
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return commit + ("+changes" if dirty else "") if commit else None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return getattr(sys.modules.get(package), "__version__", None)
+
+
+def _without_folders(argument: str) -> str:
+    """Paths shortened to their last part: run.json is made to be shown to others."""
+    head, equals, tail = argument.rpartition("=")
+    return f"{head}{equals}{Path(tail).name}" if os.path.isabs(tail) else argument
+
+
+def environment(device: str) -> dict[str, Any]:
+    """Versions and hardware, without the names of machines, people or folders."""
+    packages = ["torch", "numpy", "esmeta", *(["evotorch"] if "evotorch" in sys.modules else [])]
+    on_gpu = device.startswith("cuda") and torch.cuda.is_available()
+    return {
+        "versions": {"python": platform.python_version()}
+        | {package: _version(package) for package in packages},
+        "commit": _git_commit(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "cpus": os.cpu_count(),
+        "gpu": torch.cuda.get_device_name(device) if on_gpu else None,
+        "command": [_without_folders(argument) for argument in sys.argv[1:]],
+    }
+
+
+# --- writers ---------------------------------------------------------------------------------
+
+
+def _plain_number(value: Any) -> Any:
+    """Numbers of any library as JSON has them; what is not finite becomes null."""
+    value = value.item() if hasattr(value, "item") else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _check_finite(theta: Params, step: int) -> None:
+    bad = [name for name, leaf in theta.items() if not bool(torch.isfinite(leaf).all())]
+    if bad:
+        raise UserError(
+            f"theta is not finite after step {step} (in {', '.join(bad)}) and was not saved; the "
+            "last checkpoint is good: start anew with a smaller optimizer.learning_rate"
+        )
+
+
+def _differences(ours: str, theirs: str) -> str:
+    """The keys in which two resolved configurations differ, with both values."""
+    flat = [
+        {
+            f"{section}.{key}": value
+            for section, table in tomllib.loads(text).items()
+            for key, value in table.items()
+            if section != "budget" and key not in configuration.NOT_IN_DIGEST
+        }
+        for text in (ours, theirs)
+    ]
+    keys = [k for k in flat[0] | flat[1] if flat[0].get(k) != flat[1].get(k)]
+    return "; ".join(f"{k} = {flat[1].get(k)!r} there, {flat[0].get(k)!r} here" for k in keys)
+
+
+class RunDir:
+    """Writer of one run directory, for rank 0. ``resumed`` is the checkpoint to go on from."""
+
+    def __init__(self, path: Path, config: Config, resumed: Checkpoint | None, good: bool) -> None:
+        self.path = path
+        self.resumed = resumed
+        self._config = config
+        # Whether current.ckpt may become previous.ckpt: a damaged one must not.
+        self._current_is_good = good
+        self._start = time.monotonic() - (resumed.seconds if resumed else 0.0)
+        self._metrics = open(path / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
+        self._events = self._open_events() if config.run.tensorboard else None
+
+    @classmethod
+    def create(cls, path: Path | str, config: Config, *, resume: bool = False) -> RunDir:
+        """A new run directory, or with ``resume`` an old one, cut back to its last checkpoint."""
+        path = Path(path)
+        try:
+            if not resume and path.exists() and (not path.is_dir() or any(path.iterdir())):
+                raise UserError(f"{path} exists; pass --resume to go on, or another --out")
+            if resume and not (path / "config.toml").exists():
+                raise UserError(f"{path} is not a run to go on with; leave out --resume")
+            resumed, source = _newest(path) if resume else (None, "")
+            if resumed and resumed.digest != configuration.digest(config):
+                keys = _differences(configuration.to_toml(config), resumed.config_toml)
+                raise UserError(
+                    f"{path} was made with another configuration: {keys}; pass the "
+                    "same values, or another --out"
+                )
+            (path / "checkpoint").mkdir(parents=True, exist_ok=True)
+            _replace(path / "config.toml", configuration.to_toml(config).encode())
+            last = resumed.step if resumed else -1
+            kept = [json.dumps(r) + "\n" for r in read_metrics(path) if r["step"] <= last]
+            _replace(path / "metrics.jsonl", "".join(kept).encode())
+            run = cls(path, config, resumed, source == "current.ckpt")
+            run._write_summary({"stopped_by": None, "steps": max(last, 0)})
+            return run
+        except OSError as error:
+            reason = error.strerror or error
+            raise UserError(f"{path} cannot be written ({reason}); give another --out") from error
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of this run so far, earlier parts included."""
+        return time.monotonic() - self._start
+
+    def log(self, step: int, numbers: Mapping[str, Any]) -> None:
+        """Append one line to the metrics, and the same numbers to the events."""
+        plain = {name: _plain_number(value) for name, value in numbers.items()}
+        with self._disk("metrics.jsonl"):
+            self._metrics.write(json.dumps({"step": step, **plain}, allow_nan=False) + "\n")
+            self._metrics.flush()
+        if self._events is not None:
+            for name, value in plain.items():
+                if isinstance(value, int | float):
+                    self._events.add_scalar(name, value, step)
+
+    def save_checkpoint(self, step: int, theta: Params, payload: Mapping[str, Any]) -> None:
+        """Write the state after ``step``; the checkpoint before it stays as ``previous.ckpt``."""
+        _check_finite(theta, step)
+        block = encode(
+            {
+                "step": step,
+                "theta": theta,
+                "payload": dict(payload),
+                "seconds": self.seconds,
+                "digest": configuration.digest(self._config),
+                "config_toml": configuration.to_toml(self._config),
+            }
+        )
+        current = self.path / "checkpoint" / "current.ckpt"
+        with self._disk("checkpoint/current.ckpt"):
+            temporary = _write_beside(current, block)
+            if self._current_is_good:
+                os.replace(current, current.with_name("previous.ckpt"))
+            os.replace(temporary, current)
+            _sync_folder(current.parent)
+        self._current_is_good = True
+
+    def finish(
+        self, step: int, theta: Params, *, env_steps: int, ranks: int, stopped_by: str
+    ) -> None:
+        """Write theta and the summary of the whole run, and close all files."""
+        _check_finite(theta, step)
+        meta = {"theta_sha256": theta_sha256(theta), "step": str(step)}
+        with self._disk("theta.safetensors"):
+            save_theta(self.path / "theta.safetensors", theta, meta)
+        facts = {"stopped_by": stopped_by, "steps": step, "env_steps": env_steps, "ranks": ranks}
+        self._write_summary({**facts, "theta_sha256": meta["theta_sha256"]})
+        self.close()
+
+    def close(self) -> None:
+        """Close all files; to be called once, also when the run fails."""
+        self._metrics.close()
+        if self._events is not None:
+            self._events.close()
+
+    def _write_summary(self, facts: Mapping[str, Any]) -> None:
+        run = self._config.run
+        timing = {"seconds": round(self.seconds, 3), "threads": run.threads}
+        text = json.dumps({**facts, **timing, **environment(run.device)}, indent=2) + "\n"
+        with self._disk("run.json"):
+            _replace(self.path / "run.json", text.encode())
+
+    def _open_events(self) -> Any:
+        try:
+            # Slow to import, so only where it is wanted.
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            print(f"esmeta: warning: no TensorBoard events: {error}", file=sys.stderr)
+            return None
+        purge = self.resumed.step + 1 if self.resumed else None
+        return SummaryWriter(str(self.path / "tensorboard"), purge_step=purge)
+
+    @contextmanager
+    def _disk(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"{self.path / name} cannot be written ({error.strerror or error}); the last "
+                "checkpoint is intact: make room, then go on with --resume"
+            ) from error
+
+
+class NullRun:
+    """The run directory of every rank but 0: nothing is written."""
+
+    path = None
+    resumed: Checkpoint | None = None
+    seconds = 0.0
+
+    def log(self, step: int, numbers: Mapping[str, Any]) -> None:
+        """Nothing."""
+
+    def save_checkpoint(self, step: int, theta: Params, payload: Mapping[str, Any]) -> None:
+        """Nothing."""
+
+    def finish(
+        self, step: int, theta: Params, *, env_steps: int, ranks: int, stopped_by: str
+    ) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
