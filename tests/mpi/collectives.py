@@ -1,0 +1,96 @@
+"""Every collective against values that any rank can compute by itself. Run under mpirun."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+import time
+
+import torch
+
+from esmeta.comm import MPIComm, install_excepthook, local_rank, make_comm, share
+
+
+def check_gather(comm: MPIComm) -> None:
+    for counts, width in (([3, 0, 5, 2][: comm.size], 4), ([0] * comm.size, 2)):
+        start = sum(counts[: comm.rank])
+        everything = torch.arange(sum(counts) * width, dtype=torch.float64).reshape(-1, width)
+        everything[::3] = float("nan")
+        local = everything[start : start + counts[comm.rank]]
+        got = comm.gather_rows(local, counts)
+        assert got.shape == everything.shape and torch.equal(
+            got.view(torch.int64), everything.view(torch.int64)
+        ), got
+
+
+def check_sums(comm: MPIComm) -> None:
+    big = torch.tensor([2**62 // comm.size, -comm.rank, comm.rank], dtype=torch.int64)
+    total = comm.size * (comm.size - 1) // 2
+    expected = [2**62 // comm.size * comm.size, -total, total]
+    assert comm.sum_exact(big).tolist() == expected
+    assert comm.sum_exact(torch.tensor(comm.rank)).item() == total
+    assert comm.sum_exact(torch.ones(2, 3, 4, dtype=torch.int64)[:, 1]).eq(comm.size).all()
+    for dtype in (torch.float32, torch.float64):
+        rows = torch.randn(4, 1000, generator=torch.Generator().manual_seed(1), dtype=dtype)
+        rows *= torch.tensor([1e8, 1.0, -1e8, 1e-3], dtype=dtype)[:, None]
+        expected_sum = rows[0].clone()
+        for row in rows[1 : comm.size]:
+            expected_sum += row
+        got = comm.sum_ordered(rows[comm.rank].requires_grad_(dtype == torch.float32))
+        assert torch.equal(got, expected_sum) and not got.requires_grad
+
+
+def check_bcast_and_same(comm: MPIComm) -> None:
+    for value in (
+        torch.arange(6, dtype=torch.float32).reshape(2, 3).T,
+        torch.tensor(3, dtype=torch.int64),
+        torch.tensor([True, False]),
+        torch.arange(5, dtype=torch.uint8),
+        torch.empty(0),
+    ):
+        mine = value if comm.rank == 0 else torch.zeros_like(value)
+        before = mine.clone()
+        got = comm.bcast(mine)
+        assert torch.equal(got, value) and got.dtype == value.dtype
+        assert torch.equal(mine, before), "bcast must not write into its argument"
+    digest = hashlib.sha256(b"x").digest()
+    assert comm.same(digest) and comm.same(b"short") and comm.same(digest + bytes([comm.rank]))
+    last = comm.size - 1
+    assert not comm.same(digest if comm.rank < last else hashlib.sha256(b"y").digest())
+    assert not comm.same(digest if comm.rank < last else digest[:31] + b"\0")
+
+
+def check_share(comm: MPIComm) -> None:
+    payload = {"theta": torch.arange(1000.0), "bytes": b"\x00\xff", "none": None, "n": 2**63}
+    got = share(comm, payload if comm.rank == 0 else {"ignored": 1})
+    assert got is not None and torch.equal(got.pop("theta"), payload["theta"])
+    assert got == {"bytes": b"\x00\xff", "none": None, "n": 2**63}
+    assert share(comm, None if comm.rank == 0 else {"ignored": 1}) is None
+
+
+def latency(comm: MPIComm) -> float:
+    comm.barrier()
+    times = []
+    for _ in range(200):
+        start = time.perf_counter()
+        comm.sum_exact(torch.ones(8, dtype=torch.int64))
+        times.append(time.perf_counter() - start)
+    return sorted(times)[100]
+
+
+def main() -> None:
+    comm = make_comm(timeout_s=20)
+    install_excepthook(comm)
+    assert isinstance(comm, MPIComm) and comm.size == int(sys.argv[1])
+    assert local_rank() == comm.rank
+    check_gather(comm)
+    check_sums(comm)
+    check_bcast_and_same(comm)
+    check_share(comm)
+    median = latency(comm)
+    comm.barrier()
+    if comm.rank == 0:
+        print(f"ok {comm.size} median {1e6 * median:.0f} us")
+
+
+main()

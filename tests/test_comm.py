@@ -1,0 +1,222 @@
+"""Communicators: one process here, several under mpirun with the scripts in tests/mpi."""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from esmeta import comm as comm_module
+from esmeta.comm import SelfComm, launched_ranks, local_rank, make_comm
+from esmeta.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+_BESIDE = Path(sys.executable).parent / "mpirun"
+MPIRUN = str(_BESIDE) if _BESIDE.exists() else shutil.which("mpirun")
+needs_mpirun = pytest.mark.skipif(
+    MPIRUN is None, reason="no mpirun beside python or on PATH; pip install mpich"
+)
+
+
+def clean_env() -> dict[str, str]:
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("PMI", "OMPI", "SLURM"))}
+    return env | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+def mpirun(ranks: int, script: str, *arguments: str) -> tuple[int, str, str, float]:
+    command = [str(MPIRUN), "-n", str(ranks), sys.executable, str(ROOT / "tests/mpi" / script)]
+    start = time.monotonic()
+    done = subprocess.run(
+        [*command, *arguments], capture_output=True, text=True, timeout=60, env=clean_env()
+    )
+    return done.returncode, done.stdout, done.stderr, time.monotonic() - start
+
+
+@pytest.mark.mpi
+@needs_mpirun
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_collectives(ranks: int) -> None:
+    code, out, err, _ = mpirun(ranks, "collectives.py", str(ranks))
+    assert code == 0, err
+    assert out.startswith(f"ok {ranks} "), out
+
+
+@pytest.mark.mpi
+@needs_mpirun
+def test_an_exception_on_one_rank_ends_the_job_at_once() -> None:
+    code, out, err, seconds = mpirun(3, "failure.py", "raise", "60")
+    assert code == comm_module.EXIT_EXCEPTION and "finished" not in out
+    assert "rank 2: exception at generation 12" in err
+    assert "RuntimeError: a bug on one rank" in err and "failure.py" in err
+    assert seconds < 20
+
+
+@pytest.mark.mpi
+@needs_mpirun
+@pytest.mark.parametrize("mode", ["hang", "exit"])
+def test_a_rank_that_does_not_come_is_a_timeout(mode: str) -> None:
+    code, out, err, seconds = mpirun(2, "failure.py", mode, "2")
+    assert code == comm_module.EXIT_EXCEPTION and "finished" not in out
+    assert "TimeoutError: rank 0 of 2: gather_rows waited 2 s" in err
+    assert "at generation 12" in err
+    assert seconds < 20
+
+
+@pytest.mark.mpi
+@needs_mpirun
+def test_a_killed_rank_ends_the_job() -> None:
+    code, out, _, seconds = mpirun(2, "failure.py", "kill", "5")
+    assert code != 0 and "finished" not in out and seconds < 20
+
+
+@pytest.mark.mpi
+@needs_mpirun
+def test_abort_says_why_and_sets_the_exit_code() -> None:
+    code, _, err, _ = mpirun(2, "failure.py", "abort", "60")
+    assert code == 7 and "esmeta: rank 1: enough" in err
+
+
+@pytest.mark.mpi
+@needs_mpirun
+def test_the_same_user_error_everywhere_is_one_line() -> None:
+    code, _, err, _ = mpirun(3, "failure.py", "user-error-everywhere", "60")
+    assert code == comm_module.EXIT_USER_ERROR
+    line = "esmeta: error: run.seed = -1: must be an integer >= 0; write for example 0"
+    assert err.strip() == line
+
+
+@pytest.mark.mpi
+@needs_mpirun
+@pytest.mark.parametrize(
+    ("mode", "message"),
+    [("user-error-on-first", "only at the root"), ("user-error-on-last", "only here")],
+)
+def test_a_user_error_on_one_rank_ends_the_job(mode: str, message: str) -> None:
+    code, out, err, seconds = mpirun(2, "failure.py", mode, "60")
+    assert code == comm_module.EXIT_USER_ERROR and "finished" not in out
+    assert f"error: {message}" in err and "Traceback" not in err and seconds < 20
+
+
+def test_one_process_exits_with_the_same_codes() -> None:
+    script = str(ROOT / "tests/mpi/failure.py")
+    for mode, code, message in (
+        ("user-error-on-first", 2, "esmeta: error: only at the root\n"),
+        ("raise", 3, "RuntimeError: a bug on one rank"),
+    ):
+        done = subprocess.run(
+            [sys.executable, script, mode, "1"], capture_output=True, text=True, env=clean_env()
+        )
+        assert done.returncode == code and message in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("env", "ranks"),
+    [
+        ({}, 1),
+        ({"PMI_SIZE": "4", "PMI_RANK": "0"}, 4),
+        ({"PMI_SIZE": "1", "PMI_RANK": "0"}, 1),
+        ({"OMPI_COMM_WORLD_SIZE": "3", "PMIX_RANK": "2"}, 3),
+        ({"MV2_COMM_WORLD_SIZE": "2"}, 2),
+        ({"SLURM_NTASKS": "8"}, 1),  # a batch script, not a rank
+        ({"SLURM_NTASKS": "8", "PMIX_RANK": "3"}, 8),
+        ({"SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "2", "PMI_RANK": "1"}, 2),
+        ({"PMIX_RANK": "0"}, 0),
+        ({"PMI_SIZE": "many"}, 1),
+    ],
+)
+def test_launched_ranks(env: dict[str, str], ranks: int) -> None:
+    assert launched_ranks(env) == ranks
+
+
+def test_local_rank() -> None:
+    assert local_rank({}) == 0
+    assert local_rank({"MPI_LOCALRANKID": "3"}) == 3
+    assert local_rank({"OMPI_COMM_WORLD_LOCAL_RANK": "2", "SLURM_LOCALID": "1"}) == 2
+    assert local_rank({"SLURM_LOCALID": "1"}) == 1
+
+
+def test_one_process_needs_no_mpi4py() -> None:
+    code = (
+        "import sys; sys.modules['mpi4py'] = None\n"
+        "from esmeta.comm import make_comm, SelfComm\n"
+        "assert isinstance(make_comm(), SelfComm)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, env=clean_env())
+
+
+def test_a_launcher_without_mpi4py_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PMI_SIZE", "2")
+    monkeypatch.setitem(sys.modules, "mpi4py", None)
+    with pytest.raises(UserError, match="pip install mpi4py"):
+        make_comm()
+
+
+@pytest.mark.parametrize(("size_seen", "launched", "fails"), [(1, "2", True), (2, "2", False)])
+def test_a_launcher_of_another_mpi_is_refused(
+    monkeypatch: pytest.MonkeyPatch, size_seen: int, launched: str, fails: bool
+) -> None:
+    class Fake:
+        size = size_seen
+
+        def __init__(self, timeout_s: float) -> None: ...
+
+        def library(self) -> str:
+            return "Some MPI 1.0"
+
+    monkeypatch.setenv("PMI_SIZE", launched)
+    monkeypatch.setattr(comm_module, "MPIComm", Fake)
+    if fails:
+        with pytest.raises(UserError, match=r"started 2 ranks.*Some MPI 1\.0.*sees 1"):
+            make_comm()
+    else:
+        assert isinstance(make_comm(), Fake)
+
+
+def test_the_last_words_are_read_before_the_job_is_aborted() -> None:
+    reader, writer = os.pipe()
+    read_at: list[float] = []
+
+    def read_late() -> None:
+        time.sleep(0.3)
+        os.read(reader, 100)
+        read_at.append(time.monotonic())
+
+    with os.fdopen(writer, "w") as stream:
+        print("why", file=stream, flush=True)
+        thread = threading.Thread(target=read_late)
+        thread.start()
+        comm_module.wait_until_read(stream, 20.0)
+        waited_until = time.monotonic()
+        thread.join()
+        assert waited_until >= read_at[0]
+        print("nobody reads this", file=stream, flush=True)
+        start = time.monotonic()
+        comm_module.wait_until_read(stream, 0.1)
+        assert 0.1 <= time.monotonic() - start < 10
+    os.close(reader)
+    comm_module.wait_until_read(io.StringIO(), 20.0)
+
+
+def test_self_comm_is_the_identity(capsys: pytest.CaptureFixture[str]) -> None:
+    comm = SelfComm()
+    rows = torch.ones(3, 2, dtype=torch.float64)
+    assert torch.equal(comm.gather_rows(rows, [3]), rows)
+    assert comm.sum_exact(torch.tensor([3])).item() == 3
+    assert torch.equal(comm.sum_ordered(rows), rows) and torch.equal(comm.bcast(rows), rows)
+    assert comm.same(b"x") and (comm.rank, comm.size) == (0, 1)
+    comm.barrier()
+    with pytest.raises(AssertionError, match="counts"):
+        comm.gather_rows(rows, [2])
+    with pytest.raises(AssertionError, match="int64"):
+        comm.sum_exact(rows)
+    with pytest.raises(SystemExit) as caught:
+        comm.abort(4, "over")
+    assert caught.value.code == 4 and "over" in capsys.readouterr().err

@@ -1,0 +1,375 @@
+"""EvoTorch's searchers behind the optimizer contract, and the public evotorch_problem."""
+
+import math
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from test_openes import (
+    Objective,
+    RankComm,
+    digest,
+    ellipsoid,
+    failing,
+    flat_theta,
+    on_ranks,
+    run,
+    same_saved,
+    solo,
+    sphere,
+    start,
+)
+from torch import Tensor
+
+from esmeta.optimizers import _evotorch, cem, cmaes, pgpe, snes, xnes
+from esmeta.rng import Rng
+from esmeta.types import Fitness
+
+torch.set_num_threads(1)
+
+# popsize 50 is not a multiple of 3 or 4 ranks; sigma and rates suit a start one unit away.
+MAKE: dict[str, Callable[..., Any]] = {
+    "pgpe": lambda **o: pgpe.Optimizer(**{"popsize": 50, "sigma": 0.1, "learning_rate": 0.05} | o),
+    "pgpe-clipup": lambda **o: pgpe.Optimizer(
+        **{"popsize": 50, "sigma": 0.1, "optimizer": "clipup"} | o
+    ),
+    "snes": lambda **o: snes.Optimizer(**{"popsize": 50, "sigma": 0.3} | o),
+    "cem": lambda **o: cem.Optimizer(**{"popsize": 50, "sigma": 0.5, "stdev_max_change": 0.05} | o),
+    "xnes": lambda **o: xnes.Optimizer(**{"popsize": 50, "sigma": 0.3} | o),
+    "cmaes": lambda **o: cmaes.Optimizer(**{"popsize": 50, "sigma": 0.3} | o),
+    "sepcmaes": lambda **o: cmaes.Optimizer(**{"popsize": 50, "sigma": 0.3, "separable": True} | o),
+}
+MODULES = (pgpe, snes, cem, xnes, cmaes)
+every = pytest.mark.parametrize("make", list(MAKE.values()), ids=list(MAKE))
+
+
+@every
+@pytest.mark.parametrize("value", [sphere, ellipsoid])
+def test_reaches_the_optimum(make: Callable[..., Any], value: Callable[[Tensor], Tensor]) -> None:
+    optimizer = make()
+    begin = value(torch.zeros(1, 10, dtype=torch.float64)).item()
+    state, _ = run(optimizer, Objective(value), start(10), 250)
+    end = value(flat_theta(optimizer, state).double()[None]).item()
+    # ClipUp's steps have a fixed length and hover around the optimum.
+    assert end > begin * (0.01 if make is MAKE["pgpe-clipup"] else 1e-3)
+
+
+@every
+@pytest.mark.parametrize("constant", [0.25, math.nan])
+def test_flat_generations_change_nothing(make: Callable[..., Any], constant: float) -> None:
+    optimizer = make()
+    moved, _ = run(optimizer, Objective(sphere), start(6), 3)
+    before = optimizer.state_dict(moved)
+    nothing = Objective(lambda x: torch.full((len(x),), constant, dtype=torch.float64))
+    state, log = run(optimizer, nothing, {}, 100, state=moved)
+    after = optimizer.state_dict(state)
+    assert after.pop("generation") == 103 and before.pop("generation") == 3
+    assert same_saved(before, after)
+    assert all(m["flat"] == 1.0 and m["update_norm"] == 0.0 for m in log)
+
+
+@every
+def test_nan_is_as_bad_as_minus_1e30(make: Callable[..., Any]) -> None:
+    ends = []
+    for bad in (math.nan, -1e30):
+        optimizer = make()
+        state, _ = run(optimizer, Objective(failing(bad)), start(10), 60)
+        ends.append(sphere(flat_theta(optimizer, state).double()[None]).item())
+    assert ends[0] == pytest.approx(ends[1], rel=0.02)
+
+
+@every
+def test_200_generations_of_random_failures_stay_finite(make: Callable[..., Any]) -> None:
+    draws = np.random.Generator(np.random.PCG64(0))
+
+    def value(x: Tensor) -> Tensor:
+        bad = torch.tensor([math.nan, math.inf, -math.inf, 0.0, 1.0], dtype=torch.float64)
+        return bad[torch.from_numpy(draws.integers(0, 5, len(x)))]
+
+    optimizer = make(popsize=8, sigma=0.01)
+    state, _ = run(optimizer, Objective(value), start(4), 200)
+    assert torch.isfinite(flat_theta(optimizer, state)).all()
+
+
+@every
+def test_same_bits_for_any_number_of_ranks(make: Callable[..., Any]) -> None:
+    hashes = set()
+    for size in (1, 2, 3, 4):
+        objectives = [Objective(sphere) for _ in range(size)]
+
+        def work(comm: RankComm, objectives: list[Objective] = objectives) -> tuple[Any, ...]:
+            optimizer = make()
+            state, log = run(optimizer, objectives[comm.rank], start(7), 8, comm)
+            return digest(optimizer, state), log[-1]["env_steps"], log[-1]["resync"]
+
+        results = on_ranks(size, work)
+        assert len(set(results)) == 1 and results[0][1:] == (50 * 15.0, 0.0)
+        assert sum(o.rows for o in objectives) == 8 * 50
+        hashes |= {r[0] for r in results}
+    assert len(hashes) == 1
+
+
+def test_fewer_members_than_ranks() -> None:
+    def work(comm: RankComm) -> str:
+        optimizer = snes.Optimizer(popsize=2)
+        return digest(optimizer, run(optimizer, Objective(sphere), start(5), 4, comm)[0])
+
+    assert set(on_ranks(4, work)) == set(on_ranks(1, work))
+
+
+@every
+def test_a_rank_that_drifted_is_brought_back(make: Callable[..., Any]) -> None:
+    def work(comm: RankComm) -> tuple[list[float], str]:
+        optimizer = make()
+        state = optimizer.init(start(5), Rng(0))
+        if comm.rank == 1:
+            state.tensors["center"][0] += 1e-3
+        state, log = run(optimizer, Objective(sphere), {}, 3, comm, state=state)
+        return [m["resync"] for m in log], digest(optimizer, state)
+
+    (log, hash_0), (_, hash_1) = on_ranks(2, work)
+    assert log == [1.0, 0.0, 0.0] and hash_0 == hash_1
+
+
+@every
+def test_resume_is_exact_and_small(make: Callable[..., Any]) -> None:
+    optimizer = make()
+    whole, _ = run(optimizer, Objective(sphere), start(9), 12)
+    half, _ = run(optimizer, Objective(sphere), start(9), 6)
+    saved = optimizer.state_dict(half)
+    run(optimizer, Objective(sphere), {}, 3, state=half)  # must not write to what was saved
+    loaded = make().load_state_dict(saved, start(9))
+    resumed, _ = run(make(), Objective(sphere), {}, 6, state=loaded)
+    assert same_saved(optimizer.state_dict(resumed), optimizer.state_dict(whole))
+    assert all(isinstance(v, Tensor | int) for v in saved.values())
+    assert all(v.numel() <= 81 for v in saved.values() if isinstance(v, Tensor))
+
+
+@every
+def test_a_state_can_be_stepped_twice(make: Callable[..., Any]) -> None:
+    optimizer = make()
+    state, _ = run(optimizer, Objective(sphere), start(6), 4)
+    once, _ = optimizer.step(state, Objective(sphere), solo(), Rng(0))
+    again, _ = optimizer.step(state, Objective(sphere), solo(), Rng(0))
+    assert same_saved(optimizer.state_dict(once), optimizer.state_dict(again))
+
+
+@every
+def test_global_generators_are_neither_read_nor_moved(make: Callable[..., Any]) -> None:
+    hashes = set()
+    for poison in (1, 2):
+        optimizer = make()
+        torch.manual_seed(poison)
+        np.random.seed(poison)
+        before = torch.get_rng_state(), np.random.get_state()[1]
+        hashes.add(digest(optimizer, run(optimizer, Objective(sphere), start(5), 5)[0]))
+        assert torch.equal(torch.get_rng_state(), before[0])
+        assert (np.random.get_state()[1] == before[1]).all()
+    assert len(hashes) == 1
+
+
+# --- against EvoTorch itself ----------------------------------------------------------------
+
+
+def native(name: str, problem: Any, center: Tensor) -> Any:
+    from evotorch.algorithms import CEM, CMAES, PGPE, SNES, XNES
+
+    kw: dict[str, Any] = {"popsize": 50, "center_init": center}
+    clipup = {"optimizer": "clipup"} if name.endswith("clipup") else {"optimizer": "adam"}
+    makers = {
+        "pgpe": lambda: PGPE(
+            problem,
+            **kw,
+            **clipup,
+            stdev_init=0.1,
+            stdev_learning_rate=0.1,
+            center_learning_rate=0.02 if "clipup" in name else 0.05,
+        ),
+        "snes": lambda: SNES(problem, **kw, stdev_init=0.3),
+        "cem": lambda: CEM(
+            problem, **kw, stdev_init=0.5, parenthood_ratio=0.5, stdev_max_change=0.05
+        ),
+        "xnes": lambda: XNES(problem, **kw, stdev_init=0.3),
+        "cmaes": lambda: CMAES(problem, **kw, stdev_init=0.3),
+        "sepcmaes": lambda: CMAES(problem, **kw, stdev_init=0.3, separable=True),
+    }
+    return makers[name.split("-")[0]]()
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_matches_evotorch_where_nothing_fails(name: str) -> None:
+    optimizer, center = MAKE[name](), torch.zeros(10)
+    state, _ = run(optimizer, Objective(sphere), start(10), 10)
+
+    problem = _evotorch.new_problem(10)
+    search = native(name, problem, center)
+    lazy = "cma" not in name  # the Gaussian family updates at the start of its next step
+    for generation in range(10 + lazy):
+        problem.manual_seed(Rng(0).fold("evotorch", generation).key % 2**63)
+        problem.bind(Objective(sphere).fitness, generation, solo(), problem.watch)
+        search.step()
+    want = search.status["center"].as_subclass(Tensor)
+    assert torch.allclose(flat_theta(optimizer, state), want, rtol=1e-5, atol=1e-5)
+
+
+def test_cem_ties_at_the_border_share_the_parents() -> None:
+    # 2 of 8 succeed and 4 are parents: the 6 failures weigh 1/3 each, whatever their order.
+    seen: list[Tensor] = []
+
+    def value(x: Tensor) -> Tensor:
+        seen.append(x)
+        return torch.tensor([0, 0, 1, 0, 0, 0, 1, 0], dtype=torch.float64)
+
+    optimizer = cem.Optimizer(popsize=8)
+    state, _ = run(optimizer, Objective(value), start(3), 1)
+    share = torch.tensor([1 / 3, 1 / 3, 1, 1 / 3, 1 / 3, 1 / 3, 1, 1 / 3], dtype=torch.float64)
+    assert torch.allclose(flat_theta(optimizer, state).double(), share @ seen[0] / 4, atol=1e-6)
+
+
+def test_clipup_survives_a_zero_gradient() -> None:
+    # A mirrored pair that ties has no centre gradient; here no pair has one, but pairs differ.
+    optimizer = pgpe.Optimizer(popsize=4, optimizer="clipup")
+    even = Objective(lambda x: (x**2).sum(dim=1))
+    state, log = run(optimizer, even, start(3), 1)
+    assert log[0]["flat"] == 0.0 and torch.isfinite(flat_theta(optimizer, state)).all()
+
+
+def test_evotorch_is_imported_by_its_searchers_only() -> None:
+    code = (
+        "import sys; from esmeta.optimizers import cem, cmaes, openes, pgpe, snes, xnes, _evotorch;"
+        "pgpe.Optimizer(); sys.exit('evotorch' in sys.modules or 'ray' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# --- options --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("cls", "options", "words"),
+    [
+        *[(m.Optimizer, {"popsize": 1}, "popsize = 1.*even") for m in MODULES],
+        *[(m.Optimizer, {"popsize": 9}, "popsize = 9.*even") for m in MODULES],
+        *[(m.Optimizer, {"sigma": 0.0}, "sigma = 0.0.*> 0") for m in MODULES],
+        (pgpe.Optimizer, {"learning_rate": math.nan}, "learning_rate = nan"),
+        (pgpe.Optimizer, {"stdev_max_change": 1.0}, "stdev_max_change = 1.0.*below 1"),
+        (pgpe.Optimizer, {"optimizer": "clipupp"}, "optimizer = 'clipupp'.*'clipup'"),
+        (snes.Optimizer, {"learning_rate": 0.0}, "learning_rate = 0.0"),
+        (snes.Optimizer, {"shaping": "rank"}, "shaping = 'rank'"),
+        (xnes.Optimizer, {"learning_rate": math.inf}, "learning_rate = inf"),
+        (cem.Optimizer, {"parenthood_ratio": 1.5}, "parenthood_ratio = 1.5.*at most 1"),
+        (cem.Optimizer, {"popsize": 2}, "parenthood_ratio = 0.5.*at least 2 parents of 2"),
+        (cem.Optimizer, {"stdev_min": -1.0}, "stdev_min = -1.0"),
+        (cmaes.Optimizer, {"separable": "yes"}, "separable = 'yes'"),
+    ],
+)
+def test_bad_options_are_refused(cls: Any, options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        cls(**options)
+
+
+def test_full_matrices_are_refused_for_large_policies() -> None:
+    with pytest.raises(ValueError, match="xnes: the policy has 1501.*snes"):
+        xnes.Optimizer().init(start(1501), Rng(0))
+    with pytest.raises(ValueError, match="cmaes: the policy has 1501.*separable = true"):
+        cmaes.Optimizer(separable=False).init(start(1501), Rng(0))
+    state = cmaes.Optimizer(popsize=4).init(start(1501), Rng(0))
+    assert state.tensors["covariance"].shape == (1501,)
+
+
+def test_diverging_search_raises_and_names_the_generation() -> None:
+    optimizer = xnes.Optimizer(popsize=4, learning_rate=1e4)
+    with pytest.raises(FloatingPointError, match="generation [0-9]+"):
+        run(optimizer, Objective(sphere), start(4), 50)
+
+
+# --- the public problem ---------------------------------------------------------------------
+
+
+class FakePolicy:
+    def init(self, seed: int = 0, population: int = 1) -> dict[str, Tensor]:
+        draw = torch.Generator().manual_seed(seed)
+        return {"w": torch.randn(population, 6, generator=draw) * 0.01 + 5.0}
+
+
+class FakeEvaluator:
+    """The sphere with an offset per task; remembers which tasks were asked for."""
+
+    size, trials = 6, 4
+
+    def __init__(self, nan_above: float = math.inf) -> None:
+        self.policy = FakePolicy()
+        self.asked: list[list[int]] = []
+        self.nan_above = nan_above
+
+    def __call__(
+        self, params: Tensor, seed: int = 0, split: str = "train", index: Tensor | None = None
+    ) -> Fitness:
+        assert type(params) is Tensor and params.dtype == torch.float32 and index is not None
+        self.asked.append(index.tolist())
+        value = sphere(params.double())
+        value = torch.where(value > self.nan_above, math.nan, value).unsqueeze(1)
+        returns = value + 0.1 * index.double()
+        return Fitness(returns, torch.ones(returns.shape, dtype=torch.int64))
+
+
+def problem_run(comm: RankComm | None, generations: int = 5) -> tuple[Tensor, Any]:
+    from evotorch.algorithms import PGPE
+
+    evaluator = FakeEvaluator()
+    problem = _evotorch.evotorch_problem(evaluator, comm, seed=3)  # type: ignore[arg-type]
+    search = PGPE(
+        problem, popsize=10, center_learning_rate=0.1, stdev_learning_rate=0.1, stdev_init=0.1
+    )
+    search.run(generations)
+    return search.status["center"].as_subclass(Tensor).clone(), evaluator
+
+
+def test_problem_gives_each_batch_fresh_tasks() -> None:
+    center, evaluator = problem_run(None, 3)
+    assert evaluator.asked == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
+    assert (center - 5).abs().max() < 1.0  # it started at the policy's own init
+
+
+def test_problem_is_the_same_on_any_number_of_ranks() -> None:
+    alone, _ = problem_run(None)
+    for size in (2, 3):
+        assert all(torch.equal(c, alone) for c, _ in on_ranks(size, problem_run))
+
+
+def test_problem_reports_failures_below_the_worst() -> None:
+    from evotorch import SolutionBatch
+
+    problem = _evotorch.evotorch_problem(FakeEvaluator(nan_above=-1.0))  # type: ignore[arg-type]
+    batch = SolutionBatch(problem, popsize=3, empty=True)
+    rows = torch.stack([torch.linspace(-1, 1, 6), torch.zeros(6), torch.ones(6)])
+    batch.set_values(rows)
+    problem.evaluate(batch)
+    evals = batch.evals[:, 0].as_subclass(Tensor)
+    plain = sphere(rows.double()) + 0.15
+    assert torch.allclose(evals[1:], plain[1:])
+    assert evals[0] == evals[1:].min() - (evals[1:].max() - evals[1:].min())
+
+
+def test_problem_pickles_without_its_communicator() -> None:
+    from esmeta.optimizers._evotorch_problem import PopulationProblem, below_worst
+
+    problem = PopulationProblem(_score, 4, seed=0, comm=solo())
+    copy = pickle.loads(pickle.dumps(problem))
+    assert copy._comm is None and copy.solution_length == 4
+    assert below_worst(torch.tensor([math.nan, math.inf]).double()).tolist() == [0.0, 0.0]
+    assert below_worst(torch.tensor([2.0, math.nan]).double()).tolist() == [2.0, 1.0]
+
+
+def _score(values: Tensor, generation: int) -> Fitness:
+    return Objective(sphere).fitness(values, generation)
+
+
+def test_problem_refuses_a_bad_seed() -> None:
+    with pytest.raises(ValueError, match="seed = -1"):
+        _evotorch.evotorch_problem(FakeEvaluator(), seed=-1)  # type: ignore[arg-type]

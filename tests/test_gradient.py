@@ -1,0 +1,719 @@
+"""A2C and PPO: exact ratios, gradients against naive loops, masks, ranks; and they learn."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from esmeta import rollout as loop
+from esmeta.comm import SelfComm
+from esmeta.errors import UserError
+from esmeta.evaluate import summary
+from esmeta.objectives.return_ import ReturnObjective
+from esmeta.optimizers import _gradient as pg
+from esmeta.optimizers import a2c, openes, ppo
+from esmeta.policy import Policy, make_policy
+from esmeta.policy import _heads as heads
+from esmeta.rng import Rng
+from esmeta.tasks import make_task
+from esmeta.tree import ravel
+from esmeta.types import Continuous, Params, Reference, Spec, Task, Tasks, TimeStep
+
+# --- a task with continuous actions and trials of different lengths ----------------------------
+
+
+class _PointState(NamedTuple):
+    x: Tensor
+    goal: Tensor
+    time: Tensor
+    over: Tensor
+
+
+@dataclass(frozen=True)
+class Point:
+    """Walk on a line to a goal; the trial terminates within 0.3 of it, else is truncated."""
+
+    horizon: int = 12
+
+    @property
+    def spec(self) -> Spec:
+        return Spec(obs_size=2, action=Continuous(2), horizon=self.horizon)
+
+    @property
+    def reference(self) -> Reference:
+        return Reference(random=-10.0, best=0.0, note="")
+
+    def sample(self, batch: int | Tensor, split: str, rng: Rng) -> Tasks:
+        index = (torch.arange(batch) if isinstance(batch, int) else batch).unsqueeze(0)
+        return Tasks(index, {"goal": 2 * rng.fold(split).uniform(index, 1)[..., 0].float() - 1})
+
+    def make_env(self, device: torch.device | str) -> Point:
+        return self
+
+    def reset(self, tasks: Tasks, rng: Rng, population: int = 1) -> tuple[_PointState, TimeStep]:
+        goal = tasks.data["goal"].expand(population, -1)
+        no = torch.zeros_like(goal, dtype=torch.bool)
+        state = _PointState(torch.zeros_like(goal), goal, torch.zeros(()), no)
+        zero = torch.zeros(*goal.shape, 2)
+        return state, TimeStep(zero, zero, torch.zeros_like(goal), no, no, ~no, ~no)
+
+    def step(self, state: _PointState, action: Tensor) -> tuple[_PointState, TimeStep]:
+        moved = 0.5 * action.float().clamp(-1, 1).sum(-1)
+        x = torch.where(state.over, state.x, state.x + moved)
+        time = state.time + 1
+        distance = (x - state.goal).abs()
+        terminated = (distance < 0.3) & ~state.over
+        truncated = (time >= self.horizon) & ~state.over & ~terminated
+        over = state.over | terminated | truncated
+        reward = torch.where(state.over, 0.0, -distance)
+        obs = torch.stack([x, distance], dim=-1)
+        ts = TimeStep(obs, action.float(), reward, terminated, truncated, over, over)
+        return _PointState(x, state.goal, time, over), ts
+
+    def metrics(self, state: _PointState) -> dict[str, Tensor]:
+        return {"distance": (state.x - state.goal).abs()}
+
+
+# --- ranks as threads ----------------------------------------------------------------------
+
+
+class ThreadComm:
+    """One rank of several threads, with the semantics of the sums that gradients use."""
+
+    def __init__(self, rank: int, slots: list[Any], barrier: threading.Barrier) -> None:
+        self.rank, self.size, self.slots, self.barrier = rank, len(slots), slots, barrier
+
+    def sum_ordered(self, value: Tensor) -> Tensor:
+        self.slots[self.rank] = value
+        self.barrier.wait(60)
+        values = list(self.slots)
+        self.barrier.wait(60)
+        assert all(v.shape == value.shape and v.dtype == value.dtype for v in values)
+        total = values[0].clone()
+        for other in values[1:]:
+            total += other
+        return total
+
+
+def on_ranks(size: int, work: Callable[[Any], Any]) -> list[Any]:
+    """Results of ``work(comm)`` on every rank; the first exception is raised."""
+    slots: list[Any] = [None] * size
+    barrier = threading.Barrier(size)
+    results: list[Any] = [None] * size
+    failures: list[BaseException] = []
+
+    def main(rank: int) -> None:
+        try:
+            results[rank] = work(ThreadComm(rank, slots, barrier))
+        except BaseException as error:
+            failures.append(error)
+            barrier.abort()
+
+    threads = [threading.Thread(target=main, args=(rank,)) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failures:
+        raise min(failures, key=lambda e: isinstance(e, threading.BrokenBarrierError))
+    return results
+
+
+# --- fixtures of all tests -------------------------------------------------------------------
+
+MEMORIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "learned": ("metods", {"w0": "learned", "variant": "linear", "alpha_std": 0.3, "w0_std": 0.3}),
+    "sampled": ("metods", {"w0": "sampled", "depth": 3, "alpha_std": 0.3, "w0_std": 0.3}),
+    "gru": ("rl2", {}),
+    "lstm": ("lstm", {}),
+    "none": ("mlp", {}),
+}
+POINT_HEADS: dict[str, dict[str, Any]] = {
+    "fixed": {"std": "fixed", "std_value": 0.5},
+    "learned": {"std": "learned", "std_value": 0.5},
+    "state": {"std": "state", "extra": "time"},
+}
+
+
+def setup(
+    memory: str = "learned",
+    task: Task | None = None,
+    trials: int = 7,
+    double: bool = False,
+    neurons: int = 6,
+    **options: Any,
+) -> tuple[ReturnObjective, Params]:
+    """An objective and a theta far from its initial value."""
+    task = make_task("harlow", horizon=30, presentations=1) if task is None else task
+    name, more = MEMORIES[memory]
+    small: dict[str, Any] = {"neurons": neurons, "hidden": (6,), "head_hidden": 5}
+    policy = make_policy(name, task.spec, value=True, **(small | more | options))
+    draw = torch.Generator().manual_seed(1)
+    theta = {}
+    for leaf, value in policy.init(2).items():
+        value = value + 0.2 * torch.randn(value.shape, generator=draw)
+        theta[leaf] = value.double() if double else value
+    return ReturnObjective(policy, task, trials=trials, seed=3, device="cpu"), theta
+
+
+class Spy:
+    """Notes what goes through gradient_step and into Adam."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.batches: list[pg.Batch] = []
+        self.sums: list[list[float]] = []
+        self.gradients: list[Tensor] = []
+        self.rates: list[float] = []
+        gradient_step, adam = pg.gradient_step, pg._adam
+
+        def noted_step(config: Any, state: Any, policy: Any, batch: pg.Batch, *rest: Any) -> Any:
+            self.batches.append(batch)
+            sums, norm = gradient_step(config, state, policy, batch, *rest)
+            self.sums.append(sums.tolist())
+            return sums, norm
+
+        def noted_adam(state: Any, gradient: Tensor, rate: float, eps: float) -> None:
+            self.gradients.append(gradient.clone())
+            self.rates.append(rate)
+            adam(state, gradient, rate, eps)
+
+        monkeypatch.setattr(pg, "gradient_step", noted_step)
+        monkeypatch.setattr(pg, "_adam", noted_adam)
+
+
+@pytest.fixture
+def spy(monkeypatch: pytest.MonkeyPatch) -> Spy:
+    return Spy(monkeypatch)
+
+
+def run(
+    optimizer: Any, objective: ReturnObjective, theta: Params, updates: int = 1, comm: Any = None
+) -> tuple[pg.GradientState, list[dict[str, float]]]:
+    state = optimizer.init(theta, Rng(0))
+    log = []
+    for _ in range(updates):
+        state, metrics = optimizer.step(state, objective, comm or SelfComm(), Rng(0))
+        log.append(metrics)
+    return state, log
+
+
+# --- the ratio is exactly 1 --------------------------------------------------------------------
+
+
+def cases() -> list[Any]:
+    out = [pytest.param(m, None, {}, id=f"{m}-discrete") for m in MEMORIES]
+    for memory in MEMORIES:
+        out += [
+            pytest.param(memory, Point(), h, id=f"{memory}-{n}") for n, h in POINT_HEADS.items()
+        ]
+    return out
+
+
+@pytest.mark.parametrize(("memory", "task", "options"), cases())
+def test_a_recording_is_re_evaluated_to_the_bit(
+    memory: str, task: Task | None, options: dict[str, Any], spy: Spy
+) -> None:
+    objective, theta = setup(memory, task, trials=11, **options)
+    recorded, _, _ = objective.trajectories(theta, 0)
+    assert not recorded.active.all(), "trials must end at different times for this to say much"
+    policy = objective.policy
+    out, _ = policy.unroll(theta, pg._restart(policy, theta, recorded.start), recorded.ts)
+    active = recorded.active
+    for name, a, b in zip(out._fields, out, recorded.out, strict=True):
+        if b is not None:
+            assert a is not None
+            shape = (*active.shape, *b.shape[3:])
+            assert torch.equal(a.expand(shape)[active], b.expand(shape)[active]), name
+    old = heads.log_prob(recorded.out, recorded.action)
+    assert torch.equal(heads.log_prob(out, recorded.action)[active], old[active])
+    for minibatches in (1, 4):
+        spy.sums.clear()
+        run(ppo.Optimizer(minibatches=minibatches, epochs=2, learning_rate=0.01), objective, theta)
+        assert len(spy.sums) == 2 * minibatches
+        assert spy.sums[0][3] == 0.0 and spy.sums[0][4] == 0.0
+        assert all(sums[3] > 0.0 for sums in spy.sums[1:])
+
+
+def test_ppo_clips_and_stops() -> None:
+    objective, theta = setup("gru", trials=8)
+    far = ppo.Optimizer(minibatches=1, epochs=6, learning_rate=0.3, clip=0.05)
+    _, (metrics,) = run(far, objective, theta)
+    assert metrics["clip_fraction"] > 0.2 and metrics["kl"] > 0.01
+    stopped = ppo.Optimizer(minibatches=2, epochs=6, learning_rate=0.3, target_kl=0.01)
+    state, _ = run(stopped, objective, theta)
+    assert state.adam_steps == 2
+    free, _ = run(ppo.Optimizer(minibatches=2, epochs=6, learning_rate=0.3), objective, theta)
+    assert free.adam_steps == 12
+
+
+def test_ppo_loss_by_hand() -> None:
+    optimizer = ppo.Optimizer(clip=0.2, value_coef=0.5)
+    log_prob = torch.zeros(4, 1, 1)
+    chance = torch.tensor([0.5, 0.5, 0.5, 0.5])
+    ratio = torch.tensor([1.5, 1.5, 0.5, 1.1])
+    advantage = torch.tensor([1.0, -1.0, -1.0, 2.0]).view(4, 1, 1)
+    p = chance * ratio
+    logits = torch.stack([p.log(), (1 - p).log()], dim=-1).view(4, 1, 1, 2)
+    out = loop.PolicyOut(logits, None, None, torch.tensor([1.0, 2, 3, 4]).view(4, 1, 1))
+    active = torch.tensor([1.0, 1, 1, 1]).view(4, 1, 1)
+    batch = pg.Batch(
+        {},
+        None,  # type: ignore[arg-type]
+        torch.zeros(4, 1, 1, dtype=torch.int64),
+        log_prob + chance.log().view(4, 1, 1),
+        torch.zeros(4, 1, 1),
+        advantage,
+        torch.tensor([0.0, 2, 4, 4]).view(4, 1, 1),
+        active,
+    )
+    loss, sums = optimizer._loss(batch, out, 4.0, 0.1)
+    gain = 1.2 * 1 + 1.5 * -1 + 0.8 * -1 + 1.1 * 2  # min of the clipped and the free
+    entropy = float(-(p * p.log() + (1 - p) * (1 - p).log()).sum())
+    value = 1.0 + 0 + 1 + 0
+    assert float(loss) == pytest.approx((-gain + 0.5 * value - 0.1 * entropy) / 4, rel=1e-5)
+    kl = float((ratio - 1 - ratio.log()).sum())
+    assert sums.tolist() == pytest.approx([-gain, value, entropy, kl, 3.0], rel=1e-5)
+
+
+# --- the gradient ------------------------------------------------------------------------------
+
+
+def naive_loss(
+    policy: Policy, theta: Params, recorded: loop.Trajectory, index: Tensor, c: a2c.Optimizer
+) -> Tensor:
+    """The A2C loss, trial by trial and step by step, advantages by their definition."""
+    total = torch.zeros((), dtype=torch.float64)
+    steps = 0
+    bound = policy.bind(theta)
+    for b in range(recorded.reward.shape[2]):
+        length = int(recorded.active[:, 0, b].sum())
+        rewards = [float(r) * c.reward_scale for r in recorded.reward[:length, 0, b]]
+        values = [float(v) for v in recorded.out.value[:length, 0, b]]  # type: ignore[index]
+        start = Rng(3).fold("trials", "train")
+        state = policy.initial_state(theta, 1, start, index[:, b : b + 1])
+        for t in range(length):
+            advantage, weight = 0.0, 1.0
+            for s in range(t, length):
+                following = values[s + 1] if s + 1 < length else 0.0
+                advantage += weight * (rewards[s] + c.gamma * following - values[s])
+                weight *= c.gamma * c.gae_lambda
+            ts = TimeStep(*(leaf[t, :, b : b + 1] for leaf in recorded.ts))
+            out, state = policy.step_bound(bound, state, ts, t)
+            action = recorded.action[t, :, b : b + 1]
+            log_prob, entropy = heads.log_prob(out, action), heads.entropy(out)
+            assert out.value is not None
+            error = (advantage + values[t] - out.value) ** 2
+            term = -log_prob * advantage + c.value_coef * error - c.entropy_coef * entropy
+            total = total + term.sum()
+            steps += 1
+    return total / steps
+
+
+GRADIENT_CASES = [
+    ("learned", None, {}),
+    ("sampled", None, {}),
+    ("gru", None, {}),
+    ("lstm", Point(8), POINT_HEADS["state"]),
+    ("learned", Point(8), POINT_HEADS["learned"]),
+]
+
+
+@pytest.mark.parametrize(("memory", "task", "options"), GRADIENT_CASES)
+def test_a2c_gradient_is_that_of_a_naive_loop(
+    memory: str, task: Task | None, options: dict[str, Any], spy: Spy
+) -> None:
+    task = task or make_task("harlow", horizon=14, presentations=1, cells=7)
+    objective, theta = setup(memory, task, trials=3, double=True, neurons=4, **options)
+    config = a2c.Optimizer(
+        max_grad_norm=0.0,
+        gamma=0.9,
+        gae_lambda=0.8,
+        value_coef=0.3,
+        entropy_coef=0.2,
+        reward_scale=0.5,
+    )
+    recorded, _, _ = objective.trajectories(theta, 0)
+    assert not recorded.active.all()
+    _, (metrics,) = run(config, objective, theta)
+    (got,) = spy.gradients
+    assert got.dtype == torch.float64
+    index = torch.arange(3).unsqueeze(0)
+
+    def loss(params: Params) -> Tensor:
+        return naive_loss(objective.policy, params, recorded, index, config)
+
+    leaves = {k: v.clone().requires_grad_() for k, v in theta.items()}
+    grads = torch.autograd.grad(loss(leaves), list(leaves.values()))
+    want = torch.cat([g.reshape(-1) for g in grads])
+    assert torch.allclose(got, want, rtol=1e-8, atol=1e-11)
+    assert metrics["gradient_norm"] == pytest.approx(float(want.norm()), rel=1e-9)
+    draw = torch.Generator().manual_seed(5)
+    for _ in range(2):
+        direction = {
+            k: torch.randn(v.shape, generator=draw, dtype=torch.float64) for k, v in theta.items()
+        }
+        h = 1e-5
+        up = loss({k: v + h * direction[k] for k, v in theta.items()})
+        down = loss({k: v - h * direction[k] for k, v in theta.items()})
+        slope = float(ravel(direction)[0] @ got)
+        assert float(up - down) / (2 * h) == pytest.approx(slope, rel=1e-5, abs=1e-8)
+
+
+@pytest.mark.parametrize("optimizer", [a2c.Optimizer(), ppo.Optimizer(minibatches=1, epochs=1)])
+def test_every_leaf_receives_gradient(optimizer: Any, spy: Spy) -> None:
+    objective, theta = setup("learned", trials=6)
+    run(optimizer, objective, theta)
+    start = 0
+    flat = spy.gradients[0]
+    for name, leaf in theta.items():
+        part = flat[start : start + leaf.numel()].reshape(leaf.shape[1:])
+        start += leaf.numel()
+        assert float(part.abs().max()) > 1e-7, name
+        if name in ("memory.kappa", "memory.beta"):
+            assert float(part[0, 2]) == 0.0, "an entry l > s is dead"
+            assert (part[0, :2] != 0).any() and (part[1] != 0).any(), name
+        if name == "memory.W0":
+            assert (part != 0).all()
+    assert start == flat.numel()
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        a2c.Optimizer(bootstrap=True),
+        ppo.Optimizer(minibatches=2, epochs=2),
+        a2c.Optimizer(normalize_advantage=True),
+    ],
+)
+@pytest.mark.parametrize("memory", ["learned", "lstm", "none"])
+def test_steps_after_a_trial_have_no_influence(
+    memory: str, optimizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    objective, theta = setup(memory, Point(), trials=9, std="state")
+    clean, log = run(optimizer, objective, theta)
+    plain = ReturnObjective.trajectories
+
+    def poisoned(self: ReturnObjective, *args: Any) -> Any:
+        recorded, last, metrics = plain(self, *args)
+        dead = ~recorded.active
+        assert dead.any()
+        ts = recorded.ts
+        obs = torch.where(dead.unsqueeze(-1), 50.0, ts.obs)
+        reward = torch.where(dead, -30.0, ts.reward)
+        ended_early = dead[-1] | (recorded.terminated & recorded.active).any(0)
+        value = torch.where(dead, 1e3, recorded.out.value)  # type: ignore[arg-type]
+        changed = loop.Trajectory(
+            recorded.start,
+            ts._replace(
+                obs=obs,
+                reward=reward,
+                prev_action=torch.where(dead.unsqueeze(-1), 9.0, ts.prev_action),
+            ),
+            torch.where(dead.unsqueeze(-1), 5.0, recorded.action),
+            recorded.out._replace(value=value),
+            torch.where(dead, 1e4, recorded.reward),
+            recorded.terminated,
+            recorded.truncated,
+            recorded.ended,
+            recorded.active,
+        )
+        sums = float(recorded.reward.sum() - changed.reward.sum())
+        assert sums != 0.0
+        return changed, torch.where(ended_early, 1e5, last), metrics
+
+    monkeypatch.setattr(ReturnObjective, "trajectories", poisoned)
+    dirty, dirty_log = run(optimizer, objective, theta)
+    assert torch.equal(clean.theta, dirty.theta)
+    for name in ("policy_loss", "value_loss", "entropy", "gradient_norm"):
+        assert log[0][name] == dirty_log[0][name], name
+
+
+def batch_of(
+    objective: ReturnObjective, theta: Params, comm: Any = None, **options: Any
+) -> pg.Batch:
+    config = a2c.Optimizer(**options)
+    state = config.init(theta, Rng(0))
+    return pg.collect(config, state, objective, comm or SelfComm())[0]
+
+
+def test_horizon_terminates_or_bootstraps() -> None:
+    objective, theta = setup("gru", Point(), trials=12)
+    recorded, last, _ = objective.trajectories(theta, 0)
+    cut = recorded.ended & recorded.truncated
+    done = recorded.ended & recorded.terminated
+    assert cut[-1].any() and done.any() and not cut[:-1].any()
+    value, reward = recorded.out.value, recorded.reward
+    assert value is not None
+    plain = batch_of(objective, theta, gamma=0.9)
+    more = batch_of(objective, theta, gamma=0.9, bootstrap=True)
+    assert torch.allclose(plain.advantage[done], (reward - value)[done], atol=1e-6)
+    assert torch.allclose(more.advantage[done], plain.advantage[done])
+    assert torch.allclose(plain.advantage[cut], (reward - value)[cut], atol=1e-6)
+    expected = reward[-1] + 0.9 * last - value[-1]
+    assert torch.allclose(more.advantage[-1][cut[-1]], expected[cut[-1]], atol=1e-6)
+    assert (last[cut[-1]] != 0).all()
+    assert not plain.advantage[~recorded.active].any()
+    scaled = batch_of(objective, theta, reward_scale=3.0)
+    assert torch.allclose(scaled.advantage[done], (3 * reward - value)[done], atol=1e-5)
+
+
+def test_advantages_are_normalised_over_active_steps_of_all_ranks() -> None:
+    objective, theta = setup("gru", trials=7)
+
+    def work(comm: Any) -> tuple[Tensor, Tensor]:
+        batch = batch_of(objective, theta, comm, normalize_advantage=True)
+        return batch.advantage, batch.active
+
+    raw = batch_of(objective, theta)
+    for size in (1, 2, 3):
+        parts = on_ranks(size, work)
+        longest = max(len(a) for a, _ in parts)
+        padded = [torch.nn.functional.pad(a, (0, 0, 0, 0, 0, longest - len(a))) for a, _ in parts]
+        advantage = torch.cat(padded, dim=2)
+        kept = torch.cat([a[active > 0] for a, active in parts]).double()
+        assert float(kept.mean()) == pytest.approx(0, abs=1e-6)
+        assert float(kept.std(unbiased=False)) == pytest.approx(1, abs=1e-5)
+        mean, std = (
+            raw.advantage[raw.active > 0].double().mean(),
+            raw.advantage[raw.active > 0].double().std(unbiased=False),
+        )
+        expected = ((raw.advantage - mean) / std * raw.active).float()
+        assert torch.allclose(advantage, expected[:longest], atol=1e-5)
+
+
+# --- rates, clipping, Adam ---------------------------------------------------------------------
+
+
+def test_schedules() -> None:
+    common: dict[str, Any] = {"schedule_updates": 4, "learning_rate": 1.0}
+    linear = a2c.Optimizer(schedule="linear", **common)
+    assert [linear.at(k, 1.0, 0.2) for k in (0, 1, 2, 4, 9)] == pytest.approx(
+        [1, 0.8, 0.6, 0.2, 0.2]
+    )
+    cosine = a2c.Optimizer(schedule="cosine", **common)
+    half = 0.2 + 0.8 * 0.5 * (1 + math.cos(math.pi / 4))
+    assert [cosine.at(k, 1.0, 0.2) for k in (0, 1, 2, 4, 9)] == pytest.approx(
+        [1, half, 0.6, 0.2, 0.2]
+    )
+    assert a2c.Optimizer(**common).at(3, 1.0, 0.2) == 1.0
+
+
+def test_schedules_reach_the_step(spy: Spy, monkeypatch: pytest.MonkeyPatch) -> None:
+    objective, theta = setup("none", make_task("bandit", horizon=3))
+    seen = []
+    loss = a2c.Optimizer._loss
+    monkeypatch.setattr(
+        a2c.Optimizer, "_loss", lambda self, *a: seen.append(a[-1]) or loss(self, *a)
+    )
+    options: dict[str, Any] = {
+        "schedule": "linear",
+        "schedule_updates": 2,
+        "learning_rate": 0.01,
+        "learning_rate_final": 0.002,
+        "entropy_coef": 0.5,
+        "entropy_final": 0.1,
+    }
+    run(a2c.Optimizer(**options), objective, theta, 4)
+    assert spy.rates == pytest.approx([0.01, 0.006, 0.002, 0.002])
+    assert seen == pytest.approx([0.5, 0.3, 0.1, 0.1])
+    spy.rates.clear()
+    run(ppo.Optimizer(epochs=2, minibatches=1, **options), objective, theta, 2)
+    assert spy.rates == pytest.approx([0.01, 0.01, 0.006, 0.006])
+
+
+def test_gradients_are_clipped_to_a_norm(spy: Spy) -> None:
+    objective, theta = setup("gru")
+    norms = {}
+    for limit in (0.0, 1e-3, 1e6):
+        _, (metrics,) = run(a2c.Optimizer(max_grad_norm=limit), objective, theta)
+        norms[limit] = metrics["gradient_norm"]
+    free, tight, loose = spy.gradients
+    assert len(set(norms.values())) == 1 and norms[0.0] == pytest.approx(float(free.norm()))
+    assert float(tight.norm()) == pytest.approx(1e-3, rel=1e-2)
+    assert torch.allclose(tight / tight.norm(), free / free.norm(), atol=1e-6)
+    assert torch.equal(loose, free)
+
+
+def test_adam_equals_torch() -> None:
+    draw = torch.Generator().manual_seed(0)
+    theta = {"a": torch.randn(1, 30, generator=draw)}
+    state = pg.init_state(theta)
+    leaf = theta["a"][0].clone().requires_grad_()
+    adam = torch.optim.Adam([leaf], lr=0.01, eps=1e-5)
+    for _ in range(20):
+        gradient = torch.randn(30, generator=draw)
+        leaf.grad = gradient.clone()
+        adam.step()
+        pg._adam(state, gradient, 0.01, 1e-5)
+    assert torch.allclose(state.theta, leaf.detach(), rtol=0, atol=1e-6)
+
+
+def test_a_gradient_that_is_not_finite_is_said() -> None:
+    objective, theta = setup("gru")
+    theta["value.1.bias"] = torch.full_like(theta["value.1.bias"], math.inf)
+    with pytest.raises(FloatingPointError, match="update 0.*learning_rate"):
+        run(a2c.Optimizer(), objective, theta)
+
+
+# --- metrics, state, refusals --------------------------------------------------------------------
+
+
+def test_metrics_are_those_of_the_trials() -> None:
+    objective, theta = setup("gru", trials=7)
+    recorded, _, task_metrics = objective.trajectories(theta, 0)
+    for size in (1, 3):
+        logs = on_ranks(size, lambda c: run(a2c.Optimizer(), objective, theta, 1, c)[1])
+        for (metrics,) in logs:
+            assert metrics["env_steps"] == int(recorded.active.sum())
+            assert metrics["return_mean"] == pytest.approx(
+                float(recorded.reward.double().sum()) / 7, abs=1e-6
+            )
+            assert metrics["length"] == pytest.approx(task_metrics["length"], rel=1e-5)
+    learned, theta = setup("learned", trials=4)
+    _, (metrics,) = run(a2c.Optimizer(), learned, theta)
+    assert 0 < metrics["fast_weight_max"] < math.inf
+
+
+def test_every_update_has_tasks_of_its_own() -> None:
+    objective, theta = setup("gru", trials=5)
+    first, second = (objective.trajectories(theta, step)[0] for step in (0, 1))
+    assert first.ts.obs.shape != second.ts.obs.shape or not torch.equal(first.ts.obs, second.ts.obs)
+    whole = objective.trajectories(theta, 1)[0]
+    for rank in range(2):
+        part = objective.trajectories(theta, 1, rank, 2)[0]
+        low, high = 5 * rank // 2, 5 * (rank + 1) // 2
+        length = min(len(part.reward), len(whole.reward))
+        assert torch.equal(part.action[:length], whole.action[:length, :, low:high])
+
+
+@pytest.mark.parametrize("optimizer", [a2c.Optimizer(), ppo.Optimizer(minibatches=2, epochs=2)])
+def test_resume_is_exact(optimizer: Any) -> None:
+    objective, theta = setup("learned", trials=6)
+    whole, _ = run(optimizer, objective, theta, 4)
+    half, _ = run(optimizer, objective, theta, 2)
+    saved = optimizer.state_dict(half)
+    state = optimizer.load_state_dict(saved, theta)
+    for _ in range(2):
+        state, _ = optimizer.step(state, objective, SelfComm(), Rng(0))
+    assert torch.equal(state.theta, whole.theta)
+    assert torch.equal(ravel(optimizer.theta(state))[0], whole.theta)
+    assert state.update == 4
+
+
+RANKED = [
+    a2c.Optimizer(learning_rate=1e-3),
+    a2c.Optimizer(learning_rate=1e-3, normalize_advantage=True),
+    ppo.Optimizer(learning_rate=1e-3, minibatches=1, epochs=2),
+]
+
+
+@pytest.mark.parametrize("optimizer", RANKED, ids=["a2c", "a2c-normalised", "ppo"])
+@pytest.mark.parametrize("memory", ["sampled", "gru"])
+def test_ranks_take_the_same_steps_as_one(memory: str, optimizer: Any) -> None:
+    objective, theta = setup(memory, trials=7)
+    alone, _ = run(optimizer, objective, theta, 3)
+    moved = float((alone.theta - ravel(theta)[0]).abs().max())
+    assert moved > 1e-3
+    for size in (2, 3):
+        states = on_ranks(size, lambda comm: run(optimizer, objective, theta, 3, comm)[0])
+        for state in states:
+            assert torch.equal(state.theta, states[0].theta)
+        assert float((states[0].theta - alone.theta).abs().max()) < 1e-5
+
+
+def test_ppo_ranks_shuffle_by_themselves_and_agree() -> None:
+    objective, theta = setup("gru", trials=9)
+    optimizer = ppo.Optimizer(minibatches=2, epochs=2)
+    one, two = (s.theta for s in on_ranks(2, lambda c: run(optimizer, objective, theta, 2, c)[0]))
+    assert torch.equal(one, two)
+
+
+def test_what_cannot_be_trained_is_refused() -> None:
+    objective, theta = setup("gru", trials=3)
+    with pytest.raises(UserError, match="task.trials = 3.*4 ranks.*write at least"):
+        on_ranks(4, lambda comm: run(a2c.Optimizer(), objective, theta, 1, comm))
+    with pytest.raises(UserError, match="minibatches = 4.*3 trials.*write at most 3"):
+        run(ppo.Optimizer(minibatches=4), objective, theta)
+    without = {k: v for k, v in theta.items() if not k.startswith("value.")}
+    with pytest.raises(UserError, match="no value head.*value=True"):
+        run(a2c.Optimizer(), objective, without)
+
+
+@pytest.mark.parametrize(
+    ("cls", "options", "words"),
+    [
+        (a2c.Optimizer, {"learning_rate": math.nan}, "learning_rate = nan"),
+        (a2c.Optimizer, {"gamma": 1.1}, "gamma = 1.1.*0 and 1"),
+        (a2c.Optimizer, {"gae_lambda": -0.1}, "gae_lambda = -0.1"),
+        (a2c.Optimizer, {"max_grad_norm": -1.0}, "max_grad_norm = -1.0.*>= 0"),
+        (a2c.Optimizer, {"schedule_updates": 0}, "schedule_updates = 0"),
+        (ppo.Optimizer, {"clip": 0.0}, "clip = 0.0"),
+        (ppo.Optimizer, {"epochs": 0}, "epochs = 0"),
+        (ppo.Optimizer, {"minibatches": 0}, "minibatches = 0"),
+        (ppo.Optimizer, {"target_kl": -1.0}, "target_kl = -1.0"),
+    ],
+)
+def test_bad_options_are_refused(cls: Any, options: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        cls(**options)
+
+
+# --- learning ------------------------------------------------------------------------------------
+
+PLASTIC: dict[str, Any] = {"variant": "linear", "alpha_std": 0.2, "squash_embedding": True}
+PG: dict[str, Any] = {"gamma": 0.9, "gae_lambda": 1.0, "entropy_coef": 0.01}
+BY_PPO = ppo.Optimizer(learning_rate=5e-3, epochs=4, minibatches=2, **PG)
+BY_ES = openes.Optimizer(popsize=64, sigma=0.1, learning_rate=0.05)
+
+
+def learned(
+    name: str, options: dict[str, Any], task: Task, optimizer: Any, trials: int, steps: int
+) -> tuple[float, float]:
+    """Held-out return after training, and its standard error."""
+    shape: dict[str, Any] = {"neurons": 8, "hidden": (8,), "head_hidden": 8}
+    policy = make_policy(name, task.spec, value=optimizer.gradient, **(shape | options))
+    objective = ReturnObjective(policy, task, trials=trials, seed=0, device="cpu")
+    state = optimizer.init(policy.init(0), Rng(0))
+    for _ in range(steps):
+        state, _ = optimizer.step(state, objective, SelfComm(), Rng(0))
+    return summary(objective.heldout(optimizer.theta(state), 2000).returns.flatten())[:2]
+
+
+def one_step_of_memory(p: float, horizon: int) -> float:
+    """Win-stay, lose-shift: the best that last action and reward allow (test_task_bandit)."""
+    return 0.5 + (horizon - 1) * (p * p + (1 - p) ** 2)
+
+
+@pytest.mark.parametrize(
+    ("p", "horizon", "optimizer", "trials", "steps"),
+    [
+        (0.8, 20, BY_PPO, 64, 60),
+        (0.8, 20, BY_ES, 32, 75),
+        (0.9, 10, a2c.Optimizer(learning_rate=0.01, **PG), 64, 240),
+    ],
+    ids=["ppo", "openes", "a2c"],
+)
+def test_fast_weights_learn_to_remember(
+    p: float, horizon: int, optimizer: Any, trials: int, steps: int
+) -> None:
+    task = make_task("bandit", reward_probability=p, horizon=horizon)
+    options = PLASTIC | ({"alpha_std": 0.1} if isinstance(optimizer, pg.GradientConfig) else {})
+    mean, error = learned("metods", options, task, optimizer, trials, steps)
+    assert one_step_of_memory(p, horizon) + 4 * error < mean < task.reference.best + 3 * error
+
+
+@pytest.mark.parametrize(("optimizer", "steps"), [(BY_PPO, 60), (BY_ES, 75)], ids=["ppo", "openes"])
+def test_without_memory_nothing_more_than_the_last_step_is_learned(
+    optimizer: Any, steps: int
+) -> None:
+    task = make_task("bandit")
+    mean, error = learned("mlp", {}, task, optimizer, 32, steps)
+    bound = one_step_of_memory(0.8, 20)
+    assert 0.5 * (bound + 10.0) < mean < bound + 3 * error

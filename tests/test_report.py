@@ -1,0 +1,319 @@
+"""The report: numbers of its tables, its figures, and a page that needs nothing else."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import resource
+import signal
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import esmeta
+from esmeta import report, train
+from esmeta.analysis import groups, page, pictures, plots, series, sheets
+from esmeta.errors import UserError
+from esmeta.types import Reference
+
+TINY = ["task.trials=8", "task.horizon=30", "policy.neurons=6", "run.tensorboard=false"]
+TINY += ["run.evaluate_every=2", "run.evaluate_trials=16"]
+
+
+def make_run(out: Path, preset: str, *settings: str, seed: int = 0) -> Path:
+    words = [word for setting in [*TINY, *settings] for word in ("--set", setting)]
+    assert train.main([preset, "--seed", str(seed), "--out", str(out), *words]) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Two seeds of A2C and one run of evolution; training must leave this process as it was."""
+    root = tmp_path_factory.mktemp("runs")
+    handlers = {name: signal.getsignal(name) for name in (signal.SIGTERM, signal.SIGUSR1)}
+    hook = sys.excepthook
+    try:
+        yield [
+            make_run(root / "a2c-0", "harlow-a2c", "budget.updates=4"),
+            make_run(root / "a2c-1", "harlow-a2c", "budget.updates=4", seed=1),
+            make_run(
+                root / "es",
+                "harlow-openes",
+                "budget.generations=3",
+                "optimizer.popsize=8",
+            ),
+        ]
+    finally:
+        sys.excepthook = hook
+        for name, handler in handlers.items():
+            signal.signal(name, handler)
+
+
+@pytest.fixture(scope="module")
+def harlow(runs):
+    return esmeta.load(runs[0])
+
+
+def lines(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def reported(capsys, *args: object) -> str:
+    capsys.readouterr()
+    assert report.main([str(arg) for arg in args]) == 0
+    return capsys.readouterr().out
+
+
+# --- the report -------------------------------------------------------------------------------
+
+
+def test_table_holds_the_numbers_of_the_metrics(runs, tmp_path, capsys):
+    out = reported(capsys, *runs, "--out", tmp_path)
+    for run in runs:
+        last, scored = lines(run)[-1], [r for r in lines(run) if "heldout_return" in r][-1]
+        row = f"{scored['heldout_return']:.3f} ± {scored['heldout_se']:.3f}"
+        (found,) = [line for line in out.splitlines() if row in line and f"{last['step']} " in line]
+        assert f"{last['env_steps']:,}" in found and f"{last['seconds']:,.1f}" in found
+    scores = [lines(run)[-1]["heldout_return"] for run in runs[:2]]
+    error = statistics.stdev(scores) / math.sqrt(2)
+    (mean,) = [line for line in out.splitlines() if line.startswith("mean")]
+    assert f"{statistics.mean(scores):.3f} ± {error:.3f}" in mean
+    assert "harlow metods a2c" in out and "harlow metods openes" in out
+    assert "at equal budgets" in out
+    # The third run has 3 generations, evaluated at 0, 2 and, as every finished run, at the end.
+    assert "last evaluation" not in out
+
+
+def test_page_needs_nothing_but_itself(runs, tmp_path, capsys):
+    target = tmp_path / "deep" / "result.html"
+    reported(capsys, *runs, "--out", target, "--picture")
+    text = target.read_text(encoding="utf-8")
+    assert not re.search(r"https?:|file:|<script|<link|url\(", text)
+    sources = re.findall(r'<img[^>]*src="([^"]*)"', text)
+    assert len(sources) == 2 * 3 + 1  # per group: curve, trials, GIF; one comparison
+    for source in sources:
+        assert source.startswith(("data:image/png;base64,", "data:image/gif;base64,"))
+    assert str(tmp_path) not in text and str(runs[0].parent) not in text
+    for expected in (
+        "python -m esmeta.train",
+        "torch 2",
+        "[optimizer]",
+        "a2c-1, seed 1",
+        "popsize = 8",
+    ):
+        assert expected in text, expected
+    files = sorted(path.name for path in target.parent.iterdir())
+    assert "result-compare.png" in files and "result-curve-harlow-metods-a2c.png" in files
+    for path in target.parent.glob("*.png"):
+        Image.open(path).verify()
+        assert path.stat().st_size < 120_000, path.name
+    for path in target.parent.glob("*.gif"):
+        assert path.stat().st_size < 300_000
+        assert Image.open(path).n_frames > 5
+
+
+def test_one_run_reports_beside_itself(runs, capsys):
+    out = reported(capsys, runs[0])
+    assert f"page: {runs[0] / 'report' / 'report.html'}" in out
+    assert not (runs[0] / "report" / "compare.png").exists()
+
+
+def test_a_task_without_pictures_is_told(tmp_path, capsys):
+    run = make_run(
+        tmp_path / "bandit", "bandit-a2c", "task.horizon=5", "budget.updates=2", "policy.depth=1"
+    )
+    capsys.readouterr()
+    assert report.main([str(run), "--picture"]) == 0
+    assert "no picture of bandit" in capsys.readouterr().err
+
+
+def test_errors_exit_with_2(runs, tmp_path, capsys):
+    empty = tmp_path / "new"
+    empty.mkdir()
+    (empty / "config.toml").write_text((runs[0] / "config.toml").read_text())
+    (tmp_path / "file").write_text("")
+    cases = [
+        ([tmp_path / "nowhere"], "not a run directory"),
+        ([runs[0], tmp_path], "not a run directory"),
+        ([empty], "no metrics yet"),
+        ([runs[0], "--out", tmp_path / "file" / "x"], "give a directory"),
+    ]
+    for args, words in cases:
+        assert report.main([str(arg) for arg in args]) == 2
+        err = capsys.readouterr().err
+        assert err.startswith("esmeta: error: ") and words in err and err.count("\n") == 1
+
+
+def test_help_is_fast_and_flags_are_frozen(run_cli):
+    flags = {flag for action in report.parser()._actions for flag in action.option_strings}
+    assert flags == {"-h", "--help", "--out", "--picture"}
+    began = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = run_cli("--help", module="esmeta.report")
+    ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 0 and "--picture" in done.stdout
+    # Not wall time, which tells more about the machine's other work.
+    assert ended.ru_utime + ended.ru_stime - began.ru_utime - began.ru_stime < 1
+    code = "import sys, esmeta.report as r; r.parser().format_help(); "
+    code += "print({'torch', 'numpy', 'matplotlib', 'PIL'} & set(sys.modules))"
+    root = Path(report.__file__).parents[1]
+    found = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True
+    )
+    assert found.stdout.strip() == "set()"
+
+
+# --- groups and curves ------------------------------------------------------------------------
+
+
+def test_groups_differ_in_more_than_the_seed(runs, tmp_path):
+    found = groups.group_runs([*runs, runs[0]])
+    assert [[run.seed for run in group.runs] for group in found] == [[0, 1], [0]]
+    other = tmp_path / "other"
+    other.mkdir()
+    for name in ("metrics.jsonl", "config.toml", "run.json"):
+        (other / name).write_text((runs[0] / name).read_text())
+    text = (runs[0] / "config.toml").read_text()
+    (other / "config.toml").write_text(
+        re.sub("learning_rate = .*", "learning_rate = 0.5", text, count=1)
+    )
+    labels = [group.label for group in groups.group_runs([runs[0], other])]
+    assert labels[0] != labels[1] and labels[1].endswith("learning_rate=0.5")
+    # The same seed twice is told, because it is not a second sample.
+    twin = tmp_path / "twin"
+    twin.mkdir()
+    for name in ("metrics.jsonl", "config.toml"):
+        (twin / name).write_text((runs[0] / name).read_text())
+    (group,) = groups.group_runs([runs[0], twin])
+    remarks = " ".join(group.remarks())
+    assert "seed 0 occurs more than once" in remarks and "not finished" in remarks
+
+
+def test_equal_budget_is_where_the_shortest_run_ends():
+    rows = [
+        [{"step": k, "env_steps": x, "heldout_return": y} for k, (x, y) in enumerate(points)]
+        for points in ([(0, 0.0), (100, 10.0)], [(0, 0.0), (50, 1.0), (400, 8.0)])
+    ]
+    curves = [series.from_rows(r, "heldout_return", "env_steps") for r in rows]
+    assert series.common_end(curves) == 100
+    assert curves[1].at(100)[0] == pytest.approx(2.0)
+    mean = series.over_seeds(curves)
+    assert mean.x.tolist() == [0, 50, 100]
+    assert mean.y.tolist() == pytest.approx([0, 3, 6])
+    assert mean.se.tolist() == pytest.approx([0, 2, 4])
+
+
+def test_mean_se_leaves_out_nan():
+    assert groups.mean_se([1.0, math.nan, 3.0]) == pytest.approx((2.0, 1.0))
+    assert groups.mean_se([2.0])[0] == 2.0 and math.isnan(groups.mean_se([2.0])[1])
+    assert all(map(math.isnan, groups.mean_se([math.nan])))
+
+
+def test_curves_of_runs_that_logged_little(tmp_path):
+    """A picture is drawn whatever there is: train draws one at the end of every run."""
+    (tmp_path / "metrics.jsonl").write_text("")
+    out = plots.learning_curve([tmp_path], tmp_path / "a.png", Reference(math.nan, 1.0, ""))
+    Image.open(out).verify()
+    row = {"step": 0, "env_steps": 0, "seconds": 0.1, "heldout_return": 1.0, "heldout_x_1": None}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    Image.open(plots.learning_curve([tmp_path], out, Reference(0.0, 1.0, ""))).verify()
+    one = plots.compare({"a": [tmp_path], "b": []}, out, x="seconds")
+    both = Image.open(one).size[0]
+    assert Image.open(plots.compare({"a": [tmp_path]}, out)).size[0] > both
+
+
+def test_page_escapes_what_it_is_given():
+    text = page.page("<t>", [page.table([["a"], ["<b>"]]), page.folded("x", "1 < 2 & 3")])
+    assert "<b>" not in text and "&lt;b&gt;" in text and "1 &lt; 2 &amp; 3" in text
+
+
+# --- pictures ---------------------------------------------------------------------------------
+
+
+def test_the_trial_shown_is_the_trial_scored(harlow):
+    policy, params, task = harlow
+    evaluator = esmeta.PopulationEvaluator(policy, task, trials=5)
+    scored = evaluator(params, seed=3, split="test")
+    for index in (0, 4):
+        trial = pictures.run_trial(policy, params, task, index, "test", 3)
+        assert trial.rewards.sum() == pytest.approx(float(scored.returns[0, index]), abs=1e-6)
+        assert len(trial.rewards) == len(trial.actions) == int(scored.steps[0, index])
+        assert len(trial.states) == len(trial.rewards) + 1
+
+
+def test_frames_and_files(harlow, tmp_path):
+    policy, params, task = harlow
+    frames = pictures.trial_frames(policy, params, task, index=1, max_steps=7)
+    assert len(frames) == 8
+    assert frames[0].dtype == np.uint8 and frames[0].shape == frames[-1].shape
+    gif = Image.open(pictures.write_gif(frames, tmp_path / "a.gif", fps=5))
+    assert gif.info["loop"] == 0 and gif.info["duration"] == 200
+    png = Image.open(pictures.write_png(frames[2], tmp_path / "a.png"))
+    assert (np.asarray(png.convert("RGB")) == frames[2]).all()
+    with pytest.raises(UserError, match="max_steps"):
+        pictures.trial_frames(policy, params, task, max_steps=0)
+    with pytest.raises(UserError, match="no frames"):
+        pictures.write_gif([], tmp_path / "b.gif")
+
+
+def test_large_gifs_lose_frames_not_their_length(tmp_path, monkeypatch):
+    monkeypatch.setattr(pictures, "_GIF_BYTES", 20_000)
+    noise = np.random.default_rng(0).integers(0, 256, (16, 48, 48, 3), dtype=np.uint8)
+    path = pictures.write_gif(list(noise), tmp_path / "noise.gif", fps=10)
+    assert path.stat().st_size <= 20_000
+    gif = Image.open(path)
+    assert 1 < gif.n_frames < 16
+    assert gif.info["duration"] * gif.n_frames == 16 * 100
+
+
+def test_harlow_sheet_shows_where_the_good_object_is(harlow, tmp_path):
+    policy, params, task = harlow
+    seen = 0
+    for index in range(12):
+        trial = pictures.run_trial(policy, params, task, index, "test", 0)
+        picture, places, _ = sheets._harlow_rows(trial, task)
+        assert (np.abs(np.diff(places)) <= 1).all()
+        for t in np.flatnonzero(np.abs(trial.rewards) > 0.5):
+            colour = sheets._GOOD if trial.rewards[t] > 0 else sheets._BAD
+            assert tuple(picture[t, places[t + 1]]) == colour
+            seen += 1
+    assert seen > 0
+    sheet = sheets.contact_sheet(policy, params, task, tmp_path / "sheet.png", (0, 1))
+    Image.open(sheet).verify()
+
+
+def test_maze_paths_move_cell_by_cell_and_end_on_the_target(tmp_path):
+    task = esmeta.make_task("maze", size=4, horizon=60)
+    policy = esmeta.make_policy("mlp", task.spec)
+    params = policy.init(seed=0, population=1)
+    hits = 0
+    for index in range(4):
+        trial = pictures.run_trial(policy, params, task, index)
+        side, target = trial.data["walls"].shape[0], int(trial.data["target"])
+        paths, complete = sheets._maze_paths(trial)
+        done = paths if complete else paths[:-1]
+        assert len(done) == int((trial.rewards > 0).sum())
+        assert sum(len(path) - 1 for path in paths) == len(trial.rewards)
+        for path in paths:
+            assert not trial.data["walls"].flatten()[path].any()
+            y, x = np.divmod(path, side)
+            assert (np.abs(np.diff(y)) + np.abs(np.diff(x)) <= 1).all()
+        assert all(path[-1] == target for path in done)
+        hits += len(done)
+    assert hits > 0
+    Image.open(sheets.trial_sheet(policy, params, task, tmp_path / "paths.png")).verify()
+    with pytest.raises(UserError, match="harlow"):
+        sheets.contact_sheet(policy, params, task, tmp_path / "x.png")
+
+
+def test_pictures_leave_the_global_generator_alone(harlow):
+    policy, params, task = harlow
+    before = torch.get_rng_state()
+    pictures.trial_frames(policy, params, task, max_steps=2)
+    assert torch.equal(before, torch.get_rng_state())

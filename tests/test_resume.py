@@ -1,0 +1,165 @@
+"""A run that was stopped, killed or resumed on other ranks ends with the same theta."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import OPEN_MPI, environment, find_mpirun, kill_leftovers, marked
+from tiny_runs import final_hash, overrides, run_here, summary, write_preset
+
+from esmeta.record import load_checkpoint, read_metrics
+from esmeta.train import EXIT_STOPPED
+
+OPTIMIZERS = {
+    "openes": ["optimizer.weight_decay=0.01", "optimizer.sigma_decay=0.9"],
+    "snes": [],
+    "a2c": ["optimizer.schedule=linear", "optimizer.schedule_updates=5"],
+    "ppo": ["optimizer.minibatches=2", "optimizer.epochs=2"],
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_three_and_three_steps_are_six(tmp_path: Path, name: str) -> None:
+    preset = write_preset(tmp_path)
+    common = ["--optimizer", name, *overrides(*OPTIMIZERS[name])]
+    whole, half = tmp_path / "whole", tmp_path / "half"
+    assert run_here(preset, "--out", whole, *common, *overrides("budget.generations=6")) == 0
+    assert run_here(preset, "--out", half, *common, *overrides("budget.generations=3")) == 0
+    middle = final_hash(half)
+    assert middle != final_hash(whole)
+    # The resolved config of the run itself is enough to go on.
+    assert run_here("--resume", half, *overrides("budget.generations=6")) == 0
+    assert final_hash(half) == final_hash(whole)
+    one, two = read_metrics(whole), read_metrics(half)
+    timing = {"seconds", "step_s", "evaluate_s", "wait_s", "search_s"}
+    for a, b in zip(one, two, strict=True):
+        assert {k: v for k, v in a.items() if k not in timing} == {
+            k: v for k, v in b.items() if k not in timing
+        }
+    assert summary(half)["env_steps"] == summary(whole)["env_steps"]
+    # Nothing is left to do: the same theta again.
+    assert run_here("--resume", "--out", half) == 0
+    assert final_hash(half) == final_hash(whole)
+
+
+def test_resume_falls_back_to_the_last_checkpoint(tmp_path: Path) -> None:
+    preset, run = write_preset(tmp_path), tmp_path / "run"
+    more = overrides("budget.generations=5", "run.checkpoint_every=2")
+    assert run_here(preset, "--out", run, *more) == 0
+    expected = final_hash(run)
+    current, previous = run / "checkpoint" / "current.ckpt", run / "checkpoint" / "previous.ckpt"
+    os.replace(previous, current)  # as if killed after step 4, with later metrics written
+    assert load_checkpoint(run).step == 4  # type: ignore[union-attr]
+    assert run_here("--resume", run) == 0
+    assert final_hash(run) == expected
+    assert [line["step"] for line in read_metrics(run)] == [0, 1, 2, 3, 4, 5]
+    current.unlink()
+    previous.unlink(missing_ok=True)  # killed before the first checkpoint: from the start
+    assert run_here("--resume", run) == 0
+    assert final_hash(run) == expected
+    assert [line["step"] for line in read_metrics(run)] == [0, 1, 2, 3, 4, 5]
+
+
+class Job:
+    """A training run in other processes: python alone, or ``ranks`` of them."""
+
+    def __init__(self, folder: Path, ranks: int, *args: object) -> None:
+        self.mark = uuid.uuid4().hex
+        command = [sys.executable, "-m", "esmeta.train", *map(str, args)]
+        if ranks > 1:
+            command = [str(find_mpirun()), "-n", str(ranks), *command]
+        self.errors = open(folder / f"{self.mark}.err", "w+")  # noqa: SIM115
+        self.process = subprocess.Popen(
+            command,
+            cwd=folder,
+            env=environment({**OPEN_MPI, "ESMETA_TEST_JOB": self.mark}),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=self.errors,
+        )
+
+    def wait_for_step(self, run: Path, step: int, seconds: float = 120) -> None:
+        deadline = time.monotonic() + seconds
+        while max((line["step"] for line in read_metrics(run)), default=-1) < step:
+            assert self.process.poll() is None, f"ended before step {step}: {self.stderr()}"
+            assert time.monotonic() < deadline, f"no step {step} in {seconds} s"
+            time.sleep(0.005)
+
+    def stderr(self) -> str:
+        self.errors.seek(0)
+        return self.errors.read()
+
+    def kill(self) -> None:
+        """SIGKILL to every process of the job at once."""
+        assert self.process.poll() is None, self.stderr()
+        for process in marked(self.mark):
+            process.kill()
+        self.process.wait(30)
+        assert not kill_leftovers(self.mark, grace=5)
+
+    def finish(self, seconds: float = 200) -> int:
+        try:
+            return self.process.wait(seconds)
+        finally:
+            assert not kill_leftovers(self.mark, grace=5)
+
+
+LONG = overrides("budget.generations=150", "run.evaluate_every=0", "run.checkpoint_every=3")
+
+
+@pytest.mark.mpi
+def test_killed_runs_go_on_with_other_numbers_of_ranks(tmp_path: Path) -> None:
+    if find_mpirun() is None:
+        pytest.skip("no mpirun")
+    preset, run, whole = write_preset(tmp_path), tmp_path / "run", tmp_path / "whole"
+    assert run_here(preset, "--out", whole, *LONG) == 0
+    moment = random.Random()  # a new moment every time: all of them must do
+    reached = []
+    for ranks, first, last in ((2, 0, 30), (1, 40, 80)):
+        job = Job(tmp_path, ranks, preset, "--out", run, *LONG, *(["--resume"] if reached else []))
+        job.wait_for_step(run, moment.randint(max(first, 1), last))
+        time.sleep(moment.random() * 0.02)
+        job.kill()
+        checkpoint = load_checkpoint(run)
+        reached.append(checkpoint.step if checkpoint else 0)
+    assert 0 <= reached[0] < reached[1] < 150, reached
+    job = Job(tmp_path, 3, preset, "--out", run, *LONG, "--resume")
+    assert job.finish() == 0, job.stderr()
+    assert final_hash(run) == final_hash(whole), f"killed at {reached}"
+    lines, expected = read_metrics(run), read_metrics(whole)
+    assert [x["theta_sha256"] for x in lines] == [x["theta_sha256"] for x in expected]
+    assert summary(run)["ranks"] == 3
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_polite_stop_saves_and_says_so(tmp_path: Path, ranks: int) -> None:
+    preset, run = write_preset(tmp_path), tmp_path / "run"
+    long = overrides("budget.generations=100000", "run.evaluate_every=0", "run.checkpoint_every=0")
+    job = Job(tmp_path, ranks, preset, "--out", run, *long)
+    job.wait_for_step(run, 5)
+    (job.process if ranks == 1 else first_rank(job)).send_signal(signal.SIGTERM)
+    code = job.finish(60)
+    assert code == EXIT_STOPPED == 75, job.stderr()
+    checkpoint = load_checkpoint(run)
+    lines = read_metrics(run)
+    assert checkpoint is not None and checkpoint.step == lines[-1]["step"] >= 5
+    facts: dict[str, Any] = summary(run)
+    assert facts["stopped_by"] == "signal" and facts["steps"] == checkpoint.step
+    assert final_hash(run) == lines[-1]["theta_sha256"]
+    end = checkpoint.step + 2
+    assert run_here("--resume", run, *overrides(f"budget.generations={end}")) == 0
+    assert summary(run)["steps"] == end
+
+
+def first_rank(job: Job) -> Any:
+    return next(p for p in marked(job.mark) if "python" in Path(p.exe()).name)

@@ -1,0 +1,238 @@
+"""The rollout loop: its order of calls, masks, early exit, noise, and what is recorded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from esmeta import rollout as loop
+from esmeta.policy import _heads as heads
+from esmeta.policy import make_policy
+from esmeta.rng import Rng
+from esmeta.tasks import make_task
+from esmeta.types import Discrete, PolicyOut, Spec, Tasks, TimeStep
+
+HORIZON = 10
+
+
+class FakePolicy:
+    """Writes every call to the tape; its state counts the steps."""
+
+    def __init__(self, tape: list[Any], spec: Spec) -> None:
+        self.tape, self.spec = tape, spec
+
+    def initial_state(self, params: Any, batch: int, rng: Rng, index: Tensor) -> dict[str, Tensor]:
+        self.tape.append(("initial_state", batch, index.tolist()))
+        return {"count": torch.zeros(1, batch)}
+
+    def bind(self, params: Any) -> str:
+        return "bound"
+
+    def step_bound(
+        self, bound: Any, state: dict[str, Tensor], ts: TimeStep, t: int
+    ) -> tuple[PolicyOut, dict[str, Tensor]]:
+        self.tape.append(("policy", bound, t, int(state["count"][0, 0]), float(ts.obs[0, 0, 0])))
+        out = PolicyOut(torch.full((1, ts.reward.shape[1], 2), float(t)), None, None, None)
+        return out, {"count": state["count"] + 1}
+
+
+class FakeEnv:
+    """Trial b ends after ``lengths[b]`` steps; the k-th step pays k + 1 and shows k."""
+
+    def __init__(self, tape: list[Any], lengths: list[int], dirty: bool = False) -> None:
+        self.tape, self.lengths, self.dirty = tape, torch.tensor([lengths]), dirty
+
+    def _ts(self, k: int) -> TimeStep:
+        over = self.lengths <= k
+        last = self.lengths == k
+        shape = self.lengths.shape
+        reward = torch.where(over & ~last, 0.0, torch.full(shape, float(k)))
+        obs = torch.full((*shape, 1), float(k))
+        none = torch.zeros_like(over)
+        return TimeStep(obs, torch.zeros(*shape, 2), reward, last, none, over, over)
+
+    def reset(self, tasks: Tasks, rng: Rng, population: int = 1) -> tuple[int, TimeStep]:
+        self.tape.append(("reset", population))
+        yes = torch.ones_like(self.lengths, dtype=torch.bool)
+        return 0, self._ts(0)._replace(new_trial=yes, new_episode=yes)
+
+    def step(self, state: int, action: Tensor) -> tuple[int, TimeStep]:
+        self.tape.append(("env", state, action.tolist()))
+        return state + 1, self._ts(state + 1)
+
+
+class FakeCollector:
+    def __init__(self, tape: list[Any]) -> None:
+        self.tape = tape
+
+    def record(
+        self, ts: TimeStep, out: PolicyOut, action: Tensor, after: TimeStep, active: Tensor
+    ) -> None:
+        assert out.logits is not None
+        before, then = float(ts.obs[0, 0, 0]), float(after.obs[0, 0, 0])
+        self.tape.append(("record", before, float(out.logits[0, 0, 0]), then, active.tolist()))
+
+
+def fake_run(lengths: list[int], **options: Any) -> tuple[list[Any], loop.End]:
+    tape: list[Any] = []
+    policy = FakePolicy(tape, Spec(1, Discrete(2), HORIZON))
+    env = FakeEnv(tape, lengths)
+    tasks = Tasks(torch.arange(len(lengths)).unsqueeze(0))
+    begin = loop.start(policy, {"theta": torch.zeros(1, 3)}, env, tasks, Rng(0))  # type: ignore
+    end = loop.rollout(policy, env, begin, FakeCollector(tape), **options)  # type: ignore
+    return tape, end
+
+
+def act(out: PolicyOut, noise: Tensor) -> Tensor:
+    assert out.logits is not None
+    return (out.logits[..., 0] + 100).long()
+
+
+def test_tape_of_a_rollout() -> None:
+    tape, end = fake_run([2, 1], act=act)
+    assert tape[:10] == [
+        ("reset", 1),
+        ("initial_state", 2, [[0, 1]]),
+        ("policy", "bound", 0, 0, 0.0),
+        ("env", 0, [[100, 100]]),
+        ("record", 0.0, 0.0, 1.0, [[True, True]]),
+        ("policy", "bound", 1, 1, 1.0),
+        ("env", 1, [[101, 101]]),
+        ("record", 1.0, 1.0, 2.0, [[True, False]]),
+        ("policy", "bound", 2, 2, 2.0),
+        ("env", 2, [[102, 102]]),
+    ]
+    # All trials have ended after step 2; that is looked at after every fourth step.
+    assert [call[0] for call in tape[2:]] == ["policy", "env", "record"] * 4
+    assert tape[10][-1] == tape[13][-1] == [[False, False]]
+    assert (
+        end.env_state == 4
+        and float(end.ts.obs[0, 0, 0]) == 4
+        and int(end.state["count"][0, 0]) == 4
+    )
+
+
+@pytest.mark.parametrize(
+    ("lengths", "steps"), [([4], 4), ([5], 8), ([1, 1], 4), ([99, 1], 10), ([8, 3], 8), ([10], 10)]
+)
+def test_early_exit_and_horizon(lengths: list[int], steps: int) -> None:
+    tape, _ = fake_run(lengths, act=act)
+    assert sum(call[0] == "env" for call in tape) == steps
+
+
+def test_intervention_comes_before_every_step() -> None:
+    def intervene(state: Any, ts: TimeStep) -> tuple[Any, TimeStep]:
+        return {"count": state["count"] + 10}, ts._replace(obs=ts.obs + 0.5)
+
+    tape, end = fake_run([4], act=act, intervene=intervene)
+    seen = [(call[3], call[4]) for call in tape if call[0] == "policy"]
+    assert seen == [(10, 0.5), (21, 1.5), (32, 2.5), (43, 3.5)]
+    assert int(end.state["count"][0, 0]) == 44
+    # What is recorded is what the policy saw.
+    assert [call[1] for call in tape if call[0] == "record"] == [0.5, 1.5, 2.5, 3.5]
+
+
+def test_returns_add_rewards_and_count_steps_of_the_trial() -> None:
+    tape: list[Any] = []
+    policy = FakePolicy(tape, Spec(1, Discrete(2), HORIZON))
+    env = FakeEnv(tape, [3, 1, 10])
+    tasks = Tasks(torch.arange(3).unsqueeze(0))
+    begin = loop.start(policy, {"theta": torch.zeros(1, 3)}, env, tasks, Rng(0))  # type: ignore
+    kept = loop.Returns(1, 3, "cpu")
+    loop.rollout(policy, env, begin, kept, act=act)  # type: ignore
+    assert kept.returns.dtype == torch.float64 and kept.steps.dtype == torch.int64
+    assert kept.returns.tolist() == [[1 + 2 + 3, 1, 55]]
+    assert kept.steps.tolist() == [[3, 1, 10]]
+
+
+def recorded(
+    task_name: str, name: str = "metods", batch: int = 6, population: int = 1, **options: Any
+) -> tuple[loop.Trajectory, loop.Start, loop.End]:
+    task = make_task(task_name, **options)
+    policy = make_policy(name, task.spec, value=True, neurons=6)
+    params = policy.init(3, population)
+    env = task.make_env("cpu")
+    tasks = task.sample(batch, "train", Rng(1))
+    begin = loop.start(policy, params, env, tasks, Rng(2))
+    recorder = loop.Recorder(begin.state)
+    end = loop.rollout(policy, env, begin, recorder)
+    return recorder.trajectory(), begin, end
+
+
+def test_a_recording_says_what_happened() -> None:
+    trajectory, begin, end = recorded("harlow", horizon=60, presentations=1)
+    length = len(trajectory.reward)
+    assert trajectory.active[0].all() and trajectory.ended.sum(0).eq(1).all()
+    # Replay the recorded actions: the same observations, rewards and flags.
+    task = make_task("harlow", horizon=60, presentations=1)
+    env = task.make_env("cpu")
+    state, ts = env.reset(task.sample(6, "train", Rng(1)), Rng(2), 1)
+    alive = torch.ones(1, 6, dtype=torch.bool)
+    total = torch.zeros(1, 6)
+    for t in range(length):
+        for name in ("obs", "prev_action", "reward", "terminated", "truncated", "new_episode"):
+            assert torch.equal(getattr(trajectory.ts, name)[t], getattr(ts, name)), (name, t)
+        assert torch.equal(trajectory.active[t], alive)
+        state, ts = env.step(state, trajectory.action[t])
+        assert torch.equal(trajectory.reward[t], ts.reward)
+        assert torch.equal(trajectory.terminated[t], ts.terminated)
+        assert torch.equal(trajectory.truncated[t], ts.truncated)
+        assert torch.equal(trajectory.ended[t], ts.new_trial & alive)
+        alive = alive & ~ts.new_trial
+        total += ts.reward
+    assert not alive.any() and torch.equal(end.ts.reward, ts.reward)
+    assert torch.allclose(trajectory.reward.sum(0), total)
+    lengths = trajectory.active.sum(0)
+    assert len(lengths.unique()) > 1, "the trials must differ in length for this to say anything"
+    # Memory is reset where a trial is over, nowhere inside it.
+    stale = trajectory.ts.new_trial
+    assert not stale[0].any() and torch.equal(stale[1:], ~trajectory.active[:-1])
+    assert trajectory.start is begin.state
+
+
+def test_actions_come_from_heads_and_noise() -> None:
+    trajectory, begin, _ = recorded("bandit", batch=500)
+    for t in range(20):
+        out = PolicyOut(*(None if x is None else x[t] for x in trajectory.out))
+        assert torch.equal(heads.sample(out, begin.noise[t]), trajectory.action[t])
+    p = torch.softmax(trajectory.out.logits, -1)[..., 1]  # type: ignore[arg-type]
+    drawn = trajectory.action.float()
+    error = (p * (1 - p)).sum().sqrt()
+    assert float((drawn - p).sum().abs()) < 4 * float(error)
+
+
+def test_noise_is_addressed_by_trial() -> None:
+    task = make_task("bandit")
+    policy = make_policy("mlp", task.spec, neurons=4)
+    env = task.make_env("cpu")
+
+    def noise(index: list[int], population: int = 1, seed: int = 0) -> Tensor:
+        tasks = task.sample(torch.tensor(index), "train", Rng(1))
+        return loop.start(policy, policy.init(0, population), env, tasks, Rng(seed)).noise
+
+    whole = noise(list(range(30)))
+    assert whole.shape == (20, 1, 30, 1) and 0 <= float(whole.min()) and float(whole.max()) < 1
+    assert len(whole.unique()) == whole.numel()
+    assert torch.equal(noise([7, 3, 29]), whole[:, :, [7, 3, 29]])
+    assert torch.equal(noise([7], population=5), whole[:, :, [7]])  # members share it
+    assert not torch.isclose(noise([7], seed=1), whole[:, :, [7]]).any()
+    assert abs(float(whole.mean()) - 0.5) < 4 * (1 / 12 / whole.numel()) ** 0.5
+
+
+def test_members_with_the_same_theta_do_the_same() -> None:
+    trajectory, _, _ = recorded("harlow", batch=4, horizon=30, population=1)
+    task = make_task("harlow", horizon=30)
+    policy = make_policy("metods", task.spec, value=True, neurons=6)
+    one = policy.init(3, 1)
+    params = {k: v.expand(3, *v.shape[1:]).contiguous() for k, v in one.items()}
+    env = task.make_env("cpu")
+    begin = loop.start(policy, params, env, task.sample(4, "train", Rng(1)), Rng(2))
+    recorder = loop.Recorder(begin.state)
+    loop.rollout(policy, env, begin, recorder)
+    three = recorder.trajectory()
+    for member in range(3):
+        assert torch.equal(three.action[:, member], trajectory.action[:, 0])
+        assert torch.equal(three.reward[:, member], trajectory.reward[:, 0])
