@@ -98,7 +98,7 @@ class Noise:
 
     def expand(self, kept: np.ndarray) -> np.ndarray:
         """Whole directions, float32 ``[rows, D]``, from what was kept ``[rows, width]``."""
-        if self.width == self.size:
+        if not self.rank or self.width == self.size:
             return kept
         out = np.empty((len(kept), self.size), dtype=np.float32)
         source = target = 0
