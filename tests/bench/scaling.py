@@ -17,10 +17,9 @@ P, and c(P) = log2(P) times the collectives of 2 ranks on one machine: no networ
 core per rank, cores that do not slow each other down, and no held-out scores; those cost rank 0
 ``heldout`` seconds every ``run.evaluate_every`` generations and are shown apart. Members are dealt
 out in blocks: as long as there are fewer blocks than ranks, ranks stay idle, so the model is
-printed for several sizes of block, with the preset's popsize and with a popsize that grows with
-the ranks. Efficiency is members per second against P times those of one rank: with the preset's
-popsize, and (strict) with the number of members that one rank evaluates fastest, because small
-batches fit its cache better.
+printed for several sizes of block, with the preset's popsize, with 16 members per rank, and with
+the preset's popsize per rank. Efficiency is members per second against P times those of one rank:
+with the preset's popsize, and (strict) with the number of members that one rank evaluates fastest.
 """
 
 from __future__ import annotations
@@ -197,7 +196,7 @@ def modelled(preset: str, repeats: int) -> dict[str, Any]:
     )
     report: dict[str, Any] = {"cost": cost, "collectives": two, "predicted": []}
     for ranks in FAR:
-        for total in sorted({popsize, ranks * 16, ranks * 32}):
+        for total in sorted({popsize, ranks * 16, ranks * popsize}):
             for block in BLOCKS:
                 blocks = -(-total // block)
                 time_s = seconds(-(-blocks // ranks) * block, ranks)
@@ -227,7 +226,7 @@ def main() -> int:
     parser.add_argument("--preset", default="maze-openes")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--generations", type=int, default=5)
-    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--turns", type=int, default=3, help="0: the model only")
     parser.add_argument("--json", type=Path, help="write all figures here")
     parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -240,7 +239,8 @@ def main() -> int:
         return 0
     report: dict[str, Any] = {"load": os.getloadavg(), "cores": os.cpu_count()}
     print(f"load {report['load']}, {report['cores']} cores")
-    report["measured"] = measured(args.preset, args.ranks, args.generations, args.turns)
+    if args.turns:
+        report["measured"] = measured(args.preset, args.ranks, args.generations, args.turns)
     report["model"] = modelled(args.preset, 3)
     if args.json:
         args.json.write_text(json.dumps(report, indent=1) + "\n")
