@@ -19,7 +19,7 @@ LAYERS = [
     {"policy", "comm"},
     {"envs", "tasks", "returns"},
     {"rollout"},
-    {"evaluator", "learners"},
+    {"evaluator", "lives", "learners"},
     {"objectives", "optimizers"},
     {"record", "progress", "analysis"},
     {"train", "evaluate", "report"},
