@@ -91,13 +91,19 @@ class PopulationEvaluator:
         return {name: leaf.to(self.device) for name, leaf in tree.items()}
 
     def trial_set(self, index: Tensor, seed: int, split: str) -> tuple[Tasks, Rng]:
-        """The tasks number ``index [B]`` on this device, and the stream of their trials.
+        """The tasks number ``index [B]`` (or ``[P, B]``) here, and the stream of their trials.
 
         Filled up with copies of the last one to a multiple of eight trials.
         """
-        padded = -(-len(index) // _TRIAL_TILE) * _TRIAL_TILE
-        index = torch.cat([index, index[-1:].expand(padded - len(index))])
-        tasks = self.place(self.task.sample(index, split, Rng(seed).fold("tasks")))
+        batch = index.shape[-1]
+        padded = -(-batch // _TRIAL_TILE) * _TRIAL_TILE
+        index = torch.cat([index, index[..., -1:].expand(*index.shape[:-1], padded - batch)], -1)
+        index = index.reshape(-1, padded)
+        tasks = self.place(self.task.sample(index.flatten(), split, Rng(seed).fold("tasks")))
+        data = {
+            name: leaf.reshape(*index.shape, *leaf.shape[2:]) for name, leaf in tasks.data.items()
+        }
+        tasks = Tasks(tasks.index.reshape(index.shape), data)
         return tasks, Rng(seed).fold("trials", split)
 
     @torch.no_grad()
@@ -114,25 +120,28 @@ class PopulationEvaluator:
         """Score members.
 
         ``params`` is a tree with leaves ``[P, ...]`` or flat vectors ``[P, D]``; ``split`` is
-        ``"train"`` or ``"test"``; ``index`` (int64 ``[B]``) names the tasks by number, default
-        0..trials-1; ``act`` chooses actions (sampled by default); ``intervene`` changes memory
-        or inputs before each step, for lesion controls. Returns a :class:`Fitness` on the CPU.
+        ``"train"`` or ``"test"``; ``index`` (int64 ``[B]``, or ``[P, B]`` for tasks of each
+        member's own) names the tasks by number, default 0..trials-1; ``act`` chooses actions
+        (sampled by default); ``intervene`` changes memory or inputs before each step, for lesion
+        controls. Returns a :class:`Fitness` on the CPU.
         """
         tree = self.members(params)
         population = next(iter(tree.values())).shape[0]
         if index is None:
             index = torch.arange(self.trials)
-        if population == 0 or index.ndim != 1 or len(index) == 0:
+        shared = index.ndim == 1
+        if population == 0 or index.numel() == 0 or not (shared or len(index) == population):
             raise ValueError(
                 f"there are {population} members and task numbers of shape {tuple(index.shape)}; "
-                "pass at least one member, and index [B] with at least one number"
+                "pass at least one member, and index [B] or [P, B] with at least one number"
             )
         tasks, rng = self.trial_set(index, seed, split)
         parts = []
         for rows in self.batches(population, tasks.index.shape[1]):
             part = {name: leaf[rows] for name, leaf in tree.items()}
-            parts.append(self._score(part, tasks, rng, act, intervene))
-        return join(parts, population, len(index))
+            mine = tasks if shared else _rows(tasks, rows)
+            parts.append(self._score(part, mine, rng, act, intervene))
+        return join(parts, population, index.shape[-1])
 
     def place(self, tasks: Tasks) -> Tasks:
         """The same tasks on this evaluator's device."""
@@ -152,6 +161,10 @@ class PopulationEvaluator:
         end = loop.rollout(self.policy, self.env, begin, collector, act=act, intervene=intervene)
         metrics = {k: v.double().cpu() for k, v in self.env.metrics(end.env_state).items()}
         return Fitness(collector.returns.cpu(), collector.steps.cpu(), metrics)
+
+
+def _rows(tasks: Tasks, members: Tensor) -> Tasks:
+    return Tasks(tasks.index[members], {name: leaf[members] for name, leaf in tasks.data.items()})
 
 
 def join(parts: list[Fitness], population: int, batch: int) -> Fitness:

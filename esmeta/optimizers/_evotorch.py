@@ -20,14 +20,14 @@ import hashlib
 import os
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from esmeta.errors import UserError, finite_positive
-from esmeta.optimizers._generation import Stopwatch, check_popsize
-from esmeta.optimizers._shaping import utilities
+from esmeta.errors import UserError, finite_positive, one_of
+from esmeta.optimizers._generation import Scoring, Stopwatch, check_popsize
+from esmeta.optimizers._shaping import tail_share, utilities
 from esmeta.rng import Rng
 from esmeta.tree import ravel, shapes_of, unravel_shapes
 from esmeta.types import Comm, Fitness, Metrics, Objective, Params
@@ -101,10 +101,14 @@ class EvoTorchOptimizer(ABC):
 
     popsize: int = 256
     sigma: float = 0.05
+    aggregate: str = "mean"
+    failed: Literal["worst", "raise"] = "worst"
 
     def __post_init__(self) -> None:
         check_popsize(self.popsize)
         finite_positive("sigma", self.sigma, example=0.05)
+        tail_share(self.aggregate)
+        one_of("failed", self.failed, ("worst", "raise"))
 
     @abstractmethod
     def _searcher(self, problem: PopulationProblem, center: Tensor) -> Searcher: ...
@@ -125,6 +129,7 @@ class EvoTorchOptimizer(ABC):
         searcher.load(state.tensors)
         problem.manual_seed(rng.fold("evotorch", state.generation).key % 2**63)
         problem.bind(objective.fitness, state.generation, comm, watch)
+        problem.scoring = Scoring(self.aggregate, self.failed)
         sigma = searcher.sigma()
         searcher.sample(problem)
         assert problem.scores is not None

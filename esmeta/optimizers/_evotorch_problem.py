@@ -12,7 +12,13 @@ from evotorch import Problem, SolutionBatch
 from evotorch.optimizers import ClipUp
 from torch import Tensor
 
-from esmeta.optimizers._generation import Scores, Stopwatch, gather_scores
+from esmeta.optimizers._generation import (
+    Scores,
+    Scoring,
+    Stopwatch,
+    gather_scores,
+    score_members,
+)
 from esmeta.types import Comm, Fitness
 
 Score = Callable[[Tensor, int], Fitness]
@@ -54,6 +60,7 @@ class PopulationProblem(Problem):
         self._draw = draw
         self.generation = 0
         self.watch = Stopwatch()
+        self.scoring = Scoring()
         self.scores: Scores | None = None
 
     def bind(self, score: Score, generation: int, comm: Comm, watch: Stopwatch) -> None:
@@ -88,12 +95,18 @@ class PopulationProblem(Problem):
         rank, ranks = (self._comm.rank, self._comm.size) if self._comm else (0, 1)
         owned = np.array_split(np.arange(len(values)), ranks)
         mine = owned[rank]
-        fitness = None
+        rows = None
+
+        def score(members: Tensor, which: Tensor) -> Fitness:
+            return self._score(members, self.generation)
+
         if len(mine):
             begin = self.watch.now()
-            fitness = self._score(values[mine[0] : mine[-1] + 1].clone(), self.generation)
+            members = values[mine[0] : mine[-1] + 1].clone()
+            rows = score_members(score, members, mine, self.generation)
             self.watch.evaluate_s += self.watch.now() - begin
-        self.scores = gather_scores(fitness, list(owned), self._comm, self.watch)
+        table = gather_scores(rows, list(owned), self._comm, self.watch)
+        self.scores = self.scoring.scores(*table, self.generation)
         self.generation += 1
         batch.set_evals(below_worst(self.scores.fitness).unsqueeze(1))
 
