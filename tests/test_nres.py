@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from test_openes import Ranks, digest, flat_theta, on_ranks, same_saved, solo
+from tiny_runs import final_hash, overrides, run_here, summary, write_preset
 from torch import Tensor
 
 from esmeta import make_policy, make_task
@@ -341,6 +343,22 @@ def test_stopped_runs_go_on_with_other_ranks(kind: Any, stop: int) -> None:
                 }
     with pytest.raises(UserError, match="2 parameters.*has 3"):
         optimizer.load_state_dict(saved, {"a": torch.zeros(1, 3)})
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("name", ["nres", "pes"])
+def test_two_ranks_begin_and_one_goes_on(tmp_path: Path, mpirun: Any, name: str) -> None:
+    """Trials with fast weights, real ranks, checkpoints on disk."""
+    preset, whole, parts = write_preset(tmp_path), tmp_path / "whole", tmp_path / "parts"
+    options = ["--optimizer", name, *overrides("optimizer.window=2", "run.evaluate_every=0")]
+    long, short = overrides("budget.generations=9"), overrides("budget.generations=5")
+    assert run_here(preset, "--out", whole, *options, *long) == 0
+    done = mpirun(2, "-m", "esmeta.train", preset, "--out", parts, *options, *short)
+    assert done.returncode == 0, done.stderr
+    assert final_hash(parts) != final_hash(whole)
+    assert run_here("--resume", parts, *long) == 0
+    assert final_hash(parts) == final_hash(whole)
+    assert summary(parts)["env_steps"] == summary(whole)["env_steps"]
 
 
 @pytest.mark.parametrize("bad", ["nan", "raise"])

@@ -153,10 +153,9 @@ class Optimizer(openes.Optimizer):
         after, metrics = self._finish(state, shaped, scores, draws, watch)
         past = np.concatenate([state.arrays["thetas"], state.theta[None]])
         past = past[max(0, len(past) - stage.windows + 1) :]
-        after = replace(after, arrays={**after.arrays, "thetas": past})
-        return State(**vars(after) | {"groups": groups}), metrics | _whole_lives(
-            scores, births, stage.windows
-        )
+        assert isinstance(after, State)
+        after = replace(after, arrays={**after.arrays, "thetas": past}, groups=groups)
+        return after, metrics | _whole_lives(scores, births, stage.windows)
 
     def _first(self, size: int, unit: np.ndarray) -> Arrays:
         return super()._first(size, unit) | {"thetas": np.empty((0, size), dtype=np.float32)}
