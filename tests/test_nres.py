@@ -186,7 +186,7 @@ def test_one_window_is_openes_bit_for_bit() -> None:
 def test_pes_by_hand() -> None:
     """One pair, two windows, linear in theta: everything on paper."""
 
-    class Linear(Inner):
+    class Paper(Inner):
         # Step t pays c_t a_1 and the state adds up a_2, which is paid at the next step.
         def advance(self, lives: State, params: Any, steps: int) -> tuple[State, Fitness]:
             t, x = int(lives["t"][0]), lives["x"]
@@ -196,7 +196,7 @@ def test_pes_by_hand() -> None:
             return {**lives, "x": x, "t": lives["t"] + 1}, Fitness(pay, torch.ones_like(pay).long())
 
     spy, seen = spied(pes)
-    run(spy(popsize=2, sigma=0.5, window=1, shaping="raw"), Linear(life_steps=2), 4)
+    run(spy(popsize=2, sigma=0.5, window=1, shaping="raw"), Paper(life_steps=2), 4)
     e = [pair_noise(Rng(0), generation, [0], 2)[0].astype(float) for generation in range(4)]
     for birth in (0, 2):
         first, second = e[birth], e[birth + 1]
@@ -239,6 +239,82 @@ def test_differences_are_scaled_as_one() -> None:
     torch.testing.assert_close(huge, scaled, rtol=1e-14, atol=0)
     for flat in (torch.full((4,), math.nan), torch.ones(4)):
         assert not nres.shaped_differences(flat.double(), "zscore").any()
+
+
+class Linear(Inner):
+    """Window w pays ``sum_{u <= w} G[w, u] . theta_u``, theta_u being that of window u."""
+
+    def __init__(self, size: int = 20, windows: int = 4) -> None:
+        super().__init__(windows)
+        draw = torch.Generator().manual_seed(0)
+        self.G = torch.randn(windows, windows, size, generator=draw, dtype=torch.float64)
+        self.G *= torch.ones(windows, windows).tril()[..., None]
+
+    def begin(self, params: Any, life: int) -> State:
+        lives = super().begin(params, life)
+        return {**lives, "x": torch.zeros(len(params), self.life_steps, dtype=torch.float64)}
+
+    def advance(self, lives: State, params: Any, steps: int) -> tuple[State, Fitness]:
+        t = int(lives["t"][0])
+        x = lives["x"] + params.double() @ self.G[:, t].T
+        pay = x[:, t : t + 1]
+        return {**lives, "x": x, "t": lives["t"] + 1}, Fitness(pay, torch.ones_like(pay).long())
+
+
+@pytest.mark.parametrize("kind", [nres, pes])
+def test_mean_and_variance_are_those_of_the_theory(kind: Any) -> None:
+    """For returns linear in theta both are known: see the sums below."""
+    objective, pairs, size = Linear(), 64, 20
+    spy, seen = spied(kind)
+    optimizer = spy(popsize=2 * pairs, sigma=0.1, window=1, shaping="raw")
+    run(optimizer, objective, 400, theta={"a": torch.zeros(1, size)})
+    gradients = torch.from_numpy(np.stack(seen[3:]))
+    by_window = objective.G.sum(1)
+    whole = by_window.sum(0)
+    mean = gradients.mean(0)
+    assert torch.cosine_similarity(mean, whole, dim=0) >= 0.99
+    assert mean.norm() == pytest.approx(float(whole.norm()) / 4, rel=0.05)
+    # Isserlis: for xi, y jointly normal, E |xi|^2 y^2 = E|xi|^2 E y^2 + 2 |E xi y|^2.
+    squares = (by_window**2).sum(1)
+    if kind is nres:
+        expected = (size + 1) * squares
+    else:
+        expected = (torch.arange(4) + 1) * size * (objective.G**2).sum((1, 2)) + squares
+    # Pairs are staggered: 64 / 4 of them are in each window; means of windows are constant.
+    variance = gradients.var(0).sum()
+    assert variance == pytest.approx(float(expected.mean()) / pairs, rel=0.08)
+
+
+def test_nres_has_the_lower_variance() -> None:
+    """Of what a pair says in a whole life, where windows pull apart: NRES is full-episode ES."""
+    objective, size = Linear(), 20
+    variances = {}
+    for kind in (openes, nres, pes):
+        spy, seen = spied(kind)
+        options = {} if kind is openes else {"window": 1}
+        lives = 1 if kind is openes else 4
+        target: Any = objective if kind is not openes else Whole(objective)
+        run(spy(popsize=2, sigma=0.1, shaping="raw", **options), target, 250 * lives,
+            theta={"a": torch.zeros(1, size)})  # fmt: skip
+        life = torch.from_numpy(np.stack(seen)).reshape(250, lives, size).sum(1)
+        variances[kind] = float(life.var(0).sum())
+    print(variances)
+    assert variances[nres] <= 1.1 * variances[openes]
+    assert variances[nres] <= 0.5 * variances[pes]
+
+
+class Whole:
+    """Whole lives of an inner objective at once, for openes."""
+
+    def __init__(self, inner: Inner) -> None:
+        self.inner = inner
+
+    def fitness(self, params: Params | Tensor, step: int | Tensor) -> Fitness:
+        lives, total = self.inner.begin(params, int(step)), torch.zeros(1)
+        for _ in range(self.inner.life_steps):
+            lives, fitness = self.inner.advance(lives, params, 1)
+            total = total + fitness.returns
+        return Fitness(total, torch.ones_like(total).long())
 
 
 # --- what it costs, what it reaches ---------------------------------------------------------
@@ -346,11 +422,10 @@ def test_stopped_runs_go_on_with_other_ranks(kind: Any, stop: int) -> None:
 
 
 @pytest.mark.mpi
-@pytest.mark.parametrize("name", ["nres", "pes"])
-def test_two_ranks_begin_and_one_goes_on(tmp_path: Path, mpirun: Any, name: str) -> None:
+def test_two_ranks_begin_and_one_goes_on(tmp_path: Path, mpirun: Any) -> None:
     """Trials with fast weights, real ranks, checkpoints on disk."""
     preset, whole, parts = write_preset(tmp_path), tmp_path / "whole", tmp_path / "parts"
-    options = ["--optimizer", name, *overrides("optimizer.window=2", "run.evaluate_every=0")]
+    options = ["--optimizer", "nres", *overrides("optimizer.window=2", "run.evaluate_every=0")]
     long, short = overrides("budget.generations=9"), overrides("budget.generations=5")
     assert run_here(preset, "--out", whole, *options, *long) == 0
     done = mpirun(2, "-m", "esmeta.train", preset, "--out", parts, *options, *short)
@@ -431,10 +506,6 @@ def test_bad_objectives_say_value_and_cure() -> None:
     with pytest.raises(UserError, match="window = 9: a life has 8 steps; write at most 8"):
         run(nres.Optimizer(popsize=4, window=9), Inner(), 1)
 
-    class Whole:
-        def fitness(self, params: Any, step: Any) -> Fitness:
-            raise AssertionError
-
     with pytest.raises(UserError, match="Whole cannot be run in windows.*'openes'"):
-        run(nres.Optimizer(popsize=4), Whole(), 1)
+        run(nres.Optimizer(popsize=4), Whole(Inner()), 1)
     assert isinstance(Inner(), Lifetimes) and Ranks(1).size == 1
