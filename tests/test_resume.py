@@ -24,6 +24,7 @@ OPTIMIZERS = {
     "nres": ["optimizer.weight_decay=0.01", "optimizer.window=2"],
     "pes": ["optimizer.window=1"],
     "snes": [],
+    "evotorch_snes": [],
     "a2c": ["optimizer.schedule=linear", "optimizer.schedule_updates=5"],
     "ppo": ["optimizer.minibatches=2", "optimizer.epochs=2"],
 }
