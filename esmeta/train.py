@@ -41,8 +41,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--task", help="task distribution, or package.module:Class of your own")
     p.add_argument(
         "--optimizer",
-        help="openes nres pes pgpe snes sepcma, EvoTorch's evotorch_pgpe evotorch_snes cem xnes cmaes, a2c "
-        "ppo, or package.module:Class",
+        help="openes nres pes pgpe snes sepcma, EvoTorch's evotorch_pgpe evotorch_snes cem xnes "
+        "cmaes, a2c ppo, or package.module:Class",
     )
     p.add_argument("--objective", help="what theta is worth: return, or package.module:Class")
     p.add_argument(

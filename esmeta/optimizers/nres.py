@@ -84,6 +84,7 @@ class _Stage:
     noise: Noise
     unit: np.ndarray
     steps: int
+    watch: Stopwatch
 
     @property
     def windows(self) -> int:
@@ -142,9 +143,9 @@ class Optimizer(openes.Optimizer):
         """One generation: every group of pairs lives one window; then as in every sliced search."""
         assert isinstance(state, State)
         watch = Stopwatch()
-        stage = self._stage(state, objective, rng)
-        groups, rows = self._live(state, stage, comm, watch)
-        draws, scores = self._gathered(state, stage, groups, rows, comm, watch)
+        stage = self._stage(state, objective, rng, watch)
+        groups, rows = self._live(state, stage, comm)
+        draws, scores = self._gathered(state, stage, groups, rows, comm)
         births = self._births(state.generation, stage.windows)[: len(scores.fitness) // 2]
         # A life keeps the sigma it began with: its noise could not be reused otherwise.
         sigma = self._sigma(state.generation)
@@ -163,7 +164,7 @@ class Optimizer(openes.Optimizer):
     def _shaped(self, fitness: Tensor) -> Tensor:
         return shaped_differences(fitness, self.shaping)
 
-    def _stage(self, state: State, objective: Objective, rng: Rng) -> _Stage:
+    def _stage(self, state: State, objective: Objective, rng: Rng, watch: Stopwatch) -> _Stage:
         if not isinstance(objective, Lifetimes):
             raise UserError(
                 f"{type(objective).__name__} cannot be run in windows (it is no Lifetimes): write "
@@ -176,7 +177,7 @@ class Optimizer(openes.Optimizer):
                 f"optimizer.window = {steps}: a life has {life} steps; write at most {life}, or "
                 'window = "none" for a quarter of it'
             )
-        return _Stage(objective, rng, self._noise(state.shapes), state.unit, steps)
+        return _Stage(objective, rng, self._noise(state.shapes), state.unit, steps, watch)
 
     def _phases(self, pairs: np.ndarray, windows: int) -> np.ndarray:
         return pairs * windows // (self.popsize // 2)
@@ -188,13 +189,12 @@ class Optimizer(openes.Optimizer):
         return generation - (generation - phases) % windows
 
     def _live(
-        self, state: State, stage: _Stage, comm: Comm, watch: Stopwatch
+        self, state: State, stage: _Stage, comm: Comm
     ) -> tuple[dict[int, _Group], list[Tensor]]:
         """Every group of this rank one window further, and rows of scores by group."""
         own = _joined(self._plan(stage.noise).blocks(comm.rank, comm.size, 0))
         phases = self._phases(own, stage.windows)
         groups, rows = {}, []
-        begin = watch.now()
         for phase in np.unique(phases[phases <= state.generation]).tolist():
             birth = state.generation - (state.generation - phase) % stage.windows
             group = state.groups.get(phase)
@@ -204,7 +204,6 @@ class Optimizer(openes.Optimizer):
                     group, _ = self._window(stage, group, generation, theta)
             groups[phase], scored = self._window(stage, group, state.generation, state.theta)
             rows.append(scored)
-        watch.evaluate_s += watch.now() - begin
         return groups, rows
 
     def _window(
@@ -220,12 +219,14 @@ class Optimizer(openes.Optimizer):
             kept = direction if kept is None else kept + direction
         spread = (self._sigma(group.birth) * stage.unit).astype(np.float32)
         members = mirrored(theta, spread * direction)
+        begin = stage.watch.now()
         lives, dead = group.lives, group.dead
         if lives is None or dead is None:
             lives = stage.objective.begin(members, group.birth)
             dead = np.zeros(len(members), dtype=bool)
         numbers = (2 * group.pairs[:, None] + np.arange(2)).reshape(-1)
         lives, rows = _advanced(stage, lives, members, numbers, generation)
+        stage.watch.evaluate_s += stage.watch.now() - begin
         trials = rows.shape[1] // 2
         dead = dead | (rows[:, -1] < 0).numpy()
         rows[torch.from_numpy(dead), :trials] = math.nan
@@ -238,7 +239,6 @@ class Optimizer(openes.Optimizer):
         groups: dict[int, _Group],
         rows: list[Tensor],
         comm: Comm,
-        watch: Stopwatch,
     ) -> tuple[Draws, Scores]:
         """Scores of all pairs that take part, and this rank's share of what they were made of."""
         noise = Noise(state.shapes) if self.fresh else stage.noise
@@ -257,10 +257,10 @@ class Optimizer(openes.Optimizer):
         sample = Sample(np.concatenate([width, *kept]), owned[comm.rank], ranges)
         members = [plan.members_of(pairs) for pairs in owned]
         table, steps, raised = gather_scores(
-            torch.cat(rows) if rows else None, members, comm, watch
+            torch.cat(rows) if rows else None, members, comm, stage.watch
         )
         scores = self._scoring().scores(table, steps, raised, state.generation)
-        return Draws(sample, noise, owned, comm, watch), scores
+        return Draws(sample, noise, owned, comm, stage.watch), scores
 
 
 def _joined(blocks: list[np.ndarray]) -> np.ndarray:
