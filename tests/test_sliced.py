@@ -248,9 +248,10 @@ class Indexed:
         return Fitness(sphere(params.double())[:, None], torch.full((len(params), 1), 7))
 
 
-def test_tasks_per_pair_are_shared_by_the_pair_alone() -> None:
+@pytest.mark.parametrize("module", [openes, evotorch_pgpe])
+def test_tasks_per_pair_are_shared_by_the_pair_alone(module: Any) -> None:
     objective = Indexed()
-    optimizer = openes.Optimizer(popsize=50, tasks="per_pair")
+    optimizer = module.Optimizer(popsize=50, tasks="per_pair")
     _, (metrics,) = run(optimizer, objective, start(6), 1)
     counts = np.unique(list(objective.steps.values()), return_counts=True)
     assert (counts[0] == np.arange(25)).all() and (counts[1] == 2).all()

@@ -21,8 +21,8 @@ from esmeta.optimizers._generation import (
 )
 from esmeta.types import Comm, Fitness
 
-Score = Callable[[Tensor, int], Fitness]
-"""Members float32 ``[P, D]`` and the number of the evaluation, to their fitness."""
+Score = Callable[[Tensor, int | Tensor], Fitness]
+"""Members float32 ``[P, D]`` and the step whose tasks they get (or int64 ``[P]``), to fitness."""
 
 
 class PopulationProblem(Problem):
@@ -31,6 +31,7 @@ class PopulationProblem(Problem):
     Every evaluated batch counts as one ``generation``: its members share their tasks, and the next
     batch gets fresh ones. Members that failed are reported below the worst finite one, because
     EvoTorch ranks NaN as the best. The communicator is left out of pickles and copies.
+    ``sharing`` is the number of neighbours that share tasks of their own; 0: all share the same.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class PopulationProblem(Problem):
         self.generation = 0
         self.watch = Stopwatch()
         self.scoring = Scoring()
+        self.sharing = 0
         self.scores: Scores | None = None
 
     def bind(self, score: Score, generation: int, comm: Comm, watch: Stopwatch) -> None:
@@ -98,7 +100,11 @@ class PopulationProblem(Problem):
         rows = None
 
         def score(members: Tensor, which: Tensor) -> Fitness:
-            return self._score(members, self.generation)
+            if not self.sharing:
+                return self._score(members, self.generation)
+            groups = len(values) // self.sharing
+            step = torch.from_numpy(mine)[which] // self.sharing + self.generation * groups
+            return self._score(members, step)
 
         if len(mine):
             begin = self.watch.now()

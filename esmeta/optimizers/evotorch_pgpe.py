@@ -9,7 +9,7 @@ default, because ClipUp's fixed step length needs a learning rate of its own (ab
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import Tensor
 
@@ -34,6 +34,8 @@ class Optimizer(EvoTorchOptimizer):
         optimizer: of the centre: ``adam``, ``clipup`` or ``sgd``.
         shaping: ``centered``, ``nes``, ``zscore`` or ``raw``.
     """
+
+    mirrored: ClassVar[bool] = True
 
     learning_rate: float = 0.02
     stdev_learning_rate: float = 0.1
