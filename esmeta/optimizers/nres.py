@@ -69,7 +69,8 @@ class State(SearchState):
     """State between generations.
 
     ``arrays["thetas"]`` float32 ``[T/K - 1, D]`` holds the thetas before this one, the oldest first
-    (fewer at the start). ``groups`` are the lives of this rank by phase; they are not saved.
+    (fewer at the start). ``groups`` are the lives of this rank by phase, not saved: memory for the
+    inner states of this rank's members, twice while a step is taken.
     """
 
     groups: dict[int, _Group] = field(default_factory=dict, compare=False, repr=False)
