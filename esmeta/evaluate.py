@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from esmeta import config as configs
 from esmeta import errors
+from esmeta.cli import Parser
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,7 +26,7 @@ LESIONS = ("none", "reset-memory", "zero-reward")
 
 def parser() -> argparse.ArgumentParser:
     """The command line; a test freezes its flags."""
-    p = argparse.ArgumentParser(
+    p = Parser(
         prog="python -m esmeta.evaluate",
         description="Score the theta of a finished run on held-out tasks: mean and standard error.",
     )

@@ -125,8 +125,8 @@ def test_too_many_parameters_for_a_full_matrix(tmp_path: Path) -> None:
 
 def test_sizes_that_do_not_go_together(tmp_path: Path) -> None:
     preset, out = write_preset(tmp_path), tmp_path / "run"
-    with pytest.raises(UserError, match=r"minibatches = 4.*3 trials.*at most 3.*task.trials"):
-        run_here(preset, "--out", out, "--optimizer", "ppo")
+    message = refused(tmp_path, preset, "--out", out, "--optimizer", "ppo")
+    assert_says(message, "minibatches = 4", "only 3 trials", "at most 3", "raise task.trials")
 
 
 def test_places_that_cannot_be_written(tmp_path: Path) -> None:
