@@ -220,13 +220,8 @@ class RunDir:
         self._events = self._open_events() if config.run.tensorboard else None
 
     @classmethod
-    def create(
-        cls, path: Path | str, config: Config, *, resume: bool = False, pids: Sequence[int] = ()
-    ) -> RunDir:
-        """A new run directory, or with ``resume`` an old one, cut back to its last checkpoint.
-
-        ``pids`` of all ranks stand in ``run.json`` until the end, to tell which one was killed.
-        """
+    def create(cls, path: Path | str, config: Config, *, resume: bool = False) -> RunDir:
+        """A new run directory, or with ``resume`` an old one, cut back to its last checkpoint."""
         path = Path(path)
         try:
             fresh = not path.exists() or unborn(path)
@@ -247,7 +242,7 @@ class RunDir:
             kept = [json.dumps(r) + "\n" for r in read_metrics(path) if r["step"] <= last]
             _replace(path / "metrics.jsonl", "".join(kept).encode())
             run = cls(path, config, resumed, source == "current.ckpt")
-            run._write_summary({"stopped_by": None, "steps": max(last, 0), "pids": [*pids]})
+            run._write_summary({"stopped_by": None, "steps": max(last, 0)})
             return run
         except OSError as error:
             reason = error.strerror or error

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -270,13 +269,9 @@ def run(args: argparse.Namespace, comm: SelfComm | MPIComm, stop: Stop) -> int:
             "line, presets and esmeta version"
         )
     parts = build(config, comm.size)
-    import torch
-
     from esmeta.record import NullRun, RunDir
 
-    own = torch.tensor([[os.getpid()]], dtype=torch.float64)
-    pids = [int(pid) for pid in comm.gather_rows(own, [1] * comm.size)]
-    folder = RunDir.create(out, config, resume=resume, pids=pids) if comm.rank == 0 else NullRun()
+    folder = RunDir.create(out, config, resume=resume) if comm.rank == 0 else NullRun()
     trainer = Trainer(parts, comm, folder, stop)
     reason = trainer.train()
     idle = trainer.idle.by_rank()

@@ -21,7 +21,7 @@ LAYERS = [
     {"rollout"},
     {"evaluator", "learners"},
     {"objectives", "optimizers"},
-    {"record", "progress", "analysis", "watch", "cli", "provenance"},
+    {"record", "progress", "analysis", "watch", "cli", "provenance", "hosts"},
     {"train", "evaluate", "report", "launch"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
