@@ -36,8 +36,9 @@ FINAL = {0: "done", 2: "bad input", EXIT_STOPPED: "told to stop", EXIT_INTERRUPT
 """Exit codes after which a run is not started again."""
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 60.0
-# What MPICH says of a rank that did not end by itself.
-_KILLED = re.compile(rb"RUNNING AT (\S+).*?EXIT STRING: ([^\n]*\(signal \d+\))", re.DOTALL)
+# What MPICH says of a rank that ended without MPI's leave, and of the signal that ended it.
+_LOST = re.compile(rb"BAD TERMINATION.*?RUNNING AT (\S+)", re.DOTALL)
+_SIGNAL = re.compile(rb"EXIT STRING: ([^\n]*\(signal \d+\))")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -205,7 +206,7 @@ class Attempts:
         if restart:
             place = f"{absent}from {_checkpoint(job.out)} on {ranks} ranks"
             _say(f"{failure}; restart {restart} of {job.max_restarts}, {place}")
-        elif absent:
+        elif absent and hosts:
             _say(f"{absent}starting on {ranks} ranks")
         if ranks == 0:
             return EXIT_LOST, "no host answers"
@@ -266,12 +267,13 @@ def _times(restarts: int) -> str:
 
 
 def _cause(code: int, output: bytes, first: list[int]) -> str:
-    """What ended the ranks, with the number of the one that was killed where that is known."""
-    found = _KILLED.search(output)
-    if found is None:
+    """What ended the ranks, with the number of the one that was lost where that is known."""
+    lost, killed = _LOST.search(output), _SIGNAL.search(output)
+    if lost is None:
         return f"the ranks ended with exit code {code}"
     which = " or ".join(f"rank {rank}" for rank in first)
-    return f"{which or f'a rank on {found[1].decode()}'} ended by {found[2].decode()}"
+    how = killed[1].decode() if killed else f"exit code {code}"
+    return f"{which or f'a rank on {lost[1].decode()}'} ended by {how}"
 
 
 def _where(out: Path) -> str:

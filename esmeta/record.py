@@ -311,9 +311,11 @@ class RunDir:
 
     def close(self) -> None:
         """Close all files; to be called once, also when the run fails."""
-        self._metrics.close()
-        if self._events is not None:
-            self._events.close()
+        with self._disk("metrics.jsonl"):
+            self._metrics.close()
+        with self._disk("tensorboard"):
+            if self._events is not None:
+                self._events.close()
 
     def _write_summary(self, facts: Mapping[str, Any]) -> None:
         run = self._config.run

@@ -304,10 +304,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     comm = make_comm(START_S)
     install_excepthook(comm)
     try:
-        return run(args, comm, stop)
+        code = run(args, comm, stop)
     except SystemExit as left:
         # Nothing here leaves so; others would wait for a rank whose own code does.
         comm.abort(EXIT_EXCEPTION, f"sys.exit({left.code!r}) at {comm.label} ended the run")
+    stop.end()
+    return code
 
 
 if __name__ == "__main__":

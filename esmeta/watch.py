@@ -30,8 +30,13 @@ class Stop:
 
     def __init__(self) -> None:
         self.wanted = False
-        for name in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(name, self._note)
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._note)
+
+    def end(self) -> None:
+        """Ignore further signals: Python's handlers are gone while a rank waits to leave MPI."""
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, signal.SIG_IGN)
 
     def _note(self, *_: object) -> None:
         self.wanted = True
