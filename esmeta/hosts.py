@@ -23,7 +23,7 @@ _CONNECT_S = 5
 _PROBE_S = 15.0
 _LIBC = ctypes.CDLL(None)
 _SET_PARENT_DEATH_SIGNAL = 1
-_LINE = re.compile(r"([^\s:#]+)(?::(\d+))?(\s.*)?")
+_LINE = re.compile(r"([^\s:#]+)(?::(\d+))?((\s+\w+=\S+)*)")
 
 
 @dataclass(frozen=True)

@@ -175,11 +175,12 @@ class Attempts:
                 self._pause(min(_FIRST_PAUSE_S * 2 ** (restart - 1), _LONGEST_PAUSE_S))
             if self.signal is not None:
                 return EXIT_INTERRUPTED if self.signal == signal.SIGINT else EXIT_STOPPED
-            code, failure = self._attempt(restart, failure)
+            code, cause = self._attempt(restart, failure)
             if self.signal is not None:
                 return self._stopped(code)
             if code in FINAL:
                 return code
+            failure = f"{cause} at {_where(self.job.out)}"
         _say(f"{failure}; giving up after {_times(self.job.max_restarts)}")
         return code
 
@@ -209,7 +210,7 @@ class Attempts:
         elif absent and hosts:
             _say(f"{absent}starting on {ranks} ranks")
         if ranks == 0:
-            return EXIT_LOST, "no host answers"
+            return EXIT_LOST, "no host answered"
         with tempfile.TemporaryDirectory(prefix="esmeta-launch-") as folder:
             file = Path(folder) / "hosts"
             file.write_text("".join(f"{host.line}\n" for host in hosts), encoding="utf-8")
@@ -217,7 +218,7 @@ class Attempts:
             first.start()
             code = self._run_ranks(_command(job, ranks, file, again=restart > 0))
         end_marked(self.mark)
-        return code, f"{_cause(code, self._tail, first.finish())} at {_where(job.out)}"
+        return code, _cause(code, self._tail, first.finish())
 
     def _run_ranks(self, command: list[str]) -> int:
         self._tail = b""

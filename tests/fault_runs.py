@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import subprocess
 import sys
@@ -12,7 +14,7 @@ from pathlib import Path
 
 from conftest import OPEN_MPI, ROOT, environment, find_mpirun, kill_leftovers
 from faulty import VARIABLE
-from tiny_runs import final_hash
+from tiny_runs import final_hash, run_here
 
 GENERATIONS = 20
 LIMIT_S = 2.0
@@ -70,16 +72,23 @@ def start(folder: Path, words: list[str], fault: str = "") -> tuple[int, str, in
 
 
 def on_ranks(ranks: int, *words: str) -> list[str]:
-    """The command of a training run on one process or on several ranks."""
-    train = [sys.executable, "-m", "esmeta.train", *words]
-    return train if ranks == 1 else [str(find_mpirun()), "-n", str(ranks), *train]
+    """The command of a training run on several ranks."""
+    return [str(find_mpirun()), "-n", str(ranks), sys.executable, "-m", "esmeta.train", *words]
+
+
+def here(folder: Path, *words: object) -> None:
+    """A training run in this process, without what it prints."""
+    with (
+        contextlib.chdir(folder),
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):
+        assert run_here(*words) == 0
 
 
 def uninterrupted(folder: Path) -> str:
     """The hash of theta after all generations, on one process."""
-    words = on_ranks(1, "bandit-openes", *OPTIONS, "--out", "whole")
-    code, err, _ = start(folder, words)
-    assert code == 0, err
+    here(folder, "bandit-openes", *OPTIONS, "--out", "whole")
     return final_hash(folder / "whole")
 
 
@@ -98,8 +107,10 @@ def fail_and_resume(
     # kill_leftovers waits for stragglers only, so this is when the last process was gone.
     latency = time.time() - moment.stat().st_mtime
     named = NAMED[kind].format(rank=rank, generation=generation) in err
-    again, more, left = start(folder, on_ranks(resume_on, "--resume", name))
-    equal = again == 0 and final_hash(folder / name) == expected
-    return Outcome(
-        kind, rank, generation, code, latency, named, orphans + left, resume_on, equal, err + more
-    )
+    if resume_on == 1:
+        here(folder, "--resume", name)
+    else:
+        again, more, left = start(folder, on_ranks(resume_on, "--resume", name))
+        assert again == 0 and left == 0, more
+    equal = final_hash(folder / name) == expected
+    return Outcome(kind, rank, generation, code, latency, named, orphans, resume_on, equal, err)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,7 @@ from test_resume import Job
 from tiny_runs import final_hash, overrides, run_here, summary, write_preset
 
 from esmeta.comm import SelfComm
+from esmeta.errors import UserError
 from esmeta.record import load_checkpoint, read_metrics
 from esmeta.watch import Idle, TimeLimit
 
@@ -34,12 +38,18 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.mark.mpi
 @needs_mpirun
 @pytest.mark.parametrize(
-    ("kind", "rank", "code"), [("raise", 1, 3), ("hang", 0, 3), ("exit", 2, 3), ("kill", 1, 9)]
+    ("kind", "rank", "code"),
+    [
+        ("hang", 0, 3),
+        pytest.param("kill", 1, 9, marks=pytest.mark.slow),
+        pytest.param("raise", 1, 3, marks=pytest.mark.slow),
+        pytest.param("exit", 1, 3, marks=pytest.mark.slow),
+    ],
 )
 def test_a_failure_ends_the_job_and_the_run_goes_on(
     tmp_path: Path, expected: str, kind: str, rank: int, code: int
 ) -> None:
-    outcome = fail_and_resume(tmp_path, kind, rank, GENERATIONS // 2, 3, 1, expected)
+    outcome = fail_and_resume(tmp_path, kind, rank, GENERATIONS // 2, 2, 1, expected)
     assert outcome.code == code and outcome.named and outcome.orphans == 0, outcome.stderr
     assert outcome.equal, outcome.stderr
     # Every rank knows who is missing, one says so.
@@ -85,7 +95,7 @@ def test_idle_is_the_share_of_time_in_collectives(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.mpi
 def test_idle_ranks_are_told_apart(tmp_path: Path, mpirun: Any) -> None:
-    """One of three ranks has all the work; the others idle."""
+    """One of two ranks is slow; the other idles."""
     preset, run = write_preset(tmp_path), tmp_path / "run"
     slow = tmp_path / "slow.py"
     slow.write_text(
@@ -98,7 +108,7 @@ def test_idle_ranks_are_told_apart(tmp_path: Path, mpirun: Any) -> None:
         "        made = super().make(*args, **options)\n"
         "        plain = made.fitness\n"
         "        def fitness(params, step):\n"
-        "            time.sleep(0.2 if os.environ['PMI_RANK'] == '1' else 0)\n"
+        "            time.sleep(0.1 if os.environ['PMI_RANK'] == '1' else 0)\n"
         "            return plain(params, step)\n"
         "        made.fitness = fitness\n"
         "        return made\n",
@@ -107,16 +117,16 @@ def test_idle_ranks_are_told_apart(tmp_path: Path, mpirun: Any) -> None:
     args = ["-m", "esmeta.train", preset, "--out", run, "--objective", "slow:Objective"]
     path = os.pathsep.join([str(tmp_path), str(ROOT)])
     done = mpirun(
-        3, *args, *overrides("optimizer.popsize=48"), env={"PYTHONPATH": path}, timeout=120
+        2, *args, *overrides("run.evaluate_every=0"), env={"PYTHONPATH": path}, timeout=120
     )
     assert done.returncode == 0, done.stderr
     idle = summary(run)["idle"]
-    assert isinstance(idle, list) and len(idle) == 3
-    assert idle[1] < 0.4 < 0.6 < min(idle[0], idle[2]) <= 1.0, idle
+    assert isinstance(idle, list) and len(idle) == 2
+    assert idle[1] < 0.4 < 0.6 < idle[0] <= 1.0, idle
     lines = [line for line in read_metrics(run) if line["step"] > 1]
     # The median: other programs may hold up a rank for a moment.
     middle = sorted(lines, key=lambda line: line["idle_mean"])[len(lines) // 2]
-    assert middle["idle_max"] > 0.6 and 0.4 < middle["idle_mean"] < middle["idle_max"]
+    assert middle["idle_max"] > 0.6 and 0.3 < middle["idle_mean"] < 0.7
 
 
 # --- told to stop ------------------------------------------------------------------------------
@@ -161,35 +171,24 @@ def test_a_signal_anywhere_stops_all_ranks_with_a_checkpoint(
 
 # --- full and read-only disks -------------------------------------------------------------------
 
-LIMITED = """
-import resource, sys
-resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]),) * 2)
-from esmeta.train import main
-sys.exit(main(sys.argv[2:]))
-"""
+# TensorBoard writes in a thread, which dies of the error.
+THREAD = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 
 
-def command(folder: Path, *words: object) -> tuple[int, str]:
-    """Exit code and stderr of python in ``folder``."""
-    done = subprocess.run(
-        [sys.executable, *map(str, words)],
-        cwd=folder,
-        env=environment(None),
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    return done.returncode, done.stderr
+@contextlib.contextmanager
+def files_at_most(size: int) -> Iterator[None]:
+    """The kernel lets no file of this process grow beyond ``size`` bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def errors_of(stderr: str) -> list[str]:
-    """Lines that are not progress."""
-    return [line for line in stderr.splitlines() if line and not line.startswith("bandit openes")]
-
-
-@pytest.mark.parametrize("tensorboard", ["false", "true"])
+@pytest.mark.parametrize("tensorboard", ["false", pytest.param("true", marks=THREAD)])
 def test_a_file_that_may_not_grow(tmp_path: Path, tensorboard: str) -> None:
-    """The kernel refuses to let metrics.jsonl (or the events) grow; checkpoints still fit."""
+    """There is no room for metrics.jsonl (or the events) to grow; checkpoints still fit."""
     preset, run = write_preset(tmp_path), tmp_path / "run"
     more = overrides(
         "budget.generations=400",
@@ -197,16 +196,14 @@ def test_a_file_that_may_not_grow(tmp_path: Path, tensorboard: str) -> None:
         f"run.tensorboard={tensorboard}",
         "run.checkpoint_every=1",
     )
-    code, err = command(tmp_path, "-c", LIMITED, 24_000, preset, "--out", run, *more)
-    *noise, line = errors_of(err)
-    # The writer of the events has a thread of its own, whose traceback is not ours.
-    assert code == 2 and (tensorboard == "true" or not noise), err
+    with files_at_most(24_000), pytest.raises(UserError) as caught:
+        run_here(preset, "--out", run, *more)
     file = r"metrics\.jsonl" if tensorboard == "false" else r"(metrics\.jsonl|tensorboard)"
     assert re.fullmatch(
-        rf"esmeta: error: .*/run/{file} cannot be written \(File too large\); the last checkpoint "
+        rf".*/run/{file} cannot be written \(File too large\); the last checkpoint "
         "is intact: make room, then go on with --resume",
-        line,
-    ), line
+        str(caught.value),
+    ), caught.value
     saved = load_checkpoint(run)
     assert saved is not None and saved.step >= 10
     # With room again the run ends as if nothing had happened.
@@ -229,13 +226,9 @@ def test_a_full_disk_under_each_file(
     assert before is not None and before.step == 4
     trap = run / f"{file}.tmp"
     trap.symlink_to("/dev/full")
-    code, err = command(
-        tmp_path, "-m", "esmeta.train", "--resume", run, *overrides("budget.generations=6")
-    )
-    (line,) = errors_of(err)
-    assert code == 2 and "cannot be written (No space left on device)" in line, err
-    if file != "run.json":  # which is written first of all, when nothing was done yet
-        assert line.startswith(f"esmeta: error: {run}/{file} ") and "intact" in line
+    message = f"{run}/{file} cannot be written (No space left on device); the last checkpoint"
+    with pytest.raises(UserError, match=re.escape(message)):
+        run_here("--resume", run, *overrides("budget.generations=6"))
     capsys.readouterr()
     after = load_checkpoint(run)
     assert after is not None and after.step == (6 if file == "theta.safetensors" else 4)
@@ -245,6 +238,11 @@ def test_a_full_disk_under_each_file(
     whole = overrides("run.evaluate_every=0", "budget.generations=6")
     assert run_here(preset, "--out", tmp_path / "whole", *whole) == 0
     assert final_hash(run) == final_hash(tmp_path / "whole")
+
+
+def errors_of(stderr: str) -> list[str]:
+    """Lines that are not progress."""
+    return [line for line in stderr.splitlines() if line and not line.startswith("bandit openes")]
 
 
 MOUNT = """
@@ -260,6 +258,7 @@ cp disk/run/checkpoint/*.ckpt .
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     shutil.which("unshare") is None
     or subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode != 0,

@@ -17,7 +17,7 @@ from tiny_runs import final_hash, overrides, run_here, summary, write_preset
 
 import esmeta
 from esmeta import config as configs
-from esmeta import evaluate, train
+from esmeta import evaluate, launch, train
 from esmeta.record import load_checkpoint, load_theta, read_config, read_metrics
 from esmeta.tree import theta_sha256
 
@@ -43,11 +43,13 @@ def test_flags_are_frozen() -> None:
         "--trials",
         "-h",
     ]
-    for parser in (train.parser(), evaluate.parser()):
+    expected = ["--help", "--hosts", "--launcher", "--max-restarts", "--ranks", "-h", "-n"]
+    assert flags(launch.parser()) == expected
+    for parser in (train.parser(), evaluate.parser(), launch.parser()):
         assert all(action.help for action in parser._actions)
 
 
-@pytest.mark.parametrize("module", ["train", "evaluate"])
+@pytest.mark.parametrize("module", ["train", "evaluate", "launch"])
 def test_help_is_quick(module: str, tmp_path: Path) -> None:
     code = (
         f"import sys; from esmeta import {module} as m\n"
