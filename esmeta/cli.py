@@ -49,7 +49,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("preset", nargs="?", help="preset name or TOML file (harlow-ppo)")
     p.add_argument("--task", help="task distribution, or package.module:Class of your own")
     p.add_argument(
-        "--optimizer", help="openes pgpe snes cem xnes cmaes a2c ppo, or package.module:Class"
+        "--optimizer",
+        help="openes pgpe snes sepcma, EvoTorch's evotorch_pgpe evotorch_snes cem xnes cmaes, a2c "
+        "ppo, or package.module:Class",
     )
     p.add_argument("--objective", help="what theta is worth: return, or package.module:Class")
     p.add_argument(

@@ -85,25 +85,27 @@ class PopulationEvaluator:
         """Score members.
 
         ``params`` is a tree with leaves ``[P, ...]`` or flat vectors ``[P, D]``; ``split`` is
-        ``"train"`` or ``"test"``; ``index`` (int64 ``[B]``) names the tasks by number, default
-        0..trials-1; ``act`` chooses actions (sampled by default); ``intervene`` changes memory
-        or inputs before each step, for lesion controls. Returns a :class:`Fitness` on the CPU.
+        ``"train"`` or ``"test"``; ``index`` (int64 ``[B]``, or ``[P, B]`` for tasks of each
+        member's own) names the tasks by number, default 0..trials-1; ``act`` chooses actions
+        (sampled by default); ``intervene`` changes memory or inputs before each step, for lesion
+        controls. Returns a :class:`Fitness` on the CPU.
         """
         tree = unravel(params, self.policy) if isinstance(params, Tensor) else params
         tree = {name: leaf.to(self.device) for name, leaf in tree.items()}
         population = next(iter(tree.values())).shape[0]
         if index is None:
             index = torch.arange(self.trials)
-        if population == 0 or index.ndim != 1 or len(index) == 0:
+        shared = index.ndim == 1
+        if population == 0 or index.numel() == 0 or not (shared or len(index) == population):
             raise ValueError(
                 f"there are {population} members and task numbers of shape {tuple(index.shape)}; "
-                "pass at least one member, and index [B] with at least one number"
+                "pass at least one member, and index [B] or [P, B] with at least one number"
             )
-        batch = index.shape[0]
+        batch = index.shape[-1]
         padded = -(-batch // _TRIAL_TILE) * _TRIAL_TILE
-        index = torch.cat([index, index[-1:].expand(padded - batch)])
+        index = torch.cat([index, index[..., -1:].expand(*index.shape[:-1], padded - batch)], -1)
         rng = Rng(seed).fold("trials", split)
-        tasks = self.place(self.task.sample(index, split, Rng(seed).fold("tasks")))
+        tasks = self._tasks(index.reshape(-1, padded), split, seed)
         parts = []
         batches = -(-population // self._members_per_batch(padded))
         # Batches of one size: a short last one would be filled up with copies.
@@ -111,8 +113,17 @@ class PopulationEvaluator:
         for first in range(0, population, rows):
             members = torch.arange(first, first + rows).clamp(max=population - 1).to(self.device)
             part = {name: leaf[members] for name, leaf in tree.items()}
-            parts.append(self._score(part, tasks, rng, act, intervene))
+            mine = tasks if shared else _rows(tasks, members)
+            parts.append(self._score(part, mine, rng, act, intervene))
         return _join(parts, population, batch)
+
+    def _tasks(self, index: Tensor, split: str, seed: int) -> Tasks:
+        """The tasks with numbers ``[P or 1, B]``."""
+        tasks = self.place(self.task.sample(index.flatten(), split, Rng(seed).fold("tasks")))
+        data = {
+            name: leaf.reshape(*index.shape, *leaf.shape[2:]) for name, leaf in tasks.data.items()
+        }
+        return Tasks(tasks.index.reshape(index.shape), data)
 
     def place(self, tasks: Tasks) -> Tasks:
         """The same tasks on this evaluator's device."""
@@ -132,6 +143,10 @@ class PopulationEvaluator:
         end = loop.rollout(self.policy, self._env, begin, collector, act=act, intervene=intervene)
         metrics = {k: v.double().cpu() for k, v in self._env.metrics(end.env_state).items()}
         return Fitness(collector.returns.cpu(), collector.steps.cpu(), metrics)
+
+
+def _rows(tasks: Tasks, members: Tensor) -> Tasks:
+    return Tasks(tasks.index[members], {name: leaf[members] for name, leaf in tasks.data.items()})
 
 
 def _join(parts: list[Fitness], population: int, batch: int) -> Fitness:

@@ -239,8 +239,11 @@ class Comm(Protocol):
 class Objective(Protocol):
     """What a meta-parameter vector is worth, on the tasks of a given step."""
 
-    def fitness(self, params: Params | Tensor, step: int) -> Fitness:
-        """Score members ``[P, ...]`` (or flat vectors ``[P, D]``) on the tasks of ``step``."""
+    def fitness(self, params: Params | Tensor, step: int | Tensor) -> Fitness:
+        """Score members ``[P, ...]`` (or flat vectors ``[P, D]``) on the tasks of ``step``.
+
+        ``step`` int64 ``[P]`` gives every member the tasks of a step of its own.
+        """
         ...
 
 

@@ -21,6 +21,7 @@ from esmeta.objectives.return_ import ReturnObjective
 from esmeta.policy import Policy
 from esmeta.types import Fitness, Params, Task
 
+_raised: set[int] = set()
 VARIABLE = "ESMETA_TEST_FAULT"
 KINDS = ("raise", "hang", "exit", "kill")
 
@@ -29,11 +30,13 @@ def fail_if_due(step: int) -> None:
     kind, rank, generation, *once = os.environ.get(VARIABLE, "none:0:-1").split(":")
     if step != int(generation) or os.environ.get("PMI_RANK", "0") != rank:
         return
-    if once:
+    if once and step not in _raised:
         if Path(once[0]).exists():
             return
         Path(once[0]).touch()
     if kind == "raise":
+        # Also when the members are evaluated one by one: otherwise nothing has failed.
+        _raised.add(step)
         raise RuntimeError("a fault for the test")
     if kind == "exit":
         sys.exit(0)

@@ -127,6 +127,17 @@ def test_memory_has_the_same_bits_for_any_split(policy_name: str) -> None:
                     assert got is not None and torch.equal(got, b[member, list(trials)])
 
 
+@pytest.mark.parametrize("task_name", TASKS)
+def test_members_may_have_tasks_of_their_own(task_name: str) -> None:
+    evaluator, params = make(task_name, "metods-base", 9)
+    members, index = [1, 4, 0], torch.tensor([[3, 9, 4], [0, 1, 2], [20, 3, 3]])
+    own = evaluator(some(params, members), seed=2, index=index)
+    for row, member in enumerate(members):
+        alone = evaluator(some(params, [member]), seed=2, index=index[row])
+        assert torch.equal(own.returns[row : row + 1], alone.returns)
+        assert torch.equal(own.steps[row : row + 1], alone.steps)
+
+
 def test_global_generators_are_neither_read_nor_moved() -> None:
     for task_name in TASKS:
         evaluator, params = make(task_name, "metods-base")
@@ -230,7 +241,7 @@ def test_bad_requests_say_value_and_cure() -> None:
         evaluator(policy.init(), split="valid")
     with pytest.raises(ValueError, match="int64"):
         evaluator(policy.init(), index=torch.tensor([0.5]))
-    for index in (torch.tensor([], dtype=torch.int64), torch.tensor([[0]])):
+    for index in (torch.tensor([], dtype=torch.int64), torch.tensor([[0], [1]])):
         with pytest.raises(ValueError, match=r"task numbers of shape.*index \[B\]"):
             evaluator(policy.init(), index=index)
     with pytest.raises(ValueError, match="0 members.*at least one"):

@@ -26,7 +26,7 @@ from test_openes import (
 )
 from torch import Tensor
 
-from esmeta.optimizers import _evotorch, cem, cmaes, pgpe, snes, xnes
+from esmeta.optimizers import _evotorch, cem, cmaes, evotorch_pgpe, evotorch_snes, xnes
 from esmeta.rng import Rng
 from esmeta.types import Fitness
 
@@ -34,17 +34,19 @@ torch.set_num_threads(1)
 
 # popsize 50 is not a multiple of 3 or 4 ranks; sigma and rates suit a start one unit away.
 MAKE: dict[str, Callable[..., Any]] = {
-    "pgpe": lambda **o: pgpe.Optimizer(**{"popsize": 50, "sigma": 0.1, "learning_rate": 0.05} | o),
-    "pgpe-clipup": lambda **o: pgpe.Optimizer(
+    "pgpe": lambda **o: evotorch_pgpe.Optimizer(
+        **{"popsize": 50, "sigma": 0.1, "learning_rate": 0.05} | o
+    ),
+    "pgpe-clipup": lambda **o: evotorch_pgpe.Optimizer(
         **{"popsize": 50, "sigma": 0.1, "optimizer": "clipup"} | o
     ),
-    "snes": lambda **o: snes.Optimizer(**{"popsize": 50, "sigma": 0.3} | o),
+    "snes": lambda **o: evotorch_snes.Optimizer(**{"popsize": 50, "sigma": 0.3} | o),
     "cem": lambda **o: cem.Optimizer(**{"popsize": 50, "sigma": 0.5, "stdev_max_change": 0.05} | o),
     "xnes": lambda **o: xnes.Optimizer(**{"popsize": 50, "sigma": 0.3} | o),
     "cmaes": lambda **o: cmaes.Optimizer(**{"popsize": 50, "sigma": 0.3} | o),
     "sepcmaes": lambda **o: cmaes.Optimizer(**{"popsize": 50, "sigma": 0.3, "separable": True} | o),
 }
-MODULES = (pgpe, snes, cem, xnes, cmaes)
+MODULES = (evotorch_pgpe, evotorch_snes, cem, xnes, cmaes)
 every = pytest.mark.parametrize("make", list(MAKE.values()), ids=list(MAKE))
 
 
@@ -116,7 +118,7 @@ def test_same_bits_for_any_number_of_ranks(make: Callable[..., Any]) -> None:
 
 def test_fewer_members_than_ranks() -> None:
     def work(comm: RankComm) -> str:
-        optimizer = snes.Optimizer(popsize=2)
+        optimizer = evotorch_snes.Optimizer(popsize=2)
         return digest(optimizer, run(optimizer, Objective(sphere), start(5), 4, comm)[0])
 
     assert set(on_ranks(4, work)) == set(on_ranks(1, work))
@@ -233,7 +235,7 @@ def test_cem_ties_at_the_border_share_the_parents() -> None:
 
 def test_clipup_survives_a_zero_gradient() -> None:
     # A mirrored pair that ties has no centre gradient; here no pair has one, but pairs differ.
-    optimizer = pgpe.Optimizer(popsize=4, optimizer="clipup")
+    optimizer = evotorch_pgpe.Optimizer(popsize=4, optimizer="clipup")
     even = Objective(lambda x: (x**2).sum(dim=1))
     state, log = run(optimizer, even, start(3), 1)
     assert log[0]["flat"] == 0.0 and torch.isfinite(flat_theta(optimizer, state)).all()
@@ -256,11 +258,11 @@ def test_evotorch_is_imported_by_its_searchers_only() -> None:
         *[(m.Optimizer, {"popsize": 1}, "popsize = 1.*even") for m in MODULES],
         *[(m.Optimizer, {"popsize": 9}, "popsize = 9.*even") for m in MODULES],
         *[(m.Optimizer, {"sigma": 0.0}, "sigma = 0.0.*> 0") for m in MODULES],
-        (pgpe.Optimizer, {"learning_rate": math.nan}, "learning_rate = nan"),
-        (pgpe.Optimizer, {"stdev_max_change": 1.0}, "stdev_max_change = 1.0.*below 1"),
-        (pgpe.Optimizer, {"optimizer": "clipupp"}, "optimizer = 'clipupp'.*'clipup'"),
-        (snes.Optimizer, {"learning_rate": 0.0}, "learning_rate = 0.0"),
-        (snes.Optimizer, {"shaping": "rank"}, "shaping = 'rank'"),
+        (evotorch_pgpe.Optimizer, {"learning_rate": math.nan}, "learning_rate = nan"),
+        (evotorch_pgpe.Optimizer, {"stdev_max_change": 1.0}, "stdev_max_change = 1.0.*below 1"),
+        (evotorch_pgpe.Optimizer, {"optimizer": "clipupp"}, "optimizer = 'clipupp'.*'clipup'"),
+        (evotorch_snes.Optimizer, {"learning_rate": 0.0}, "learning_rate = 0.0"),
+        (evotorch_snes.Optimizer, {"shaping": "rank"}, "shaping = 'rank'"),
         (xnes.Optimizer, {"learning_rate": math.inf}, "learning_rate = inf"),
         (cem.Optimizer, {"parenthood_ratio": 1.5}, "parenthood_ratio = 1.5.*at most 1"),
         (cem.Optimizer, {"popsize": 2}, "parenthood_ratio = 0.5.*at least 2 parents of 2"),

@@ -22,6 +22,7 @@ from esmeta.train import EXIT_STOPPED
 OPTIMIZERS = {
     "openes": ["optimizer.weight_decay=0.01", "optimizer.sigma_decay=0.9"],
     "snes": [],
+    "evotorch_snes": [],
     "a2c": ["optimizer.schedule=linear", "optimizer.schedule_updates=5"],
     "ppo": ["optimizer.minibatches=2", "optimizer.epochs=2"],
 }

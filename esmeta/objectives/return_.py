@@ -44,9 +44,10 @@ class ReturnObjective:
         self.evaluator = PopulationEvaluator(policy, task, trials=trials, device=device)
         self._env = task.make_env(self.device)
 
-    def fitness(self, params: Params | Tensor, step: int) -> Fitness:
-        """Returns of members on the tasks of ``step``; no gradient."""
-        index = torch.arange(step * self.trials, (step + 1) * self.trials)
+    def fitness(self, params: Params | Tensor, step: int | Tensor) -> Fitness:
+        """Returns of members on the tasks of ``step`` (int64 ``[P]``: of each its own)."""
+        first = torch.as_tensor(step, dtype=torch.int64).unsqueeze(-1) * self.trials
+        index = first + torch.arange(self.trials)
         return self.evaluator(params, seed=self.seed, split="train", index=index)
 
     def heldout(self, params: Params | Tensor, trials: int, seed: int | None = None) -> Fitness:

@@ -20,14 +20,14 @@ import hashlib
 import os
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from esmeta.errors import UserError, finite_positive
-from esmeta.optimizers._generation import Stopwatch, check_popsize
-from esmeta.optimizers._shaping import utilities
+from esmeta.errors import UserError, finite_positive, one_of
+from esmeta.optimizers._generation import Scoring, Stopwatch, check_popsize
+from esmeta.optimizers._shaping import tail_share, utilities
 from esmeta.rng import Rng
 from esmeta.tree import ravel, shapes_of, unravel_shapes
 from esmeta.types import Comm, Fitness, Metrics, Objective, Params
@@ -87,7 +87,7 @@ def new_problem(size: int) -> PopulationProblem:
     os.environ.setdefault("EVOTORCH_VERBOSE_LEVEL", "0")
     from esmeta.optimizers._evotorch_problem import PopulationProblem
 
-    def unset(values: Tensor, generation: int) -> Fitness:
+    def unset(values: Tensor, step: int | Tensor) -> Fitness:
         raise AssertionError("the objective is set before every evaluation")
 
     return PopulationProblem(unset, size, seed=0)
@@ -95,16 +95,34 @@ def new_problem(size: int) -> PopulationProblem:
 
 @dataclass(frozen=True)
 class EvoTorchOptimizer(ABC):
-    """The part of the contract that does not depend on the searcher."""
+    """The part of the contract that does not depend on the searcher.
+
+    Attributes:
+        popsize: members per generation, even.
+        sigma: standard deviation of every coordinate at the start.
+        aggregate: fitness of a member from its returns on K tasks: ``mean``, ``worst`` (the
+            smallest) or ``cvar:a`` (mean of the smallest share a).
+        failed: members without a finite fitness: ``worst`` ranks them last, all equal; ``raise``
+            ends the run.
+        tasks: ``shared`` by the whole generation, or ``per_pair``: every mirrored pair (or single
+            member) has its own.
+    """
 
     gradient: ClassVar[bool] = False
+    mirrored: ClassVar[bool] = False
 
     popsize: int = 256
     sigma: float = 0.05
+    aggregate: str = "mean"
+    failed: Literal["worst", "raise"] = "worst"
+    tasks: Literal["shared", "per_pair"] = "shared"
 
     def __post_init__(self) -> None:
         check_popsize(self.popsize)
         finite_positive("sigma", self.sigma, example=0.05)
+        tail_share(self.aggregate)
+        one_of("failed", self.failed, ("worst", "raise"))
+        one_of("tasks", self.tasks, ("shared", "per_pair"))
 
     @abstractmethod
     def _searcher(self, problem: PopulationProblem, center: Tensor) -> Searcher: ...
@@ -125,6 +143,8 @@ class EvoTorchOptimizer(ABC):
         searcher.load(state.tensors)
         problem.manual_seed(rng.fold("evotorch", state.generation).key % 2**63)
         problem.bind(objective.fitness, state.generation, comm, watch)
+        problem.scoring = Scoring(self.aggregate, self.failed)
+        problem.sharing = (2 if self.mirrored else 1) if self.tasks == "per_pair" else 0
         sigma = searcher.sigma()
         searcher.sample(problem)
         assert problem.scores is not None
@@ -319,9 +339,9 @@ def evotorch_problem(
     def draw(start: int, count: int) -> Tensor:
         return ravel(evaluator.policy.init(seed=start, population=count))
 
-    def score(values: Tensor, generation: int) -> Fitness:
-        first = generation * evaluator.trials
-        index = torch.arange(first, first + evaluator.trials)
+    def score(values: Tensor, step: int | Tensor) -> Fitness:
+        first = torch.as_tensor(step, dtype=torch.int64).unsqueeze(-1) * evaluator.trials
+        index = first + torch.arange(evaluator.trials)
         return evaluator(values, seed=seed, split="train", index=index)
 
     return PopulationProblem(score, evaluator.size, seed=seed, comm=comm, draw=draw)

@@ -12,11 +12,17 @@ from evotorch import Problem, SolutionBatch
 from evotorch.optimizers import ClipUp
 from torch import Tensor
 
-from esmeta.optimizers._generation import Scores, Stopwatch, gather_scores
+from esmeta.optimizers._generation import (
+    Scores,
+    Scoring,
+    Stopwatch,
+    gather_scores,
+    score_members,
+)
 from esmeta.types import Comm, Fitness
 
-Score = Callable[[Tensor, int], Fitness]
-"""Members float32 ``[P, D]`` and the number of the evaluation, to their fitness."""
+Score = Callable[[Tensor, int | Tensor], Fitness]
+"""Members float32 ``[P, D]`` and the step whose tasks they get (or int64 ``[P]``), to fitness."""
 
 
 class PopulationProblem(Problem):
@@ -25,6 +31,7 @@ class PopulationProblem(Problem):
     Every evaluated batch counts as one ``generation``: its members share their tasks, and the next
     batch gets fresh ones. Members that failed are reported below the worst finite one, because
     EvoTorch ranks NaN as the best. The communicator is left out of pickles and copies.
+    ``sharing`` is the number of neighbours that share tasks of their own; 0: all share the same.
     """
 
     def __init__(
@@ -54,6 +61,8 @@ class PopulationProblem(Problem):
         self._draw = draw
         self.generation = 0
         self.watch = Stopwatch()
+        self.scoring = Scoring()
+        self.sharing = 0
         self.scores: Scores | None = None
 
     def bind(self, score: Score, generation: int, comm: Comm, watch: Stopwatch) -> None:
@@ -88,12 +97,22 @@ class PopulationProblem(Problem):
         rank, ranks = (self._comm.rank, self._comm.size) if self._comm else (0, 1)
         owned = np.array_split(np.arange(len(values)), ranks)
         mine = owned[rank]
-        fitness = None
+        rows = None
+
+        def score(members: Tensor, which: Tensor) -> Fitness:
+            if not self.sharing:
+                return self._score(members, self.generation)
+            groups = len(values) // self.sharing
+            step = torch.from_numpy(mine)[which] // self.sharing + self.generation * groups
+            return self._score(members, step)
+
         if len(mine):
             begin = self.watch.now()
-            fitness = self._score(values[mine[0] : mine[-1] + 1].clone(), self.generation)
+            members = values[mine[0] : mine[-1] + 1].clone()
+            rows = score_members(score, members, mine, self.generation)
             self.watch.evaluate_s += self.watch.now() - begin
-        self.scores = gather_scores(fitness, list(owned), self._comm, self.watch)
+        table = gather_scores(rows, list(owned), self._comm, self.watch)
+        self.scores = self.scoring.scores(*table, self.generation)
         self.generation += 1
         batch.set_evals(below_worst(self.scores.fitness).unsqueeze(1))
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
+import traceback
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,7 +14,14 @@ import torch
 from torch import Tensor
 
 from esmeta.errors import UserError
+from esmeta.optimizers._shaping import Failed, aggregated
 from esmeta.types import Comm, Fitness, Metrics
+
+MAX_RAISED = 0.1
+"""Share of a generation whose evaluation may raise an exception."""
+
+NOT_A_MEMBERS_FAULT = (UserError, TimeoutError, MemoryError)
+"""Exceptions that say nothing about a member: they end the run."""
 
 
 def check_popsize(value: object) -> None:
@@ -50,17 +60,21 @@ class Stopwatch:
 class Scores:
     """One generation's results, the same on every rank.
 
-    ``fitness`` float64 ``[N]`` is the mean return over trials (NaN or infinite where a member
-    failed); ``env_steps`` counts all members.
+    ``returns`` float64 ``[N, K]`` on K tasks, NaN throughout for members whose evaluation raised;
+    ``fitness`` float64 ``[N]``, NaN where a member failed; ``env_steps`` counts all members;
+    ``raised`` counts the members whose evaluation raised.
     """
 
+    returns: Tensor
     fitness: Tensor
     env_steps: int
+    raised: int
 
     def metrics(self) -> Metrics:
         """Statistics over the members that did not fail (NaN where all did)."""
         finite = self.fitness[torch.isfinite(self.fitness)].tolist()
         return {
+            "popsize": float(len(self.fitness)),
             "fitness_mean": math.fsum(finite) / len(finite) if finite else math.nan,
             "fitness_max": max(finite, default=math.nan),
             "fitness_min": min(finite, default=math.nan),
@@ -69,50 +83,121 @@ class Scores:
         }
 
 
-def gather_scores(
-    fitness: Fitness | None, owned: list[np.ndarray], comm: Comm | None, watch: Stopwatch
-) -> Scores:
-    """Scores of the whole generation from each rank's part of it.
+@dataclass(frozen=True)
+class Scoring:
+    """How members are scored, whatever search they come from.
+
+    Attributes:
+        aggregate: fitness of a member from its returns: ``mean``, ``worst`` or ``cvar:a``.
+        failed: what a member without a finite fitness does: see :func:`check_scoring`.
+    """
+
+    aggregate: str = "mean"
+    failed: Failed = "worst"
+
+    def scores(self, returns: Tensor, env_steps: int, raised: int, generation: int) -> Scores:
+        """Scores of a whole generation; raises for failures that the options do not allow."""
+        fitness = aggregated(returns, self.aggregate)
+        bad = torch.nonzero(~torch.isfinite(fitness)).flatten().tolist()
+        if raised > MAX_RAISED * len(fitness):
+            raise RuntimeError(
+                f"generation {generation}: the evaluation of {raised} of {len(fitness)} members "
+                "raised an exception (the first of each rank is shown above); above "
+                f"{MAX_RAISED:.0%} this is taken for a mistake in the task or the policy"
+            )
+        if bad and self.failed == "raise":
+            raise FloatingPointError(
+                f"generation {generation}: member {bad[0]} has returns {returns[bad[0]].tolist()} "
+                f"({len(bad)} members failed); write optimizer.failed = 'worst' to go on without"
+            )
+        return Scores(returns, fitness, env_steps, raised)
+
+
+def score_members(
+    score: Callable[[Tensor, Tensor], Fitness],
+    members: Tensor,
+    numbers: np.ndarray,
+    generation: int,
+) -> Tensor:
+    """Rows of ``[returns, steps]``, float64 ``[P, 2 K]``; members that raise are marked.
+
+    If the evaluation of all members together raises, each is evaluated alone, and those that
+    raise again get NaN returns and steps of -1. The first traceback is shown on stderr. If all of
+    them raise, so does this.
 
     Args:
-        fitness: this rank's members, in the order of ``owned[rank]``; None where it owns none.
-        owned: for every rank, the numbers of its members.
+        score: members and their rows in ``members`` to fitness.
+        members: float32 ``[P, D]``.
+        numbers: of the members in their generation, for messages.
+        generation: for messages.
+    """
+    everyone = torch.arange(len(members))
+    try:
+        return _rows(score(members, everyone))
+    except NOT_A_MEMBERS_FAULT:
+        raise
+    except Exception as error:
+        first, text = error, traceback.format_exc()
+    rows: list[Tensor | None] = []
+    for row in everyone.split(1):
+        try:
+            rows.append(_rows(score(members[row], row)))
+        except NOT_A_MEMBERS_FAULT:
+            raise
+        except Exception:
+            rows.append(None)
+    good = [row for row in rows if row is not None]
+    if not good:
+        raise first
+    bad = [int(number) for number, row in zip(numbers, rows, strict=True) if row is None]
+    print(
+        f"esmeta: warning: generation {generation}: the evaluation of members {bad} raised:\n"
+        f"{text}",
+        file=sys.stderr,
+        flush=True,
+    )
+    half = good[0].shape[1] // 2
+    failed = torch.cat([torch.full((1, half), math.nan), torch.full((1, half), -1.0)], dim=1)
+    return torch.cat([failed.double() if row is None else row for row in rows])
+
+
+def gather_scores(
+    rows: Tensor | None,
+    owned: list[np.ndarray],
+    comm: Comm | None,
+    watch: Stopwatch,
+) -> tuple[Tensor, int, int]:
+    """Returns ``[N, K]``, environment steps and raised members of a split population.
+
+    Args:
+        rows: of this rank's members, see :func:`score_members`; None where it owns none.
+        owned: for every rank, the numbers of its members, together 0..N-1.
         comm: the ranks; None for a single process.
         watch: takes the time spent waiting for other ranks.
     """
-    counts = [len(members) for members in owned]
-    if comm is None:
-        assert fitness is not None
-        return _scores(_rows(fitness), owned)
-    begin = watch.now()
-    if min(counts) == 0:
-        # A rank without members cannot know the number of trials; rank 0 always has some.
-        trials = torch.tensor([0 if fitness is None else fitness.returns.shape[1]])
-        width = 2 * int(comm.bcast(trials).item())
-    else:
-        assert fitness is not None
-        width = 2 * fitness.returns.shape[1]
-    local = torch.empty(0, width, dtype=torch.float64) if fitness is None else _rows(fitness)
-    rows = comm.gather_rows(local, counts)
-    watch.wait_s += watch.now() - begin
-    return _scores(rows, owned)
+    if comm is not None:
+        begin = watch.now()
+        counts = [len(members) for members in owned]
+        if min(counts) == 0:
+            # A rank without members cannot know the number of trials; rank 0 always has some.
+            width = int(comm.bcast(torch.tensor([0 if rows is None else rows.shape[1]])).item())
+            rows = torch.empty(0, width, dtype=torch.float64) if rows is None else rows
+        assert rows is not None
+        rows = comm.gather_rows(rows, counts)
+        watch.wait_s += watch.now() - begin
+    assert rows is not None
+    table = np.empty(tuple(rows.shape))
+    table[np.concatenate(owned)] = rows.numpy()
+    trials = table.shape[1] // 2
+    steps = table[:, trials:]
+    return (
+        torch.from_numpy(table[:, :trials].copy()),
+        int(steps[steps > 0].sum()),
+        int((steps[:, 0] < 0).sum()),
+    )
 
 
 def _rows(fitness: Fitness) -> Tensor:
     # Step counts are exact in float64 up to 2^53, so one collective carries both.
     steps = fitness.steps.detach().cpu().double()
     return torch.cat([fitness.returns.detach().cpu().double(), steps], dim=1).contiguous()
-
-
-def _scores(rows: Tensor, owned: list[np.ndarray]) -> Scores:
-    order = np.concatenate(owned)
-    table = np.empty(tuple(rows.shape))
-    table[order] = rows.numpy()
-    trials = table.shape[1] // 2
-    # Column by column: a vectorised sum over the trials may add in another order on another CPU.
-    # An overflow, or +inf - inf, is a failed member and no news.
-    with np.errstate(invalid="ignore", over="ignore"):
-        total = np.zeros(len(table))
-        for trial in range(trials):
-            total += table[:, trial]
-    return Scores(torch.from_numpy(total / trials), int(table[:, trials:].sum()))

@@ -1,16 +1,24 @@
-"""Noise by address: a mirrored pair's perturbation is a function of (key, generation, pair).
+"""Noise by address: a direction of search is a function of (key, generation, number).
 
 Philox 4x32-10: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011,
 https://doi.org/10.1145/2063384.2063405. A shared noise table (Salimans et al. 2017) is faster but
 correlates members whose slices overlap, and costs a gigabyte per machine.
+
+Low rank: Sarkar et al., "Evolution strategies at the hyperscale", 2025,
+https://arxiv.org/abs/2511.16652: a matrix ``[m, n]`` is perturbed along ``A B^T / sqrt(r)`` with
+``A [m, r]`` and ``B [n, r]`` standard normal, so that ``(m + n) r`` numbers are drawn and kept
+instead of ``m n``; every entry still has variance 1.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
+from esmeta.errors import UserError
 from esmeta.rng import Rng
 
 _WORD = (1 << 64) - 1
@@ -30,3 +38,75 @@ def pair_noise(
         generator = np.random.Generator(np.random.Philox(key=(stream << 64) | int(pair)))
         generator.standard_normal(dtype=np.float32, out=noise[row])
     return noise
+
+
+def noise_rank(noise: str) -> int:
+    """The r of ``"lowrank:r"``; 0 for ``"full"``."""
+    kind, _, number = noise.partition(":")
+    if noise == "full":
+        return 0
+    if kind == "lowrank" and number.isdecimal() and int(number) > 0:
+        return int(number)
+    raise UserError(
+        f"noise = {noise!r}: must be 'full' or 'lowrank:r' with an integer r >= 1; write for "
+        "example noise = 'lowrank:4'"
+    )
+
+
+@dataclass(frozen=True)
+class Noise:
+    """How directions are drawn and kept, for leaves of given shapes.
+
+    Attributes:
+        shapes: of the leaves, in the order of the flat vector.
+        rank: of the perturbation of matrix leaves; 0 for full rank. Leaves for which the factors
+            are not smaller than the matrix stay full.
+    """
+
+    shapes: Mapping[str, tuple[int, ...]]
+    rank: int = 0
+
+    @property
+    def size(self) -> int:
+        """D, the length of an expanded direction."""
+        return sum(math.prod(shape) for shape in self.shapes.values())
+
+    @property
+    def width(self) -> int:
+        """Numbers drawn and kept per direction."""
+        return sum(self._width(shape) for shape in self.shapes.values())
+
+    def _width(self, shape: tuple[int, ...]) -> int:
+        full = math.prod(shape)
+        if self.rank == 0 or len(shape) != 2:
+            return full
+        return min(full, self.rank * sum(shape))
+
+    def draw(self, rng: Rng, generation: int, numbers: np.ndarray) -> np.ndarray:
+        """What is kept of the directions of one generation, float32 ``[len(numbers), width]``."""
+        return pair_noise(rng, generation, numbers, self.width)
+
+    def expand(self, kept: np.ndarray) -> np.ndarray:
+        """Whole directions, float32 ``[rows, D]``, from what was kept ``[rows, width]``."""
+        if self.width == self.size:
+            return kept
+        out = np.empty((len(kept), self.size), dtype=np.float32)
+        source = target = 0
+        for shape in self.shapes.values():
+            full, width = math.prod(shape), self._width(shape)
+            part = kept[:, source : source + width]
+            if width < full:
+                part = self._product(part, shape)
+            out[:, target : target + full] = part
+            source, target = source + width, target + full
+        return out
+
+    def _product(self, factors: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        # One rank at a time and elementwise: a matrix product adds in another order elsewhere.
+        left, right = np.split(factors, [self.rank * shape[0]], axis=1)
+        left = left.reshape(-1, self.rank, shape[0], 1)
+        right = right.reshape(-1, self.rank, 1, shape[1])
+        total = left[:, 0] * right[:, 0]
+        for k in range(1, self.rank):
+            total += left[:, k] * right[:, k]
+        return (total * np.float32(1 / math.sqrt(self.rank))).reshape(len(factors), -1)

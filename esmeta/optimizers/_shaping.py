@@ -12,6 +12,7 @@ all others; and a generation without information gives exact zeros, so nothing m
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import Literal
 
@@ -19,10 +20,66 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from esmeta.errors import one_of
+from esmeta.errors import UserError, one_of
 
 Shaping = Literal["centered", "nes", "zscore", "raw"]
 SHAPINGS: tuple[Shaping, ...] = ("centered", "nes", "zscore", "raw")
+Failed = Literal["worst", "drop_pair", "raise"]
+FAILED: tuple[Failed, ...] = ("worst", "drop_pair", "raise")
+
+
+def tail_share(aggregate: str) -> float:
+    """Share of a member's worst trials that counts: 1 for ``mean``, 0 for ``worst``.
+
+    ``cvar:a`` has 0 < a < 1. Anything else is refused.
+    """
+    if aggregate in ("mean", "worst"):
+        return float(aggregate == "mean")
+    kind, _, number = aggregate.partition(":")
+    with contextlib.suppress(ValueError):
+        if kind == "cvar" and 0 < float(number) < 1:
+            return float(number)
+    raise UserError(
+        f"aggregate = {aggregate!r}: must be 'mean', 'worst' or 'cvar:a' with 0 < a < 1; write "
+        "for example aggregate = 'cvar:0.25'"
+    )
+
+
+def aggregated(returns: Tensor, aggregate: str) -> Tensor:
+    """Fitness float64 ``[N]`` of members with returns float64 ``[N, K]`` on K tasks.
+
+    ``mean``; ``worst``: the smallest return; ``cvar:a`` (conditional value at risk, Rockafellar &
+    Uryasev, 2000): the mean of the ``ceil(a K)`` smallest. A member with a return that is not
+    finite has failed and gets NaN.
+    """
+    share = tail_share(aggregate)
+    table = returns.detach().cpu().numpy().astype(np.float64)
+    trials = table.shape[1]
+    count = trials if share == 1 else max(1, math.ceil(share * trials - 1e-9))
+    if count < trials:
+        table = np.sort(table, axis=1)
+    # Column by column: a vectorised sum over the trials may add in another order on another CPU.
+    # An overflow, or +inf - inf, is a failed member and no news.
+    with np.errstate(invalid="ignore", over="ignore"):
+        total = np.zeros(len(table))
+        for trial in range(count):
+            total += table[:, trial]
+    fitness = np.where(np.isfinite(returns.numpy()).all(axis=1), total / count, np.nan)
+    return torch.from_numpy(np.where(np.isfinite(fitness), fitness, np.nan))
+
+
+def weighed(fitness: Tensor, kind: str, *, drop_pairs: bool) -> Tensor:
+    """:func:`utilities`, or with ``drop_pairs`` those of the mirrored pairs without a failure.
+
+    A dropped pair (members 2k and 2k + 1) has utility 0 and is left out of the ranking.
+    """
+    if not drop_pairs:
+        return utilities(fitness, kind)
+    whole = torch.isfinite(fitness).reshape(-1, 2).all(dim=1).repeat_interleave(2)
+    weights = torch.zeros(len(fitness), dtype=torch.float64)
+    if whole.any():
+        weights[whole] = utilities(fitness[whole], kind)
+    return weights
 
 
 def utilities(fitness: Tensor, kind: str) -> Tensor:

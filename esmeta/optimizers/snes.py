@@ -1,35 +1,40 @@
-"""SNES: separable natural evolution strategies (EvoTorch's).
+"""SNES: separable natural evolution strategies, sliced over ranks.
 
 Schaul, Glasmachers & Schmidhuber, "High dimensions and heavy tails for natural evolution
-strategies", GECCO 2011, https://doi.org/10.1145/2001576.2001692. What differs from EvoTorch: see
-:mod:`_evotorch`.
+strategies", GECCO 2011, https://doi.org/10.1145/2001576.2001692 (algorithm 1):
+
+    mu    <- mu + sigma sum_i u_i z_i,      sigma <- sigma exp(lr / 2 sum_i u_i (z_i^2 - 1)),
+
+as EvoTorch has it, which ``evotorch_snes`` runs as it is. What differs: each rank draws and sums
+only its own members, exactly; see :mod:`openes` for ties, failures and flat generations.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import ClassVar
 
+import numpy as np
 from torch import Tensor
 
 from esmeta.errors import finite_positive, one_of
-from esmeta.optimizers._evotorch import EvoTorchOptimizer, GaussianSearcher, Searcher
+from esmeta.optimizers._generation import Scores
+from esmeta.optimizers._population import Draws
 from esmeta.optimizers._shaping import SHAPINGS, Shaping
-
-if TYPE_CHECKING:
-    from esmeta.optimizers._evotorch_problem import PopulationProblem
+from esmeta.optimizers._sliced import Arrays, SearchState, SlicedOptimizer
 
 
 @dataclass(frozen=True)
-class Optimizer(EvoTorchOptimizer):
-    """SNES; the centre moves with learning rate 1.
+class Optimizer(SlicedOptimizer):
+    """SNES; the centre moves with learning rate 1. Options besides SlicedOptimizer's.
 
     Attributes:
-        popsize: members per generation, even.
-        sigma: initial standard deviation of every coordinate.
         learning_rate: of the log standard deviations; none: 0.2 (3 + ln D) / sqrt(D).
         shaping: ``centered``, ``nes``, ``zscore`` or ``raw``; the step size is tuned for ``nes``.
     """
+
+    mirrored: ClassVar[bool] = False
 
     learning_rate: float | None = None
     shaping: Shaping = "nes"
@@ -40,15 +45,36 @@ class Optimizer(EvoTorchOptimizer):
             finite_positive("learning_rate", self.learning_rate, example=0.1)
         one_of("shaping", self.shaping, SHAPINGS)
 
-    def _searcher(self, problem: PopulationProblem, center: Tensor) -> Searcher:
-        from evotorch.algorithms import SNES
+    def _first(self, size: int, unit: np.ndarray) -> Arrays:
+        return {"sigma": self.sigma * unit}
 
-        search = SNES(
-            problem,
-            stdev_init=self.sigma,
-            popsize=self.popsize,
-            stdev_learning_rate=self.learning_rate,
-            scale_learning_rate=False,
-            center_init=center,
-        )
-        return GaussianSearcher(search, self.shaping)
+    def _spread(self, state: SearchState) -> np.ndarray:
+        return state.arrays["sigma"]
+
+    def _shaped(self, fitness: Tensor) -> Tensor:
+        return self._weighed(fitness, self.shaping)
+
+    def _update(
+        self, state: SearchState, shaped: np.ndarray, scores: Scores, draws: Draws
+    ) -> tuple[np.ndarray, Arrays]:
+        if self.shaping != "nes":
+            shaped = shaped / math.fsum(np.abs(shaped).tolist())
+        first, second = draws.sums(shaped, shaped)
+        size, sigma = len(state.theta), state.arrays["sigma"]
+        rate = self.learning_rate or 0.2 * (3 + math.log(size)) / math.sqrt(size)
+        growth = exact_exp(0.5 * rate * (second - math.fsum(shaped.tolist())))
+        return state.theta.astype(np.float64) + sigma * first, {"sigma": sigma * growth}
+
+
+def exact_exp(x: np.ndarray) -> np.ndarray:
+    """``exp`` to 1e-15 by IEEE operations only: numpy's differs between CPU types in the last bit.
+
+    Ranks on different machines would then disagree. ``x`` float64, below 700 in magnitude.
+    """
+    k = np.rint(x * (1 / math.log(2)))
+    # ln 2 in two parts, the first with trailing zero bits, so that k times it is exact.
+    r = (x - k * 0.693147180369123816490) - k * 1.90821492927058770002e-10
+    total = np.ones_like(x)
+    for n in range(14, 0, -1):
+        total = 1 + r / n * total
+    return np.ldexp(total, k.astype(np.int64))

@@ -13,8 +13,10 @@ from esmeta.rng import Rng
 from esmeta.types import Params
 
 # Below 400 multiply-adds torch's CPU bmm takes a path that rounds differently, and so do products
-# with fewer than 16 rows. Padding to these keeps a row's bits independent of its batch.
+# with fewer than 16 rows; with 9 to 11 columns MKL on AMD picks its code by the number of rows,
+# whatever that is. Padding keeps a row's bits independent of its batch.
 _MIN_ROWS = 16
+_MIN_COLUMNS = 16
 _MIN_PRODUCT = 25
 
 
@@ -47,7 +49,8 @@ def bind_mlp(params: Params, name: str) -> Layers:
         weight = params[f"{name}.{len(layers)}.weight"]
         bias = params[f"{name}.{len(layers)}.bias"].unsqueeze(1)
         rows, columns = weight.shape[1:]
-        short = max(8, -(-_MIN_PRODUCT // rows)) - columns
+        least = 8 if columns <= 8 else _MIN_COLUMNS
+        short = max(least, -(-_MIN_PRODUCT // rows)) - columns
         if short > 0:
             weight, bias = pad(weight, (0, short)), pad(bias, (0, short))
         layers.append((weight, bias, columns))

@@ -185,8 +185,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="esmeta-footprint-") as folder:
         started = starts(1 if args.quick else 5, folder)
     print(f"\n{'MB of 10^6 bytes':<16} ranks  rank  VmHWM/MB  VmRSS/MB  HWM with end  budget")
-    jobs = [("harlow-openes", 1), ("harlow-snes", 1)]
-    jobs += [] if args.quick else [("harlow-openes", 2), ("harlow-snes", 2)]
+    jobs = [("harlow-openes", 1), ("harlow-cem", 1)]
+    jobs += [] if args.quick else [("harlow-openes", 2), ("harlow-cem", 2)]
     trained = [row for preset, ranks in jobs for row in training(preset, ranks)]
     if args.json:
         report = {"load": os.getloadavg(), "starts": started, "training": trained}

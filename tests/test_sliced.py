@@ -1,0 +1,385 @@
+"""The sliced searches against EvoTorch's, on any number of ranks, with failures and options."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from test_openes import (
+    Objective,
+    RankComm,
+    digest,
+    ellipsoid,
+    failing,
+    flat_theta,
+    on_ranks,
+    run,
+    same_saved,
+    solo,
+    sphere,
+    start,
+)
+from torch import Tensor
+
+from esmeta.optimizers import cmaes, evotorch_pgpe, evotorch_snes, openes, pgpe, sepcma, snes
+from esmeta.optimizers._ascent import exact_norm, follow, zeros
+from esmeta.optimizers._evotorch_problem import values_of
+from esmeta.optimizers._noise import Noise
+from esmeta.optimizers._shaping import aggregated, weighed
+from esmeta.rng import Rng
+from esmeta.types import Fitness, Params
+
+torch.set_num_threads(1)
+
+MAKE: dict[str, Callable[..., Any]] = {
+    "openes": lambda **o: openes.Optimizer(
+        **{"popsize": 50, "sigma": 0.1, "learning_rate": 0.05} | o
+    ),
+    "lowrank": lambda **o: openes.Optimizer(
+        **{"popsize": 50, "sigma": 0.1, "learning_rate": 0.05, "noise": "lowrank:1"} | o
+    ),
+    "pgpe": lambda **o: pgpe.Optimizer(**{"popsize": 50, "sigma": 0.1, "learning_rate": 0.05} | o),
+    "snes": lambda **o: snes.Optimizer(**{"popsize": 50, "sigma": 0.3} | o),
+    "sepcma": lambda **o: sepcma.Optimizer(**{"popsize": 50, "sigma": 0.3} | o),
+}
+every = pytest.mark.parametrize("make", list(MAKE.values()), ids=list(MAKE))
+
+
+# --- agreement with EvoTorch -----------------------------------------------------------------
+
+
+class Replay:
+    """Scores of a random linear-quadratic function; keeps the members it is given."""
+
+    def __init__(self) -> None:
+        self.members: list[Tensor] = []
+
+    def fitness(self, params: Params | Tensor, step: int | Tensor) -> Fitness:
+        assert isinstance(params, Tensor)
+        self.members.append(params.clone())
+        value = ellipsoid(params.double()) + torch.sin(5 * params.double()).sum(dim=1)
+        return Fitness(value.unsqueeze(1), torch.ones(len(params), 1, dtype=torch.int64))
+
+
+def evotorch_centers(optimizer: Any, theirs: Any, theta: Params, steps: int) -> tuple[list, list]:
+    """Centres (and sigmas) of a native search and of EvoTorch's with the same noise and fitness."""
+    objective, comm = Replay(), solo()
+    state = optimizer.init(theta, Rng(3))
+    other = theirs.init(theta, Rng(3))
+    problem, searcher = other.searcher
+    got, want = [], []
+    for _ in range(steps):
+        before = state
+        state, _ = optimizer.step(state, objective, comm, Rng(3))
+        members = objective.members.pop()
+        scores = Replay().fitness(members, 0).returns[:, 0]
+        if isinstance(optimizer, sepcma.Optimizer):
+            noise = Noise(before.shapes).draw(Rng(3), before.generation, np.arange(len(members)))
+            zs = torch.from_numpy(noise)
+            searcher.drawn = zs, searcher.search.A * zs
+        else:
+            values_of(searcher.batch).copy_(members)
+        searcher.update(scores)
+        spread = optimizer._spread(state)
+        tensors = searcher.dump()
+        sigma = tensors["sigma"]
+        if isinstance(optimizer, sepcma.Optimizer):
+            sigma = sigma * tensors["factor"]
+        got.append((state.theta.astype(float), spread))
+        want.append((tensors["center"].double().numpy(), sigma.double().numpy()))
+    return got, want
+
+
+@pytest.mark.parametrize(
+    ("native", "theirs"),
+    [
+        (pgpe.Optimizer, evotorch_pgpe.Optimizer),
+        (
+            lambda **o: pgpe.Optimizer(optimizer="clipup", **o),
+            lambda **o: evotorch_pgpe.Optimizer(optimizer="clipup", **o),
+        ),
+        (
+            lambda **o: pgpe.Optimizer(optimizer="sgd", shaping="nes", learning_rate=100.0, **o),
+            lambda **o: evotorch_pgpe.Optimizer(
+                optimizer="sgd", shaping="nes", learning_rate=100.0, **o
+            ),
+        ),
+        (
+            lambda **o: pgpe.Optimizer(shaping="raw", stdev_max_change=0.01, **o),
+            lambda **o: evotorch_pgpe.Optimizer(shaping="raw", stdev_max_change=0.01, **o),
+        ),
+        (snes.Optimizer, evotorch_snes.Optimizer),
+        (
+            lambda **o: snes.Optimizer(shaping="centered", learning_rate=0.3, **o),
+            lambda **o: evotorch_snes.Optimizer(shaping="centered", learning_rate=0.3, **o),
+        ),
+        (sepcma.Optimizer, lambda **o: cmaes.Optimizer(separable=True, **o)),
+    ],
+    ids=["pgpe", "pgpe-clipup", "pgpe-sgd-nes", "pgpe-raw", "snes", "snes-centered", "sepcma"],
+)
+def test_ten_updates_agree_with_evotorch(native: Any, theirs: Any) -> None:
+    options = {"popsize": 40, "sigma": 0.2}
+    theta = {"a": torch.linspace(-1, 1, 30).unsqueeze(0)}
+    got, want = evotorch_centers(native(**options), theirs(**options), theta, 10)
+    for (center, spread), (their_center, their_spread) in zip(got, want, strict=True):
+        assert np.abs(center - their_center).max() <= 1e-5 * np.abs(their_center).max()
+        assert np.abs(spread - their_spread).max() <= 1e-5 * np.abs(their_spread).max()
+    assert np.abs(got[-1][0] - got[0][0]).max() > 0.01
+    assert np.abs(got[-1][1] - got[0][1]).max() > 1e-3
+
+
+def test_exact_exp_is_exp() -> None:
+    x = np.concatenate([np.linspace(-40, 40, 4001), [0.0, 1e-300, -690.0, 690.0]])
+    assert np.abs(snes.exact_exp(x) / np.exp(x) - 1).max() < 1e-15
+
+
+def test_ascents_by_hand() -> None:
+    gradient = np.array([3.0, -4.0])
+    step, moments = follow("clipup", zeros("clipup", 2), gradient)
+    assert np.allclose(step, [0.6, -0.8])
+    step, moments = follow("clipup", moments, np.zeros(2))
+    assert np.allclose(step, [0.54, -0.72])
+    for _ in range(60):
+        step, moments = follow("clipup", moments, gradient)
+    assert exact_norm(step) == pytest.approx(2.0)
+    assert (follow("sgd", {}, gradient)[0] == gradient).all()
+
+
+# --- what they reach, and what must not move them ---------------------------------------------
+
+
+@every
+@pytest.mark.parametrize("value", [sphere, ellipsoid])
+def test_reaches_the_optimum(make: Callable[..., Any], value: Callable[[Tensor], Tensor]) -> None:
+    optimizer = make()
+    begin = value(torch.zeros(1, 10, dtype=torch.float64)).item()
+    state, _ = run(optimizer, Objective(value), start(10), 250)
+    assert value(flat_theta(optimizer, state).double()[None]).item() > begin * 1e-2
+
+
+@every
+@pytest.mark.parametrize("constant", [0.25, math.nan])
+def test_flat_generations_change_nothing(make: Callable[..., Any], constant: float) -> None:
+    optimizer = make()
+    moved, _ = run(optimizer, Objective(sphere), start(6), 3)
+    before = optimizer.state_dict(moved)
+    nothing = Objective(lambda x: torch.full((len(x),), constant, dtype=torch.float64))
+    state, log = run(optimizer, nothing, {}, 100, state=moved)
+    after = optimizer.state_dict(state)
+    assert after.pop("generation") == 103 and before.pop("generation") == 3
+    assert same_saved(before, after)
+    assert all(m["flat"] == 1.0 and m["update_norm"] == 0.0 for m in log)
+
+
+@every
+def test_nan_is_as_bad_as_minus_1e30(make: Callable[..., Any]) -> None:
+    ends = []
+    for bad in (math.nan, -1e30):
+        optimizer = make()
+        state, _ = run(optimizer, Objective(failing(bad)), start(10), 60)
+        ends.append(sphere(flat_theta(optimizer, state).double()[None]).item())
+    assert ends[0] == pytest.approx(ends[1], rel=0.02)
+
+
+@every
+@pytest.mark.parametrize("popsize", [2, 50])
+def test_same_bits_for_any_number_of_ranks(make: Callable[..., Any], popsize: int) -> None:
+    hashes = set()
+    for size in (1, 2, 3, 4):
+        objectives = [Objective(sphere) for _ in range(size)]
+
+        def work(comm: RankComm, objectives: list[Objective] = objectives) -> tuple[Any, ...]:
+            optimizer = make(popsize=popsize)
+            state, log = run(optimizer, objectives[comm.rank], start(40), 12, comm)
+            return digest(optimizer, state), log[-1]["env_steps"]
+
+        results = on_ranks(size, work)
+        assert len(set(results)) == 1 and results[0][1] == popsize * 15.0
+        assert sum(o.rows for o in objectives) == 12 * popsize
+        hashes |= {r[0] for r in results}
+    assert len(hashes) == 1
+
+
+@every
+def test_resume_is_exact(make: Callable[..., Any]) -> None:
+    optimizer = make()
+    whole, _ = run(optimizer, Objective(sphere), start(9), 20)
+    half, _ = run(optimizer, Objective(sphere), start(9), 10)
+    saved = optimizer.state_dict(half)
+    loaded = optimizer.load_state_dict(saved, start(9))
+    resumed, _ = run(optimizer, Objective(sphere), {}, 10, state=loaded)
+    assert same_saved(optimizer.state_dict(resumed), optimizer.state_dict(whole))
+
+
+# --- low rank ---------------------------------------------------------------------------------
+
+
+def test_low_rank_noise_is_what_it_says() -> None:
+    noise = Noise({"w": (40, 30), "b": (50,), "small": (2, 2)}, rank=3)
+    assert noise.size == 1254 and noise.width == 3 * 70 + 50 + 4
+    kept = noise.draw(Rng(0), 0, np.arange(400))
+    whole = noise.expand(kept)
+    assert whole.shape == (400, 1254) and whole.dtype == np.float32
+    matrix = whole[0, :1200].reshape(40, 30)
+    assert np.linalg.matrix_rank(matrix) == 3
+    left, right = kept[0, :120].reshape(3, 40), kept[0, 120:210].reshape(3, 30)
+    assert np.allclose(matrix, left.T @ right / math.sqrt(3), atol=1e-5)
+    assert (whole[:, 1200:] == kept[:, 210:]).all()
+    # Unit variance of every entry: 400 draws, mean of the squares over the matrix.
+    assert np.square(whole[:, :1200]).mean() == pytest.approx(1.0, abs=0.03)
+
+
+# --- options ----------------------------------------------------------------------------------
+
+
+class Indexed:
+    """Remembers which step every member was scored on; 7 steps per trial."""
+
+    def __init__(self) -> None:
+        self.steps: dict[int, int] = {}
+
+    def fitness(self, params: Params | Tensor, step: int | Tensor) -> Fitness:
+        assert isinstance(params, Tensor)
+        assert not isinstance(step, int) and len(step) == len(params)
+        for row, own in zip(params, step.tolist(), strict=True):
+            self.steps[hash(tuple(row.tolist()))] = own
+        return Fitness(sphere(params.double())[:, None], torch.full((len(params), 1), 7))
+
+
+@pytest.mark.parametrize("module", [openes, evotorch_pgpe])
+def test_tasks_per_pair_are_shared_by_the_pair_alone(module: Any) -> None:
+    objective = Indexed()
+    optimizer = module.Optimizer(popsize=50, tasks="per_pair")
+    _, (metrics,) = run(optimizer, objective, start(6), 1)
+    counts = np.unique(list(objective.steps.values()), return_counts=True)
+    assert (counts[0] == np.arange(25)).all() and (counts[1] == 2).all()
+    state, _ = run(optimizer, objective, start(6), 2)
+    assert max(objective.steps.values()) == 49
+    assert metrics["env_steps"] == 350
+
+
+@pytest.mark.parametrize(("limit", "members"), [(0, 120), (100, 80)])
+def test_members_are_added_until_the_interactions_are_reached(limit: int, members: int) -> None:
+    options = {"popsize": 40, "interactions": 1501, "popsize_max": limit}
+    hashes = set()
+    for size in (1, 3):
+
+        def work(comm: RankComm) -> tuple[Any, ...]:
+            optimizer = openes.Optimizer(**options)  # type: ignore[arg-type]
+            state, log = run(optimizer, Objective(sphere), start(9), 5, comm)
+            return digest(optimizer, state), log[-1]["popsize"], log[-1]["env_steps"]
+
+        hashes |= set(on_ranks(size, work))
+    assert len(hashes) == 1
+    assert hashes.pop()[1:] == (members, members * 15)
+
+
+def test_fitness_from_returns_by_hand() -> None:
+    returns = torch.tensor(
+        [[3.0, 1.0, 2.0, 6.0], [0.0, 0.0, math.nan, 0.0], [math.inf, 1.0, 1.0, 1.0]],
+        dtype=torch.float64,
+    )
+    for kind, want in (("mean", 3.0), ("worst", 1.0), ("cvar:0.5", 1.5), ("cvar:0.6", 2.0)):
+        fitness = aggregated(returns, kind)
+        assert fitness[0].item() == want and fitness[1:].isnan().all()
+
+
+def test_the_worst_task_decides() -> None:
+    def fitness(params: Tensor) -> Tensor:
+        return torch.stack([-(params**2).sum(1), -((params - 2) ** 2).sum(1) * 3], dim=1)
+
+    class TwoTasks:
+        def fitness(self, params: Params | Tensor, step: int | Tensor) -> Fitness:
+            assert isinstance(params, Tensor)
+            returns = fitness(params.double())
+            return Fitness(returns, torch.ones_like(returns, dtype=torch.int64))
+
+    # Means are best at 1.5; the worst task is best where x^2 = 3 (x - 2)^2, x = 3 - sqrt(3).
+    for kind, want in (("mean", 1.5), ("worst", 3 - math.sqrt(3))):
+        optimizer = openes.Optimizer(
+            popsize=64, aggregate=kind, learning_rate=0.05, learning_rate_decay=0.98
+        )
+        state, _ = run(optimizer, TwoTasks(), start(2), 300)  # type: ignore[arg-type]
+        assert flat_theta(optimizer, state).tolist() == pytest.approx([want] * 2, abs=0.02)
+
+
+def test_dropped_pairs_have_no_weight() -> None:
+    fitness = torch.tensor([5.0, 1.0, math.nan, 9.0, 2.0, 3.0], dtype=torch.float64)
+    weights = weighed(fitness, "centered", drop_pairs=True)
+    assert weights.tolist() == pytest.approx([0.5, -0.5, 0, 0, -1 / 6, 1 / 6])
+    assert weighed(fitness, "centered", drop_pairs=False)[2] == -0.5
+    assert not weighed(torch.full((4,), math.nan), "centered", drop_pairs=True).any()
+
+
+@pytest.mark.parametrize(
+    "make", [MAKE["openes"], MAKE["snes"], evotorch_snes.Optimizer], ids=["openes", "snes", "evo"]
+)
+def test_failed_members_may_end_the_run(make: Callable[..., Any]) -> None:
+    optimizer = make(failed="raise", popsize=50)
+    with pytest.raises(FloatingPointError, match=r"generation 0: member .*\(5 members failed"):
+        run(optimizer, Objective(failing(math.nan)), start(6), 1)
+
+
+# --- members that raise -----------------------------------------------------------------------
+
+
+def explosive(limit: float) -> Callable[[Tensor], Tensor]:
+    def value(x: Tensor) -> Tensor:
+        if (x[:, 0] > limit).any():
+            raise ArithmeticError("simulator exploded")
+        return sphere(x)
+
+    return value
+
+
+@pytest.mark.parametrize(
+    "make", [MAKE["openes"], evotorch_snes.Optimizer], ids=["openes", "evotorch"]
+)
+def test_a_member_that_raises_is_marked_and_the_others_count(
+    make: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    optimizer = make(popsize=50, sigma=0.1)
+    state, (metrics,) = run(optimizer, Objective(explosive(0.15)), start(6), 1)
+    err = capsys.readouterr().err
+    bad = metrics["nan_members"]
+    assert 1 <= bad <= 5 and "simulator exploded" in err
+    assert "generation 0: the evaluation of members [" in err
+    # The same as if these members had returned NaN.
+    quiet, _ = run(
+        make(popsize=50, sigma=0.1),
+        Objective(lambda x: sphere(x).masked_fill(x[:, 0] > 0.15, math.nan)),
+        start(6),
+        1,
+    )
+    assert torch.equal(flat_theta(optimizer, state), flat_theta(optimizer, quiet))
+
+
+@pytest.mark.parametrize(("limit", "error"), [(0.0, RuntimeError), (-9.0, ArithmeticError)])
+def test_many_members_that_raise_are_a_mistake(limit: float, error: type[Exception]) -> None:
+    with pytest.raises(error, match="generation 0.* of 50 members|exploded"):
+        run(MAKE["openes"](), Objective(explosive(limit)), start(6), 1)
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "words"),
+    [
+        ("openes", {"aggregate": "cvar:2"}, "aggregate = 'cvar:2'.*cvar:a"),
+        ("openes", {"aggregate": "median"}, "aggregate = 'median'"),
+        ("openes", {"failed": "ignore"}, "failed = 'ignore'.*worst"),
+        ("snes", {"failed": "drop_pair"}, "no mirrored pairs"),
+        ("openes", {"tasks": "own"}, "tasks = 'own'"),
+        ("openes", {"interactions": -1}, "interactions = -1"),
+        ("openes", {"popsize_max": 10}, "popsize_max = 10.*popsize = 50"),
+        ("sepcma", {"interactions": 100}, "sepcma's learning rates"),
+        ("openes", {"noise": "lowrank"}, "noise = 'lowrank'.*lowrank:r"),
+        ("openes", {"noise": "lowrank:0"}, "noise = 'lowrank:0'"),
+        ("pgpe", {"optimizer": "adamw"}, "optimizer = 'adamw'"),
+        ("pgpe", {"weight_decay": -1.0}, "weight_decay = -1.0"),
+        ("snes", {"learning_rate": 0.0}, "learning_rate = 0.0"),
+    ],
+)
+def test_bad_options_are_refused(make: str, options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        MAKE[make](**options)
