@@ -79,6 +79,7 @@ WRONG: list[tuple[list[str], list[str]]] = [
     (["--set", "budget.generations=2", "--set", "budget.updates=2"], ["only one of them"]),
     (["--seed", "-1"], ["run.seed = -1", ">= 0"]),
     (["--set", "run.threads=0"], ["run.threads = 0", ">= 1"]),
+    (["--set", "run.rank_timeout=-1"], ["run.rank_timeout = -1.0", ">= 0", "120"]),
     (["--set", "run.checkpoint_every=-1"], ["run.checkpoint_every = -1", ">= 0"]),
     (["--device", "gpu"], ["run.device = 'gpu'", "'cuda:1'"]),
     (["--device", "cuda:99"], ["run.device = 'cuda:99'", "CUDA devices", "--device cpu"]),
@@ -216,6 +217,9 @@ def command(folder: Path, *args: object, module: str = "esmeta.train") -> tuple[
         (["harlow-a2d"], "did you mean 'harlow-a2c'"),
         (["harlow-a2c", "--set", "optimizer.learning_rate=nan"], "learning_rate = nan"),
         (["harlow-a2c", "--out", "file/run"], "file/run cannot be written"),
+        (["harlow-a2c", "--optimiser=snes"], "--optimiser is not an option (did you mean '--opti"),
+        (["harlow-a2c", "snes"], "'snes' is one argument too many; see --help"),
+        (["harlow-a2c", "--seed", "x"], "argument --seed: invalid int value: 'x'"),
     ],
 )
 def test_exit_code_and_one_line(tmp_path: Path, args: list[str], words: str) -> None:

@@ -81,6 +81,27 @@ def test_the_limit_follows_the_pace_of_the_run() -> None:
     assert fixed.in_step() == fixed.between_steps() == 7.5
 
 
+@pytest.mark.parametrize(("name", "label"), [("openes", "generation 5"), ("a2c", "update 5")])
+def test_collectives_know_where_the_run_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, label: str
+) -> None:
+    comm = SelfComm()
+    monkeypatch.setattr("esmeta.comm.make_comm", lambda seconds: comm)
+    less = overrides("run.evaluate_every=0")
+    limits: list[float] = []
+    plain = TimeLimit.in_step
+    monkeypatch.setattr(TimeLimit, "in_step", lambda self: limits.append(plain(self)) or limits[-1])
+    assert (
+        run_here(write_preset(tmp_path), "--out", tmp_path / "run", "--optimizer", name, *less) == 0
+    )
+    assert comm.label == label and comm.timeout_s == 600
+    assert {*limits} == {600, 60} and limits == sorted(limits, reverse=True)
+    # Another limit is no other run.
+    more = overrides("run.rank_timeout=7.5", "budget.generations=8")
+    assert run_here("--resume", tmp_path / "run", *more) == 0
+    assert comm.timeout_s == 7.5
+
+
 def test_idle_is_the_share_of_time_in_collectives(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
