@@ -52,7 +52,8 @@ class Budget:
     """When a run ends: at the first limit reached; at least one is needed.
 
     ``generations`` and ``updates`` both count steps of the optimizer; give one of the two.
-    ``target`` ends the run as soon as the held-out mean return reaches it.
+    ``target`` ends the run as soon as the held-out mean return reaches it, ``plateau`` when that
+    has had no new best for so many steps.
     """
 
     generations: int | None = None
@@ -60,9 +61,10 @@ class Budget:
     env_steps: int | None = None
     seconds: float | None = None
     target: float | None = None
+    plateau: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("generations", "updates", "env_steps"):
+        for name in ("generations", "updates", "env_steps", "plateau"):
             if getattr(self, name) is not None:
                 errors.positive_int(name, getattr(self, name), example=1000)
         if self.seconds is not None:
@@ -313,6 +315,12 @@ def resolve(raw: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
     sections = {kind: _section(kind, tables[kind]) for kind in KINDS}
     budget = check_options(Budget, tables["budget"], "budget")
     run = check_options(Run, tables["run"], "run")
+    for name in ("target", "plateau"):
+        if getattr(budget, name) is not None and run.evaluate_every == 0:
+            raise UserError(
+                f"budget.{name} = {getattr(budget, name)} needs held-out scores, but "
+                "run.evaluate_every = 0 never makes any; write for example run.evaluate_every = 20"
+            )
     return Config(trials=trials, budget=budget, run=run, **sections)
 
 

@@ -287,6 +287,13 @@ class RunDir:
             _sync_folder(current.parent)
         self._current_is_good = True
 
+    def save_best(self, step: int, theta: Params, score: float) -> None:
+        """Write ``theta`` as the best so far, by held-out mean return ``score``."""
+        _check_finite(theta, step)
+        meta = {"theta_sha256": theta_sha256(theta), "step": str(step), "heldout": repr(score)}
+        with self._disk("best.safetensors"):
+            save_theta(self.path / "best.safetensors", theta, meta)
+
     def finish(
         self,
         step: int,
@@ -356,6 +363,9 @@ class NullRun:
         """Nothing."""
 
     def save_checkpoint(self, step: int, theta: Params, payload: Mapping[str, Any]) -> None:
+        """Nothing."""
+
+    def save_best(self, step: int, theta: Params, score: float) -> None:
         """Nothing."""
 
     def finish(

@@ -91,6 +91,8 @@ class Counters:
     step: int = 0
     env_steps: int = 0
     heldout: float = math.nan
+    best: float = -math.inf
+    best_step: int = 0
 
 
 class Trainer:
@@ -188,13 +190,20 @@ class Trainer:
         scores: Metrics = {}
         if self._score_now():
             scores = heldout(self.parts, theta, self.parts.config.run.evaluate_trials)
-            self.count.heldout = scores["heldout_return"]
+            self._note_score(theta, scores["heldout_return"])
         numbers: dict[str, Any] = {
             "env_steps": self.count.env_steps,
             "seconds": self.run.seconds,
             "theta_sha256": theta_sha256(theta),
         }
         self.run.log(self.count.step, numbers | metrics | scores)
+
+    def _note_score(self, theta: Params, score: float) -> None:
+        count = self.count
+        count.heldout = score
+        if score > count.best:
+            count.best, count.best_step = score, count.step
+            self.run.save_best(count.step, theta, score)
 
     def _save(self) -> None:
         if self.comm.rank != 0:
@@ -216,6 +225,10 @@ class Trainer:
             "env_steps": budget.env_steps is not None and self.count.env_steps >= budget.env_steps,
             "seconds": budget.seconds is not None and self.run.seconds >= budget.seconds,
             "target": budget.target is not None and self.count.heldout >= budget.target,
+            # Only rank 0 has scores, so only its flag counts.
+            "plateau": self.comm.rank == 0
+            and budget.plateau is not None
+            and self.count.step - self.count.best_step >= budget.plateau,
             "signal": self.stop.wanted,
         }
         flags = torch.tensor([int(flag) for flag in reasons.values()], dtype=torch.int64)
