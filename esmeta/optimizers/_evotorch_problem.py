@@ -63,6 +63,7 @@ class PopulationProblem(Problem):
         self.watch = Stopwatch()
         self.scoring = Scoring()
         self.sharing = 0
+        self.square_norms = torch.empty(0)
         self.scores: Scores | None = None
 
     def bind(self, score: Score, generation: int, comm: Comm, watch: Stopwatch) -> None:
@@ -113,6 +114,7 @@ class PopulationProblem(Problem):
             self.watch.evaluate_s += self.watch.now() - begin
         table = gather_scores(rows, list(owned), self._comm, self.watch)
         self.scores = self.scoring.scores(*table, self.generation)
+        self.square_norms = values.double().square().sum(dim=1)
         self.generation += 1
         batch.set_evals(below_worst(self.scores.fitness).unsqueeze(1))
 
