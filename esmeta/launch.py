@@ -9,6 +9,7 @@ any number of ranks. So the whole job is started again with ``--resume``, on the
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import re
 import shlex
@@ -153,7 +154,7 @@ class Attempts:
         self.mark = f"ESMETA_LAUNCH={uuid.uuid4().hex}"
         self.signal: int | None = None
         self.child: subprocess.Popen[bytes] | None = None
-        self._tail = b""
+        self._tails: dict[int, bytes] = {}
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, self._note)
 
@@ -214,14 +215,15 @@ class Attempts:
         with tempfile.TemporaryDirectory(prefix="esmeta-launch-") as folder:
             file = Path(folder) / "hosts"
             file.write_text("".join(f"{host.line}\n" for host in hosts), encoding="utf-8")
-            first = FirstEnd(self.mark, ranks)
-            first.start()
-            code = self._run_ranks(_command(job, ranks, file, again=restart > 0))
+            command = _command(job, ranks, file, again=restart > 0)
+            code, first = self._run_ranks(command, ranks)
         end_marked(self.mark)
-        return code, _cause(code, self._tail, first.finish())
+        # MPICH tells on stdout which process was killed.
+        return code, _cause(code, b"".join(self._tails.values()), first)
 
-    def _run_ranks(self, command: list[str]) -> int:
-        self._tail = b""
+    def _run_ranks(self, command: list[str], ranks: int) -> tuple[int, list[int]]:
+        """Exit code, and the ranks that ended first where that is known."""
+        self._tails = {1: b"", 2: b""}
         # In a session of its own: Ctrl-C must reach the ranks once, through this process.
         self.child = subprocess.Popen(
             command,
@@ -235,20 +237,22 @@ class Attempts:
         assert self.child.stdout is not None and self.child.stderr is not None
         pipes = ((self.child.stdout.fileno(), 1), (self.child.stderr.fileno(), 2))
         readers = [threading.Thread(target=self._copy, args=ends, daemon=True) for ends in pipes]
-        for reader in readers:
-            reader.start()
+        first = FirstEnd(self.mark, ranks)
+        for thread in (*readers, first):
+            thread.start()
         if self.signal is not None:
             self._pass_on()
         code = self.child.wait()
         for reader in readers:
             reader.join(5.0)
-        return 128 - code if code < 0 else code
+        return 128 - code if code < 0 else code, first.finish()
 
     def _copy(self, source: int, target: int) -> None:
         while chunk := os.read(source, 1 << 16):
-            os.write(target, chunk)
-            # MPICH tells on stdout which process was killed.
-            self._tail = (self._tail + chunk)[-(1 << 14) :]
+            # Nobody may be reading any more; the ranks must be able to write all the same.
+            with contextlib.suppress(OSError):
+                os.write(target, chunk)
+            self._tails[target] = (self._tails[target] + chunk)[-(1 << 14) :]
 
 
 def _command(job: Job, ranks: int, hosts: Path, *, again: bool) -> list[str]:
@@ -278,19 +282,16 @@ def _cause(code: int, output: bytes, first: list[int]) -> str:
 
 
 def _where(out: Path) -> str:
-    """The step at work by the last line of the metrics: steps are counted from 0."""
+    """The step at work by the last line of the metrics; steps are counted from 0."""
     try:
         # Not by esmeta.record, which imports torch: whoever waits for the exit code waits for it.
         text = (out / "metrics.jsonl").read_text(encoding="utf-8", errors="replace")
-        steps = re.findall(r'^\{"step": (\d+),.*\}$', text, re.MULTILINE)
-    except OSError:
-        steps = []
-    try:
         budget = configs.load(out / "config.toml")["budget"]
-    except (UserError, KeyError):
-        budget = {}
+    except (OSError, UserError, KeyError):
+        return "the start"
+    steps = re.findall(r'^\{"step": (\d+),.*\}$', text, re.MULTILINE)
     word = "generation" if budget.get("updates", "none") == "none" else "update"
-    return f"{word} {steps[-1]}" if steps else f"{word} 0 or before"
+    return f"{word} {steps[-1] if steps else 0}"
 
 
 def _checkpoint(out: Path) -> str:

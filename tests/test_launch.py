@@ -78,7 +78,7 @@ def test_it_goes_on_until_it_is_done(tmp_path: Path, fake: Fake) -> None:
     first, second = (call[2:] for call in calls)
     assert second == [*first, "--resume"]
     assert err == (
-        "esmeta.launch: the ranks ended with exit code 9 at generation 0 or before; "
+        "esmeta.launch: the ranks ended with exit code 9 at the start; "
         "restart 1 of 3, from the start on 3 ranks\n"
     )
 
@@ -89,8 +89,7 @@ def test_it_gives_up(fake: Fake) -> None:
     # Nothing was made that could be resumed.
     assert calls[0] == calls[1] and "--resume" not in calls[1]
     assert err.splitlines()[-1] == (
-        "esmeta.launch: the ranks ended with exit code 7 at generation 0 or before; "
-        "giving up after 1 restart"
+        "esmeta.launch: the ranks ended with exit code 7 at the start; giving up after 1 restart"
     )
 
 
@@ -207,9 +206,7 @@ def test_ranks_follow_the_hosts(tmp_path: Path, ssh: Path, fake: Fake) -> None:
     (ssh / "node2").touch()
     code, calls, err = fake([0], "--hosts", "hosts", "--max-restarts", "0")
     assert code == launch.EXIT_LOST == 3 and not calls
-    assert err == (
-        "esmeta.launch: no host answered at generation 0 or before; giving up after 0 restarts\n"
-    )
+    assert err == ("esmeta.launch: no host answered at the start; giving up after 0 restarts\n")
 
 
 @pytest.mark.mpi
