@@ -228,7 +228,7 @@ class Optimizer(openes.Optimizer):
         numbers = (2 * group.pairs[:, None] + np.arange(2)).reshape(-1)
         lives, rows = _advanced(stage, lives, members, numbers, generation)
         stage.watch.evaluate_s += stage.watch.now() - begin
-        trials = rows.shape[1] // 2
+        trials = rows.shape[1] - 1
         dead = dead | (rows[:, -1] < 0).numpy()
         rows[torch.from_numpy(dead), :trials] = math.nan
         return _Group(group.birth, group.pairs, drawn if kept is None else kept, lives, dead), rows
