@@ -1,7 +1,6 @@
-"""EvoTorch's searchers behind the optimizer contract, and the public evotorch_problem."""
+"""EvoTorch's searchers behind the optimizer contract."""
 
 import math
-import pickle
 import subprocess
 import sys
 from collections.abc import Callable
@@ -29,7 +28,6 @@ from torch import Tensor
 
 from esmeta.optimizers import _evotorch, cem, cmaes, evotorch_pgpe, evotorch_snes, xnes
 from esmeta.rng import Rng
-from esmeta.types import Fitness
 
 torch.set_num_threads(1)
 
@@ -297,90 +295,3 @@ def test_diverging_search_raises_and_names_the_generation() -> None:
     optimizer = xnes.Optimizer(popsize=4, learning_rate=1e4)
     with pytest.raises(FloatingPointError, match="generation [0-9]+"):
         run(optimizer, Objective(sphere), start(4), 50)
-
-
-# --- the public problem ---------------------------------------------------------------------
-
-
-class FakePolicy:
-    def init(self, seed: int = 0, population: int = 1) -> dict[str, Tensor]:
-        draw = torch.Generator().manual_seed(seed)
-        return {"w": torch.randn(population, 6, generator=draw) * 0.01 + 5.0}
-
-
-class FakeEvaluator:
-    """The sphere with an offset per task; remembers which tasks were asked for."""
-
-    size, trials = 6, 4
-
-    def __init__(self, nan_above: float = math.inf) -> None:
-        self.policy = FakePolicy()
-        self.asked: list[list[int]] = []
-        self.nan_above = nan_above
-
-    def __call__(
-        self, params: Tensor, seed: int = 0, split: str = "train", index: Tensor | None = None
-    ) -> Fitness:
-        assert type(params) is Tensor and params.dtype == torch.float32 and index is not None
-        self.asked.append(index.tolist())
-        value = sphere(params.double())
-        value = torch.where(value > self.nan_above, math.nan, value).unsqueeze(1)
-        returns = value + 0.1 * index.double()
-        return Fitness(returns, torch.ones(returns.shape, dtype=torch.int64))
-
-
-def problem_run(comm: RankComm | None, generations: int = 5) -> tuple[Tensor, Any]:
-    from evotorch.algorithms import PGPE
-
-    evaluator = FakeEvaluator()
-    problem = _evotorch.evotorch_problem(evaluator, comm, seed=3)  # type: ignore[arg-type]
-    search = PGPE(
-        problem, popsize=10, center_learning_rate=0.1, stdev_learning_rate=0.1, stdev_init=0.1
-    )
-    search.run(generations)
-    return search.status["center"].as_subclass(Tensor).clone(), evaluator
-
-
-def test_problem_gives_each_batch_fresh_tasks() -> None:
-    center, evaluator = problem_run(None, 3)
-    assert evaluator.asked == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
-    assert (center - 5).abs().max() < 1.0  # it started at the policy's own init
-
-
-def test_problem_is_the_same_on_any_number_of_ranks() -> None:
-    alone, _ = problem_run(None)
-    for size in (2, 3):
-        assert all(torch.equal(c, alone) for c, _ in on_ranks(size, problem_run))
-
-
-def test_problem_reports_failures_below_the_worst() -> None:
-    from evotorch import SolutionBatch
-
-    problem = _evotorch.evotorch_problem(FakeEvaluator(nan_above=-1.0))  # type: ignore[arg-type]
-    batch = SolutionBatch(problem, popsize=3, empty=True)
-    rows = torch.stack([torch.linspace(-1, 1, 6), torch.zeros(6), torch.ones(6)])
-    batch.set_values(rows)
-    problem.evaluate(batch)
-    evals = batch.evals[:, 0].as_subclass(Tensor)
-    plain = sphere(rows.double()) + 0.15
-    assert torch.allclose(evals[1:], plain[1:])
-    assert evals[0] == evals[1:].min() - (evals[1:].max() - evals[1:].min())
-
-
-def test_problem_pickles_without_its_communicator() -> None:
-    from esmeta.optimizers._evotorch_problem import PopulationProblem, below_worst
-
-    problem = PopulationProblem(_score, 4, seed=0, comm=solo())
-    copy = pickle.loads(pickle.dumps(problem))
-    assert copy._comm is None and copy.solution_length == 4
-    assert below_worst(torch.tensor([math.nan, math.inf]).double()).tolist() == [0.0, 0.0]
-    assert below_worst(torch.tensor([2.0, math.nan]).double()).tolist() == [2.0, 1.0]
-
-
-def _score(values: Tensor, generation: int) -> Fitness:
-    return Objective(sphere).fitness(values, generation)
-
-
-def test_problem_refuses_a_bad_seed() -> None:
-    with pytest.raises(ValueError, match="seed = -1"):
-        _evotorch.evotorch_problem(FakeEvaluator(), seed=-1)  # type: ignore[arg-type]

@@ -89,6 +89,7 @@ def test_sdist_is_complete(built):
     wanted = {"pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md"}
     wanted |= {"Makefile", "constraints.txt", ".ci/run"}
     wanted |= {f"tests/{name}" for name in tree("tests", ".py")}
+    wanted |= {f"docs/examples/{name}" for name in tree("docs/examples", ".py")}
     assert wanted <= names
     assert not [name for name in names if name.startswith(("runs/out", ".venv", ".git/"))]
 

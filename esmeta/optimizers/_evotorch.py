@@ -332,24 +332,25 @@ def evotorch_problem(
     Every evaluated batch is scored on fresh training tasks that its members share. Members with a
     NaN or infinite return are reported below the worst finite one.
 
+    Its ``status`` counts environment steps and trials over all ranks (``total_interaction_count``,
+    ``total_episode_count``), so ``num_interactions`` works on any number of them. ``best`` is the
+    luckiest evaluation so far, on the tasks of its batch: score ``center`` on held-out tasks
+    instead. A searcher pickles with its problem but without the ranks; after loading it, set
+    ``searcher.problem.comm``.
+
     Args:
         evaluator: what scores members ``[P, D]``.
-        comm: ranks that replicate the search, each evaluating its part of every batch; all must
-            run the same searcher with the same ``seed`` (EvoTorch's functional API ignores it).
+        comm: ranks that replicate the search, each evaluating its part of every batch, such as
+            ``esmeta.comm.make_comm()``; all must run the same searcher with the same ``seed``, and
+            raise if they drift apart. Loggers belong on rank 0 only.
         seed: of the tasks and of the problem's own random generator.
     """
     os.environ.setdefault("EVOTORCH_VERBOSE_LEVEL", "0")
-    from esmeta.optimizers._evotorch_problem import PopulationProblem
+    from esmeta.optimizers._evotorch_problem import PopulationProblem, TrainingTasks
 
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         raise UserError(f"seed = {seed!r}: must be an integer >= 0; write for example seed=0")
-
-    def draw(start: int, count: int) -> Tensor:
-        return ravel(evaluator.policy.init(seed=start, population=count))
-
-    def score(values: Tensor, step: int | Tensor) -> Fitness:
-        first = torch.as_tensor(step, dtype=torch.int64).unsqueeze(-1) * evaluator.trials
-        index = first + torch.arange(evaluator.trials)
-        return evaluator(values, seed=seed, split="train", index=index)
-
-    return PopulationProblem(score, evaluator.size, seed=seed, comm=comm, draw=draw)
+    tasks = TrainingTasks(evaluator, seed)
+    return PopulationProblem(
+        tasks.score, evaluator.size, seed=seed, comm=comm, draw=tasks.draw, free=True
+    )

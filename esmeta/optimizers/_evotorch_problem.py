@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,7 @@ from evotorch import Problem, SolutionBatch
 from evotorch.optimizers import ClipUp
 from torch import Tensor
 
+from esmeta.evaluator import PopulationEvaluator
 from esmeta.optimizers._generation import (
     Scores,
     Scoring,
@@ -19,10 +22,30 @@ from esmeta.optimizers._generation import (
     gather_scores,
     score_members,
 )
+from esmeta.tree import ravel
 from esmeta.types import Comm, Fitness
 
 Score = Callable[[Tensor, int | Tensor], Fitness]
 """Members float32 ``[P, D]`` and the step whose tasks they get (or int64 ``[P]``), to fitness."""
+
+
+@dataclass(frozen=True)
+class TrainingTasks:
+    """Scores members on training tasks, and draws first members. A class, so that it pickles."""
+
+    evaluator: PopulationEvaluator
+    seed: int
+
+    def score(self, values: Tensor, step: int | Tensor) -> Fitness:
+        """Members float32 ``[P, D]`` on the tasks of ``step`` (int64 ``[P]``: of each its own)."""
+        trials = self.evaluator.trials
+        first = torch.as_tensor(step, dtype=torch.int64).unsqueeze(-1) * trials
+        index = first + torch.arange(trials)
+        return self.evaluator(values, seed=self.seed, split="train", index=index)
+
+    def draw(self, start: int, count: int) -> Tensor:
+        """``count`` members as the policy draws them, float32 ``[count, D]``."""
+        return ravel(self.evaluator.policy.init(seed=start, population=count))
 
 
 class PopulationProblem(Problem):
@@ -30,8 +53,15 @@ class PopulationProblem(Problem):
 
     Every evaluated batch counts as one ``generation``: its members share their tasks, and the next
     batch gets fresh ones. Members that failed are reported below the worst finite one, because
-    EvoTorch ranks NaN as the best. The communicator is left out of pickles and copies.
-    ``sharing`` is the number of neighbours that share tasks of their own; 0: all share the same.
+    EvoTorch ranks NaN as the best. The communicator is left out of pickles and copies; without it
+    every rank evaluates whole batches, with the same results.
+
+    Attributes:
+        comm: the ranks, or None.
+        sharing: the number of neighbours that share tasks of their own; 0: all share the same.
+        scores: of the last batch.
+        interactions: environment steps so far, of all members on all ranks.
+        episodes: trials so far.
     """
 
     def __init__(
@@ -42,7 +72,13 @@ class PopulationProblem(Problem):
         seed: int,
         comm: Comm | None = None,
         draw: Callable[[int, int], Tensor] | None = None,
+        free: bool = False,
     ) -> None:
+        """Without ``free`` an :class:`EvoTorchOptimizer` drives the search.
+
+        With it anybody does: the best and the worst solution are kept, as EvoTorch's searchers
+        report them, and ranks whose searches have drifted apart raise.
+        """
         super().__init__(
             "max",
             solution_length=size,
@@ -52,31 +88,44 @@ class PopulationProblem(Problem):
             # Without a seed of its own a Problem draws from the global generator, and ranks that
             # replicate a search drift apart without an error.
             seed=seed,
-            # Keeping the luckiest evaluation ever is of no use, and NaN made this raise.
-            store_solution_stats=False,
+            store_solution_stats=free,
         )
         self._score = score
         self._size = size
-        self._comm = comm
         self._draw = draw
+        self._free = free
+        self._lowest = math.inf
+        self.comm = comm
         self.generation = 0
         self.watch = Stopwatch()
         self.scoring = Scoring()
         self.sharing = 0
         self.square_norms = torch.empty(0)
         self.scores: Scores | None = None
+        self.interactions = 0
+        self.episodes = 0
 
     def bind(self, score: Score, generation: int, comm: Comm, watch: Stopwatch) -> None:
         """Score the next batch as ``generation``, over the ranks of ``comm``."""
-        self._score, self.generation, self._comm, self.watch = score, generation, comm, watch
+        self._score, self.generation, self.comm, self.watch = score, generation, comm, watch
 
     def unbind(self) -> None:
         """Let go of the ranks, which may not outlive the step."""
-        self._comm = None
+        self.comm = None
 
     @property
     def _nonserialized_attribs(self) -> list[str]:
-        return [*super()._nonserialized_attribs, "_comm"]
+        return [*super()._nonserialized_attribs, "comm"]
+
+    @property
+    def status(self) -> dict[str, Any]:
+        """EvoTorch's, with the counters that its ``num_interactions`` and loggers read."""
+        # Counts over all ranks: with its own count a rank would draw more batches than the others.
+        return {
+            **super().status,
+            "total_interaction_count": self.interactions,
+            "total_episode_count": self.episodes,
+        }
 
     def generate_values(self, num_solutions: int) -> Tensor:
         """Initial solutions, float32 ``[num_solutions, D]``."""
@@ -95,7 +144,9 @@ class PopulationProblem(Problem):
 
     def _evaluate_batch(self, batch: SolutionBatch) -> None:
         values = values_of(batch)
-        rank, ranks = (self._comm.rank, self._comm.size) if self._comm else (0, 1)
+        if self._free and self.comm is not None:
+            check_same(values, self.generation, self.comm)
+        rank, ranks = (self.comm.rank, self.comm.size) if self.comm else (0, 1)
         owned = np.array_split(np.arange(len(values)), ranks)
         mine = owned[rank]
         rows = None
@@ -112,11 +163,28 @@ class PopulationProblem(Problem):
             members = values[mine[0] : mine[-1] + 1].clone()
             rows = score_members(score, members, mine, self.generation)
             self.watch.evaluate_s += self.watch.now() - begin
-        table = gather_scores(rows, list(owned), self._comm, self.watch)
-        self.scores = self.scoring.scores(*table, self.generation)
+        table = gather_scores(rows, list(owned), self.comm, self.watch)
+        self.scores = scores = self.scoring.scores(*table, self.generation)
         self.square_norms = values.double().square().sum(dim=1)
         self.generation += 1
-        batch.set_evals(below_worst(self.scores.fitness).unsqueeze(1))
+        self.interactions += scores.env_steps
+        self.episodes += scores.returns.numel()
+        batch.set_evals(below_worst(scores.fitness, self._lowest).unsqueeze(1))
+        finite = scores.fitness[torch.isfinite(scores.fitness)].tolist()
+        self._lowest = min([self._lowest, *finite])
+
+
+def check_same(values: Tensor, generation: int, comm: Comm) -> None:
+    """Raise if the ranks are about to evaluate different solutions ``[P, D]``."""
+    # Sums of the bits, row by row: a hash of all bytes would cost as much as a small search.
+    bits = values.view(torch.int32).sum(dim=1, dtype=torch.int64)
+    if not comm.same(hashlib.sha256(bits.numpy().tobytes()).digest()):
+        raise RuntimeError(
+            f"the ranks drew different solutions for evaluation {generation}: start the same "
+            "searcher with the same options and seed on every rank; a searcher that draws from a "
+            "global generator (EvoTorch's functional API, PyCMAES) cannot run on several ranks, "
+            "and machines of different CPU types round differently (use esmeta's own optimizers)"
+        )
 
 
 def values_of(batch: SolutionBatch) -> Tensor:
@@ -127,14 +195,19 @@ def values_of(batch: SolutionBatch) -> Tensor:
     return values
 
 
-def below_worst(fitness: Tensor) -> Tensor:
-    """Fitness with failed members below the worst finite one by the spread of the others (or 1)."""
+def below_worst(fitness: Tensor, lowest: float = math.inf) -> Tensor:
+    """Fitness with failed members below the worst finite one by the spread of the others (or 1).
+
+    ``lowest`` is the worst of earlier batches: searchers with elites compare across batches.
+    """
     finite = torch.isfinite(fitness)
-    if not finite.any():
+    known = fitness[finite].tolist()
+    spread = max(known) - min(known) if known else 0.0
+    worst = min([lowest, *known])
+    if worst == math.inf:
         return torch.zeros_like(fitness)
-    worst, best = fitness[finite].min().item(), fitness[finite].max().item()
     # The next float down, where the spread is lost in rounding.
-    failed = min(worst - ((best - worst) or 1.0), math.nextafter(worst, -math.inf))
+    failed = min(worst - (spread or 1.0), math.nextafter(worst, -math.inf))
     return torch.where(finite, fitness, max(failed, -torch.finfo(fitness.dtype).max))
 
 

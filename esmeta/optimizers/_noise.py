@@ -25,17 +25,25 @@ _WORD = (1 << 64) - 1
 
 
 def pair_noise(
-    rng: Rng, generation: int, pairs: Sequence[int] | np.ndarray, size: int
+    rng: Rng,
+    generation: int,
+    pairs: Sequence[int] | np.ndarray,
+    size: int,
+    out: np.ndarray | None = None,
 ) -> np.ndarray:
     """Standard normal noise of the given pairs, float32 ``[len(pairs), size]``.
 
     Every pair has a Philox key of its own, so the bits of a pair do not depend on which others
-    are drawn with it, nor on the rank that draws them.
+    are drawn with it, nor on the rank that draws them. ``out`` is written to, if it is given.
     """
     stream = rng.fold("noise", generation).key & _WORD
-    noise = np.empty((len(pairs), size), dtype=np.float32)
+    noise = np.empty((len(pairs), size), dtype=np.float32) if out is None else out
+    # One generator whose key is set anew: to make one costs as much as a thousand numbers.
+    bits = np.random.Philox(key=stream << 64)
+    generator, state = np.random.Generator(bits), bits.state
     for row, pair in enumerate(pairs):
-        generator = np.random.Generator(np.random.Philox(key=(stream << 64) | int(pair)))
+        state["state"]["key"][0] = pair
+        bits.state = state
         generator.standard_normal(dtype=np.float32, out=noise[row])
     return noise
 
@@ -82,13 +90,15 @@ class Noise:
             return full
         return min(full, self.rank * sum(shape))
 
-    def draw(self, rng: Rng, generation: int, numbers: np.ndarray) -> np.ndarray:
+    def draw(
+        self, rng: Rng, generation: int, numbers: np.ndarray, out: np.ndarray | None = None
+    ) -> np.ndarray:
         """What is kept of the directions of one generation, float32 ``[len(numbers), width]``."""
-        return pair_noise(rng, generation, numbers, self.width)
+        return pair_noise(rng, generation, numbers, self.width, out)
 
     def expand(self, kept: np.ndarray) -> np.ndarray:
         """Whole directions, float32 ``[rows, D]``, from what was kept ``[rows, width]``."""
-        if self.width == self.size:
+        if not self.rank or self.width == self.size:
             return kept
         out = np.empty((len(kept), self.size), dtype=np.float32)
         source = target = 0

@@ -36,7 +36,9 @@ BLOCK = 16
 _FIXED_POINT = 36
 
 # Members are made for so many numbers at a time: they live beside the noise they are made from.
-_GROUP_FLOATS = 1 << 24
+# 16 MB are taken again and again from the heap; larger arrays are new pages every time.
+_GROUP_FLOATS = 1 << 22
+_GPU_GROUP_FLOATS = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,7 @@ def sample_and_score(
         most = plan.popsize_max or math.inf
         if steps >= plan.interactions or (round_ + 1) * plan.popsize > most or taken == 0:
             break
-    sample = Sample(np.concatenate(kept), np.concatenate(numbers), blocks)
+    sample = Sample(_joined(kept), np.concatenate(numbers), blocks)
     owned = [np.concatenate(theirs) if theirs else _NONE for theirs in everyones]
     draws = Draws(sample, plan.noise, owned, comm, watch)
     return draws, scoring.scores(torch.cat(tables), steps, raised, generation)
@@ -150,6 +152,11 @@ _NONE = np.empty(0, dtype=np.int64)
 
 # Numbers of tasks kept apart for a generation that may grow.
 _MANY = 1 << 20
+
+
+def _joined(parts: list[np.ndarray]) -> np.ndarray:
+    # A copy of the noise would double a rank's memory.
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 def _evaluate(
@@ -166,17 +173,17 @@ def _evaluate(
     kept = np.empty((len(numbers), plan.noise.width), dtype=np.float32)
     if not len(numbers):
         return kept, None
-    size = max(BLOCK // plan.members, _GROUP_FLOATS // (plan.members * len(center)))
-    groups = [slice(low, min(low + size, len(numbers))) for low in range(0, len(numbers), size)]
-    spread = spread.astype(np.float32)
-    scored = []
     # On a GPU the next noise is drawn while the members of the last one are evaluated there; on a
     # CPU both would share one core.
     ahead = getattr(objective, "device", torch.device("cpu")).type != "cpu"
-    for rows, drawn in _draws(plan.noise, rng, generation, numbers, groups, ahead):
-        kept[rows] = drawn
-        step = spread * plan.noise.expand(drawn)
-        members = mirrored(center, step) if plan.mirrored else torch.from_numpy(center + step)
+    floats = _GPU_GROUP_FLOATS if ahead else _GROUP_FLOATS
+    size = max(BLOCK // plan.members, floats // (plan.members * len(center)))
+    groups = [slice(low, min(low + size, len(numbers))) for low in range(0, len(numbers), size)]
+    spread = spread.astype(np.float32)
+    scored = []
+    for rows in _draws(plan.noise, rng, generation, numbers, groups, kept, ahead):
+        step = spread * plan.noise.expand(kept[rows])
+        members = mirrored(center, step) if plan.mirrored else _moved(center, step)
         owners = plan.members_of(numbers[rows])
 
         def score(part: torch.Tensor, which: torch.Tensor, owners: np.ndarray = owners) -> Fitness:
@@ -199,17 +206,20 @@ def _draws(
     generation: int,
     numbers: np.ndarray,
     groups: list[slice],
+    kept: np.ndarray,
     ahead: bool,
-) -> Iterator[tuple[slice, np.ndarray]]:
-    """Noise of one group of directions after the other, ``ahead`` of its use or on demand."""
+) -> Iterator[slice]:
+    """Draw one group of directions after the other into ``kept``, ``ahead`` or on demand."""
+
+    def draw(rows: slice) -> slice:
+        noise.draw(rng, generation, numbers[rows], out=kept[rows])
+        return rows
+
     if not ahead:
-        for rows in groups:
-            yield rows, noise.draw(rng, generation, numbers[rows])
+        yield from map(draw, groups)
         return
     with ThreadPoolExecutor(1) as pool:
-        drawn = [pool.submit(noise.draw, rng, generation, numbers[rows]) for rows in groups]
-        for rows, future in zip(groups, drawn, strict=True):
-            yield rows, future.result()
+        yield from pool.map(draw, groups)
 
 
 def mirrored(center: np.ndarray, step: np.ndarray) -> torch.Tensor:
@@ -218,6 +228,11 @@ def mirrored(center: np.ndarray, step: np.ndarray) -> torch.Tensor:
     np.add(center, step, out=members[0::2])
     np.subtract(center, step, out=members[1::2])
     return torch.from_numpy(members)
+
+
+def _moved(center: np.ndarray, step: np.ndarray) -> torch.Tensor:
+    step += center
+    return torch.from_numpy(step)
 
 
 @dataclass(frozen=True)
@@ -273,16 +288,20 @@ def partial_sums(sample: Sample, noise: Noise, weights: list[np.ndarray]) -> np.
     """
     total = np.zeros((len(weights), noise.size), dtype=np.int64)
     value = np.empty((len(weights), noise.size))
+    term = np.empty(noise.size)
     for block in sample.blocks:
         value[:] = 0.0
         for row in block:
-            direction = noise.expand(sample.kept[row : row + 1])[0].astype(np.float64)
+            direction = noise.expand(sample.kept[row : row + 1])[0]
             number = sample.numbers[row]
-            power = direction
             for k, weight in enumerate(weights):
+                if not weight[number]:
+                    continue
                 if k:
-                    power = power * direction
-                if weight[number]:
-                    value[k] += weight[number] * power
+                    np.multiply(direction, direction, out=term, dtype=np.float64)
+                    term *= weight[number]
+                else:
+                    np.multiply(direction, weight[number], out=term, dtype=np.float64)
+                value[k] += term
         total += np.rint(np.ldexp(value, _FIXED_POINT)).astype(np.int64)
     return total
