@@ -1,25 +1,21 @@
 """Ranks: buffer collectives with a time limit, and an end for the whole job when one rank fails.
 
 Every collective is non-blocking and polled, so a rank that hangs or left early becomes a
-``TimeoutError`` on the others instead of a job that never ends. mpi4py is imported only when an
-MPI launcher started more than one process.
-
-:func:`encode` turns plain data into bytes that are checked when they are read, without pickle's
-power to run code: for the wire (:func:`share`) and for checkpoint files.
+``TimeoutError`` on the others instead of a job that never ends. The ranks that wait then call the
+roll, so that the error names the ranks that did not come. mpi4py is imported only when an MPI
+launcher started more than one process.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import io
 import os
 import stat
 import struct
 import sys
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, NoReturn
 
@@ -27,7 +23,6 @@ import torch
 from torch import Tensor
 
 from esmeta.errors import UserError
-from esmeta.types import Comm
 
 EXIT_USER_ERROR = 2
 EXIT_EXCEPTION = 3
@@ -42,12 +37,10 @@ _LOCAL_RANK_VARIABLES = (
     "SLURM_LOCALID",
 )
 
-MAGIC = b"esmeta checkpoint\n"
-FORMAT = 1
-_HEAD = len(MAGIC) + 4 + 8 + 32
-
 _SPIN_SECONDS = 1e-3
 _LONGEST_SLEEP = 1e-3
+_ROLL_SECONDS = 1.0
+_ROLL_TAG = 1
 
 
 def _number(env: Mapping[str, str], name: str) -> int | None:
@@ -87,6 +80,7 @@ class SelfComm:
 
     rank = 0
     size = 1
+    waited_s = 0.0
 
     def __init__(self, timeout_s: float = 60.0) -> None:
         self.timeout_s = timeout_s
@@ -126,8 +120,9 @@ class SelfComm:
 class MPIComm:
     """Collectives over the ranks of ``MPI_COMM_WORLD``; results stand on the input's device.
 
-    ``timeout_s`` (seconds) and ``label`` (where the run is, for messages) may be set at any time.
-    After a ``TimeoutError`` no further collective is possible: the job has to end.
+    ``timeout_s`` (seconds) and ``label`` (where the run is, for messages) may be set at any time;
+    ``waited_s`` adds up the seconds that this rank spent in collectives. After a ``TimeoutError``
+    no further collective is possible: the job has to end.
     """
 
     def __init__(self, timeout_s: float = 60.0) -> None:
@@ -142,6 +137,10 @@ class MPIComm:
         self.size: int = self._world.Get_size()
         self.timeout_s = timeout_s
         self.label = "start"
+        self.waited_s = 0.0
+        # Of collectives so far: the same on all ranks that wait for the same one.
+        self._number = 0
+        self._present: set[int] = set()
         self._abandoned: list[Any] = []
 
     def gather_rows(self, local: Tensor, counts: list[int]) -> Tensor:
@@ -207,16 +206,16 @@ class MPIComm:
 
     def meet_to_leave(self, seconds: float) -> bool:
         """Whether all ranks get here within ``seconds``: then each may exit by itself."""
-        return self._poll(self._last_words.Ibarrier(), seconds)
+        return self._poll(self._last_words.Ibarrier(), seconds, lambda: False)
 
-    def _poll(self, request: Any, seconds: float) -> bool:
+    def _poll(self, request: Any, seconds: float, given_up: Callable[[], bool]) -> bool:
         # Spin at first, as most collectives end within microseconds; then leave the core to
         # others, with naps that grow from 20 us.
         start = time.monotonic()
         nap = 2e-5
         while not request.Test():
             waited = time.monotonic() - start
-            if waited > seconds:
+            if waited > seconds or (nap == _LONGEST_SLEEP and given_up()):
                 self._abandoned.append(request)
                 return False
             if waited < _SPIN_SECONDS:
@@ -227,13 +226,54 @@ class MPIComm:
         return True
 
     def _wait(self, request: Any, operation: str, *buffers: Any) -> None:
-        if not self._poll(request, self.timeout_s):
-            # MPI may still write here: the buffers have to outlive the request.
-            self._abandoned.extend(buffers)
-            raise TimeoutError(
-                f"rank {self.rank} of {self.size}: {operation} waited {self.timeout_s:g} s for "
-                f"other ranks at {self.label}; one of them hangs, is gone or is much slower"
-            )
+        self._number += 1
+        start = time.monotonic()
+        done = self._poll(request, self.timeout_s, self._roll_is_called)
+        waited = time.monotonic() - start
+        self.waited_s += waited
+        if done:
+            return
+        # MPI may still write here: the buffers have to outlive the request.
+        self._abandoned.extend(buffers)
+        missing = self._call_the_roll()
+        named = f"rank{'s' * (len(missing) > 1)} {_numbers(missing)}" if missing else "other ranks"
+        cause = "hangs, is gone or is much slower" if missing else "all of them wait elsewhere"
+        raise TimeoutError(
+            f"rank {self.rank} of {self.size}: {operation} waited {waited:.0f} s at {self.label} "
+            f"for {named} ({cause}; the limit is run.rank_timeout)"
+        )
+
+    def _roll_is_called(self) -> bool:
+        """Whether another rank has waited too long for this collective, or for a later one."""
+        status = self._mpi.Status()
+        while self._last_words.Iprobe(self._mpi.ANY_SOURCE, _ROLL_TAG, status):
+            number = bytearray(8)
+            self._last_words.Recv(number, status.Get_source(), _ROLL_TAG)
+            if int.from_bytes(number, "little") >= self._number:
+                self._present.add(status.Get_source())
+        return bool(self._present)
+
+    def _call_the_roll(self) -> list[int]:
+        """Tell all ranks that this one waits; returns those that do not say the same.
+
+        Only one rank goes on at once to report what all of them know.
+        """
+        call = bytearray(self._number.to_bytes(8, "little"))
+        others = [rank for rank in range(self.size) if rank != self.rank]
+        sent = [self._last_words.Isend(call, rank, _ROLL_TAG) for rank in others]
+        self._abandoned += [call, *sent]
+        end = time.monotonic() + _ROLL_SECONDS
+        while time.monotonic() < end and len(self._present) < len(others):
+            self._roll_is_called()
+            time.sleep(_LONGEST_SLEEP)
+        if min(self._present, default=self.rank) < self.rank:
+            time.sleep(2 * _ROLL_SECONDS)
+        return [rank for rank in others if rank not in self._present]
+
+
+def _numbers(ranks: list[int]) -> str:
+    shown = ", ".join(map(str, ranks[:8]))
+    return shown if len(ranks) <= 8 else f"{shown} and {len(ranks) - 8} more"
 
 
 def _buffer(value: Tensor) -> Any:
@@ -314,55 +354,3 @@ def install_excepthook(comm: SelfComm | MPIComm) -> None:
         comm.abort(EXIT_EXCEPTION, f"exception at {comm.label}\n{text}")
 
     sys.excepthook = hook
-
-
-# --- plain data as bytes ---------------------------------------------------------------------
-
-
-def _packed(value: Any, where: str) -> Any:
-    """The value with detached tensors on the CPU; refuses what a safe loader would not read."""
-    if isinstance(value, Tensor):
-        # clone: a view would drag its whole storage into the file.
-        return value.detach().cpu().clone(memory_format=torch.contiguous_format)
-    if isinstance(value, dict):
-        return {key: _packed(item, f"{where}.{key}") for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_packed(item, f"{where}[{i}]") for i, item in enumerate(value))
-    if value is None or type(value) in (bool, int, float, str, bytes):
-        return value
-    raise TypeError(f"checkpoint: {where} is a {type(value).__name__}; only plain data is saved")
-
-
-def encode(payload: Mapping[str, Any]) -> bytes:
-    """Plain data (tensors, numbers, strings, bytes, lists, dicts, None) as a framed block."""
-    buffer = io.BytesIO()
-    torch.save(_packed(dict(payload), "payload"), buffer)
-    body = buffer.getvalue()
-    head = FORMAT.to_bytes(4, "little") + len(body).to_bytes(8, "little")
-    return MAGIC + head + hashlib.sha256(head + body).digest() + body
-
-
-def decode(block: bytes) -> dict[str, Any]:
-    """The inverse of :func:`encode`; ``ValueError`` if a single byte is missing or changed."""
-    if not block.startswith(MAGIC) or len(block) < _HEAD:
-        raise ValueError("not an esmeta checkpoint, or cut off")
-    head = block[len(MAGIC) : len(MAGIC) + 12]
-    version, length = int.from_bytes(head[:4], "little"), int.from_bytes(head[4:], "little")
-    body = memoryview(block)[_HEAD:]
-    if len(body) != length:
-        raise ValueError(f"cut off: {len(body)} of {length} bytes")
-    if hashlib.sha256(head + body).digest() != block[_HEAD - 32 : _HEAD]:
-        raise ValueError("damaged: the checksum does not agree")
-    if version != FORMAT:
-        raise ValueError(f"format {version}, this esmeta reads format {FORMAT}")
-    return torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
-
-
-def share(comm: Comm, payload: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """Rank 0's plain data (or None) on every rank; the other ranks' argument is ignored."""
-    block = encode(payload) if comm.rank == 0 and payload is not None else b""
-    size = int(comm.bcast(torch.tensor([len(block)], dtype=torch.int64)))
-    if size == 0:
-        return None
-    data = bytearray(block) if comm.rank == 0 else bytearray(size)
-    return decode(comm.bcast(torch.frombuffer(data, dtype=torch.uint8)).numpy().tobytes())

@@ -36,7 +36,14 @@ KINDS = {
 SECTIONS = (*KINDS, "budget", "run")
 DEFAULT_TRIALS = 16
 # Keys that do not change what is computed, only where, how long, or what is written down.
-NOT_IN_DIGEST = {"device", "threads", "checkpoint_every", "tensorboard", "metrics_every"}
+NOT_IN_DIGEST = {
+    "device",
+    "threads",
+    "checkpoint_every",
+    "tensorboard",
+    "metrics_every",
+    "rank_timeout",
+}
 _SYNONYMS = {"generations": "updates", "updates": "generations"}
 
 
@@ -45,7 +52,8 @@ class Budget:
     """When a run ends: at the first limit reached; at least one is needed.
 
     ``generations`` and ``updates`` both count steps of the optimizer; give one of the two.
-    ``target`` ends the run as soon as the held-out mean return reaches it.
+    ``target`` ends the run as soon as the held-out mean return reaches it, ``plateau`` when that
+    has had no new best for so many steps.
     """
 
     generations: int | None = None
@@ -53,9 +61,10 @@ class Budget:
     env_steps: int | None = None
     seconds: float | None = None
     target: float | None = None
+    plateau: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("generations", "updates", "env_steps"):
+        for name in ("generations", "updates", "env_steps", "plateau"):
             if getattr(self, name) is not None:
                 errors.positive_int(name, getattr(self, name), example=1000)
         if self.seconds is not None:
@@ -82,7 +91,10 @@ class Budget:
 class Run:
     """How a run is carried out. All ``*_every`` count steps of the optimizer; 0 means never.
 
-    The last step is always written, whatever ``checkpoint_every`` says.
+    The last step is always written, whatever ``checkpoint_every`` says. ``rank_timeout`` is how
+    many seconds ranks wait for one that does not come before they end the job; 0 chooses 600 s for
+    the first steps and while rank 0 works alone between steps, later 60 s or ten times the median
+    of the last steps, whichever is more.
     """
 
     seed: int = 0
@@ -93,11 +105,13 @@ class Run:
     evaluate_trials: int = 64
     metrics_every: int = 1
     tensorboard: bool = True
+    rank_timeout: float = 0.0
 
     def __post_init__(self) -> None:
         errors.non_negative_int("seed", self.seed)
         for name in ("checkpoint_every", "evaluate_every"):
             errors.non_negative_int(name, getattr(self, name), example=20)
+        errors.non_negative("rank_timeout", self.rank_timeout, example=120)
         for name in ("threads", "evaluate_trials", "metrics_every"):
             errors.positive_int(name, getattr(self, name))
         if not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
@@ -247,7 +261,8 @@ def parse_override(text: str) -> tuple[str, str, Any]:
     return section, key, parsed["value"] if set(parsed) == {"value"} else value_text
 
 
-def _apply(raw: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Table]:
+def merge(raw: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Table]:
+    """The tables of a TOML file after ``overrides``, see :func:`resolve`; nothing is imported."""
     tables: dict[str, Table] = {name: {} for name in SECTIONS}
     for name, table in raw.items():
         if name not in SECTIONS:
@@ -294,12 +309,18 @@ def resolve(raw: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
     options that are overridden too. ``task.trials`` is kept. ``budget.generations`` replaces
     ``budget.updates`` and the reverse.
     """
-    tables = _apply(raw, overrides)
+    tables = merge(raw, overrides)
     trials = tables["task"].pop("trials", DEFAULT_TRIALS)
     errors.positive_int("task.trials", trials, example=DEFAULT_TRIALS)
     sections = {kind: _section(kind, tables[kind]) for kind in KINDS}
     budget = check_options(Budget, tables["budget"], "budget")
     run = check_options(Run, tables["run"], "run")
+    for name in ("target", "plateau"):
+        if getattr(budget, name) is not None and run.evaluate_every == 0:
+            raise UserError(
+                f"budget.{name} = {getattr(budget, name)} needs held-out scores, but "
+                "run.evaluate_every = 0 never makes any; write for example run.evaluate_every = 20"
+            )
     return Config(trials=trials, budget=budget, run=run, **sections)
 
 

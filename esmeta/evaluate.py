@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from esmeta import config as configs
 from esmeta import errors
+from esmeta.cli import Parser
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,7 +26,7 @@ LESIONS = ("none", "reset-memory", "zero-reward")
 
 def parser() -> argparse.ArgumentParser:
     """The command line; a test freezes its flags."""
-    p = argparse.ArgumentParser(
+    p = Parser(
         prog="python -m esmeta.evaluate",
         description="Score the theta of a finished run on held-out tasks: mean and standard error.",
     )
@@ -49,14 +50,22 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--greedy", action="store_true", help="the most likely action instead of a sampled one"
     )
+    p.add_argument(
+        "--best",
+        action="store_true",
+        help="theta of the best held-out score during the run instead of the last",
+    )
     p.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     return p
 
 
-def load(run_dir: str | Path, overrides: Sequence[str] = ()) -> tuple[Policy, Params, Task]:
+def load(
+    run_dir: str | Path, overrides: Sequence[str] = (), *, best: bool = False
+) -> tuple[Policy, Params, Task]:
     """Policy, theta (leaves ``[1, ...]``) and task of a run directory.
 
     ``overrides`` (``task.key=value``) give another task of the same family with the same spec.
+    ``best``: theta of the best held-out score during the run instead of the last.
     """
     from esmeta.policy import build_policy
     from esmeta.record import load_theta
@@ -70,7 +79,7 @@ def load(run_dir: str | Path, overrides: Sequence[str] = ()) -> tuple[Policy, Pa
         if not text.startswith("task."):
             raise errors.UserError(f"--set {text!r}: only task.KEY=VALUE can change here")
     config = configs.resolve(configs.load(path / "config.toml"), list(overrides))
-    params, _ = load_theta(path)
+    params, _ = load_theta(path / "best.safetensors" if best else path)
     task: Task = config.task.instance
     value = config.optimizer.instance.gradient
     policy = build_policy(task.spec, config.policy.instance, value=value)
@@ -139,7 +148,7 @@ def _scores(args: argparse.Namespace) -> dict[str, dict[str, float]]:
     from esmeta.evaluator import PopulationEvaluator
     from esmeta.policy import _heads as heads
 
-    policy, params, task = load(args.run, args.set)
+    policy, params, task = load(args.run, args.set, best=args.best)
     raw: Any = configs.load(args.run / "config.toml")
     seed = raw["run"]["seed"] if args.seed is None else args.seed
     errors.non_negative_int("--seed", seed)

@@ -58,7 +58,7 @@ class PopulationEvaluator:
         self.trials = trials
         self.device = torch.device(device)
         self.chunk = chunk
-        self._env = task.make_env(self.device)
+        self.env = task.make_env(self.device)
 
     @property
     def size(self) -> int:
@@ -70,6 +70,41 @@ class PopulationEvaluator:
             return self.chunk
         limit = _CACHE_FLOATS if self.device.type == "cpu" else _GPU_FLOATS
         return max(2, limit // (batch * max(self.policy.config.neurons**2, 1)))
+
+    def batches(self, population: int, batch: int) -> list[Tensor]:
+        """The members of each batch of a population with ``batch`` trials, int64 rows.
+
+        All batches have one size of at least two; the last rows of the last may repeat.
+        """
+        count = -(-population // self._members_per_batch(batch))
+        # Batches of one size: a short last one would be filled up with copies.
+        rows = max(2, -(-population // count))
+        starts = range(0, population, rows)
+        return [
+            torch.arange(first, first + rows).clamp(max=population - 1).to(self.device)
+            for first in starts
+        ]
+
+    def members(self, params: Params | Tensor) -> Params:
+        """A tree or flat vectors ``[P, D]`` as a tree on this evaluator's device."""
+        tree = unravel(params, self.policy) if isinstance(params, Tensor) else params
+        return {name: leaf.to(self.device) for name, leaf in tree.items()}
+
+    def trial_set(self, index: Tensor, seed: int, split: str) -> tuple[Tasks, Rng]:
+        """The tasks number ``index [B]`` (or ``[P, B]``) here, and the stream of their trials.
+
+        Filled up with copies of the last one to a multiple of eight trials.
+        """
+        batch = index.shape[-1]
+        padded = -(-batch // _TRIAL_TILE) * _TRIAL_TILE
+        index = torch.cat([index, index[..., -1:].expand(*index.shape[:-1], padded - batch)], -1)
+        index = index.reshape(-1, padded)
+        tasks = self.place(self.task.sample(index.flatten(), split, Rng(seed).fold("tasks")))
+        data = {
+            name: leaf.reshape(*index.shape, *leaf.shape[2:]) for name, leaf in tasks.data.items()
+        }
+        tasks = Tasks(tasks.index.reshape(index.shape), data)
+        return tasks, Rng(seed).fold("trials", split)
 
     @torch.no_grad()
     def __call__(
@@ -90,8 +125,7 @@ class PopulationEvaluator:
         (sampled by default); ``intervene`` changes memory or inputs before each step, for lesion
         controls. Returns a :class:`Fitness` on the CPU.
         """
-        tree = unravel(params, self.policy) if isinstance(params, Tensor) else params
-        tree = {name: leaf.to(self.device) for name, leaf in tree.items()}
+        tree = self.members(params)
         population = next(iter(tree.values())).shape[0]
         if index is None:
             index = torch.arange(self.trials)
@@ -101,29 +135,13 @@ class PopulationEvaluator:
                 f"there are {population} members and task numbers of shape {tuple(index.shape)}; "
                 "pass at least one member, and index [B] or [P, B] with at least one number"
             )
-        batch = index.shape[-1]
-        padded = -(-batch // _TRIAL_TILE) * _TRIAL_TILE
-        index = torch.cat([index, index[..., -1:].expand(*index.shape[:-1], padded - batch)], -1)
-        rng = Rng(seed).fold("trials", split)
-        tasks = self._tasks(index.reshape(-1, padded), split, seed)
+        tasks, rng = self.trial_set(index, seed, split)
         parts = []
-        batches = -(-population // self._members_per_batch(padded))
-        # Batches of one size: a short last one would be filled up with copies.
-        rows = max(2, -(-population // batches))
-        for first in range(0, population, rows):
-            members = torch.arange(first, first + rows).clamp(max=population - 1).to(self.device)
-            part = {name: leaf[members] for name, leaf in tree.items()}
-            mine = tasks if shared else _rows(tasks, members)
+        for rows in self.batches(population, tasks.index.shape[1]):
+            part = {name: leaf[rows] for name, leaf in tree.items()}
+            mine = tasks if shared else _rows(tasks, rows)
             parts.append(self._score(part, mine, rng, act, intervene))
-        return _join(parts, population, batch)
-
-    def _tasks(self, index: Tensor, split: str, seed: int) -> Tasks:
-        """The tasks with numbers ``[P or 1, B]``."""
-        tasks = self.place(self.task.sample(index.flatten(), split, Rng(seed).fold("tasks")))
-        data = {
-            name: leaf.reshape(*index.shape, *leaf.shape[2:]) for name, leaf in tasks.data.items()
-        }
-        return Tasks(tasks.index.reshape(index.shape), data)
+        return join(parts, population, index.shape[-1])
 
     def place(self, tasks: Tasks) -> Tasks:
         """The same tasks on this evaluator's device."""
@@ -138,10 +156,10 @@ class PopulationEvaluator:
         act: loop.Act,
         intervene: loop.Intervention | None,
     ) -> Fitness:
-        begin = loop.start(self.policy, params, self._env, tasks, rng)
+        begin = loop.start(self.policy, params, self.env, tasks, rng)
         collector = loop.Returns(*begin.ts.reward.shape, device=self.device)
-        end = loop.rollout(self.policy, self._env, begin, collector, act=act, intervene=intervene)
-        metrics = {k: v.double().cpu() for k, v in self._env.metrics(end.env_state).items()}
+        end = loop.rollout(self.policy, self.env, begin, collector, act=act, intervene=intervene)
+        metrics = {k: v.double().cpu() for k, v in self.env.metrics(end.env_state).items()}
         return Fitness(collector.returns.cpu(), collector.steps.cpu(), metrics)
 
 
@@ -149,7 +167,9 @@ def _rows(tasks: Tasks, members: Tensor) -> Tasks:
     return Tasks(tasks.index[members], {name: leaf[members] for name, leaf in tasks.data.items()})
 
 
-def _join(parts: list[Fitness], population: int, batch: int) -> Fitness:
+def join(parts: list[Fitness], population: int, batch: int) -> Fitness:
+    """The scores of all batches as one, without what they were filled up with."""
+
     def cut(leaves: list[Tensor]) -> Tensor:
         return torch.cat(leaves)[:population, :batch]
 

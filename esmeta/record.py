@@ -16,15 +16,12 @@ from __future__ import annotations
 import json
 import math
 import os
-import platform
-import subprocess
 import sys
 import time
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -32,11 +29,12 @@ from typing import Any
 import torch
 
 from esmeta import config as configuration
-from esmeta.comm import decode, encode
 from esmeta.config import Config
 from esmeta.errors import UserError
+from esmeta.provenance import environment
 from esmeta.tree import theta_sha256
 from esmeta.types import Params
+from esmeta.wire import decode, encode
 
 
 @dataclass(frozen=True)
@@ -164,54 +162,6 @@ def read_metrics(run_dir: Path | str) -> list[dict[str, Any]]:
     return records
 
 
-# --- facts about a run -----------------------------------------------------------------------
-
-
-def _git_commit() -> str | None:
-    root = Path(__file__).resolve().parent.parent
-    if not (root / ".git").exists():
-        return None
-
-    def git(*words: str) -> str:
-        command = ["git", "-C", str(root), *words]
-        return subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip()
-
-    try:
-        commit = git("rev-parse", "--verify", "--quiet", "HEAD")
-        dirty = bool(git("status", "--porcelain", "--untracked-files=no"))
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return commit + ("+changes" if dirty else "") if commit else None
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return getattr(sys.modules.get(package), "__version__", None)
-
-
-def _without_folders(argument: str) -> str:
-    """Paths shortened to their last part: run.json is made to be shown to others."""
-    head, equals, tail = argument.rpartition("=")
-    return f"{head}{equals}{Path(tail).name}" if os.path.isabs(tail) else argument
-
-
-def environment(device: str) -> dict[str, Any]:
-    """Versions and hardware, without the names of machines, people or folders."""
-    packages = ["torch", "numpy", "esmeta", *(["evotorch"] if "evotorch" in sys.modules else [])]
-    on_gpu = device.startswith("cuda") and torch.cuda.is_available()
-    return {
-        "versions": {"python": platform.python_version()}
-        | {package: _version(package) for package in packages},
-        "commit": _git_commit(),
-        "platform": f"{platform.system()} {platform.machine()}",
-        "cpus": os.cpu_count(),
-        "gpu": torch.cuda.get_device_name(device) if on_gpu else None,
-        "command": [_without_folders(argument) for argument in sys.argv[1:]],
-    }
-
-
 # --- writers ---------------------------------------------------------------------------------
 
 
@@ -245,6 +195,17 @@ def _differences(ours: str, theirs: str) -> str:
     return "; ".join(f"{k} = {flat[1].get(k)!r} there, {flat[0].get(k)!r} here" for k in keys)
 
 
+def unborn(path: Path | str) -> bool:
+    """Whether a folder is empty but for what a kill leaves before ``config.toml`` is written."""
+    path = Path(path)
+    if not path.is_dir():
+        return False
+    leftovers = {"checkpoint", "config.toml.tmp"}
+    return {entry.name for entry in path.iterdir()} <= leftovers and not (
+        (path / "checkpoint").exists() and any((path / "checkpoint").iterdir())
+    )
+
+
 class RunDir:
     """Writer of one run directory, for rank 0. ``resumed`` is the checkpoint to go on from."""
 
@@ -263,9 +224,10 @@ class RunDir:
         """A new run directory, or with ``resume`` an old one, cut back to its last checkpoint."""
         path = Path(path)
         try:
-            if not resume and path.exists() and (not path.is_dir() or any(path.iterdir())):
+            fresh = not path.exists() or unborn(path)
+            if not resume and not fresh:
                 raise UserError(f"{path} exists; pass --resume to go on, or another --out")
-            if resume and not (path / "config.toml").exists():
+            if resume and not (path / "config.toml").exists() and not unborn(path):
                 raise UserError(f"{path} is not a run to go on with; leave out --resume")
             resumed, source = _newest(path) if resume else (None, "")
             if resumed and resumed.digest != configuration.digest(config):
@@ -298,9 +260,10 @@ class RunDir:
             self._metrics.write(json.dumps({"step": step, **plain}, allow_nan=False) + "\n")
             self._metrics.flush()
         if self._events is not None:
-            for name, value in plain.items():
-                if isinstance(value, int | float):
-                    self._events.add_scalar(name, value, step)
+            with self._disk("tensorboard"):
+                for name, value in plain.items():
+                    if isinstance(value, int | float):
+                        self._events.add_scalar(name, value, step)
 
     def save_checkpoint(self, step: int, theta: Params, payload: Mapping[str, Any]) -> None:
         """Write the state after ``step``; the checkpoint before it stays as ``previous.ckpt``."""
@@ -324,23 +287,42 @@ class RunDir:
             _sync_folder(current.parent)
         self._current_is_good = True
 
+    def save_best(self, step: int, theta: Params, score: float) -> None:
+        """Write ``theta`` as the best so far, by held-out mean return ``score``."""
+        _check_finite(theta, step)
+        meta = {"theta_sha256": theta_sha256(theta), "step": str(step), "heldout": repr(score)}
+        with self._disk("best.safetensors"):
+            save_theta(self.path / "best.safetensors", theta, meta)
+
     def finish(
-        self, step: int, theta: Params, *, env_steps: int, ranks: int, stopped_by: str
+        self,
+        step: int,
+        theta: Params,
+        *,
+        env_steps: int,
+        ranks: int,
+        stopped_by: str,
+        idle: Sequence[float] = (),
     ) -> None:
-        """Write theta and the summary of the whole run, and close all files."""
+        """Write theta and the summary of the whole run, and close all files.
+
+        ``idle`` is the share of time that each rank waited for others, since it was started.
+        """
         _check_finite(theta, step)
         meta = {"theta_sha256": theta_sha256(theta), "step": str(step)}
         with self._disk("theta.safetensors"):
             save_theta(self.path / "theta.safetensors", theta, meta)
         facts = {"stopped_by": stopped_by, "steps": step, "env_steps": env_steps, "ranks": ranks}
-        self._write_summary({**facts, "theta_sha256": meta["theta_sha256"]})
+        self._write_summary({**facts, "idle": [*idle], "theta_sha256": meta["theta_sha256"]})
         self.close()
 
     def close(self) -> None:
         """Close all files; to be called once, also when the run fails."""
-        self._metrics.close()
-        if self._events is not None:
-            self._events.close()
+        with self._disk("metrics.jsonl"):
+            self._metrics.close()
+        with self._disk("tensorboard"):
+            if self._events is not None:
+                self._events.close()
 
     def _write_summary(self, facts: Mapping[str, Any]) -> None:
         run = self._config.run
@@ -383,8 +365,18 @@ class NullRun:
     def save_checkpoint(self, step: int, theta: Params, payload: Mapping[str, Any]) -> None:
         """Nothing."""
 
+    def save_best(self, step: int, theta: Params, score: float) -> None:
+        """Nothing."""
+
     def finish(
-        self, step: int, theta: Params, *, env_steps: int, ranks: int, stopped_by: str
+        self,
+        step: int,
+        theta: Params,
+        *,
+        env_steps: int,
+        ranks: int,
+        stopped_by: str,
+        idle: Sequence[float] = (),
     ) -> None:
         """Nothing."""
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from esmeta.cli import Parser
 from esmeta.errors import UserError
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 def parser() -> argparse.ArgumentParser:
     """The command line; a test freezes its flags."""
-    p = argparse.ArgumentParser(
+    p = Parser(
         prog="python -m esmeta.report",
         description="Compare runs: a table, figures, and one HTML page with everything in it. "
         "Runs that differ in their seed only are averaged.",

@@ -25,7 +25,7 @@ Intervention = Callable[[State, TimeStep], tuple[State, TimeStep]]
 
 
 class Start(NamedTuple):
-    """All that a rollout starts from: parameters, memory and environment at the first step."""
+    """All that a rollout starts from: parameters, memory and environment at step ``t``."""
 
     bound: Bound
     state: State
@@ -33,14 +33,24 @@ class Start(NamedTuple):
     ts: TimeStep
     noise: Tensor
     """Action noise ``[T, P or 1, B, k]``, addressed by trial: members share it."""
+    t: int = 0
+    """Step of the trial, the same for all trials of the batch."""
+    active: Tensor | None = None
+    """Trials that go on, bool ``[P, B]``; None: all."""
 
 
 class End(NamedTuple):
-    """What a rollout leaves behind: memory, environment and the time step after the last action."""
+    """What a rollout leaves behind: memory, environment and the time step after the last action.
+
+    ``t`` is the number of steps done since the trials began, ``active`` ``[P, B]`` is set where a
+    trial goes on.
+    """
 
     state: State
     env_state: Any
     ts: TimeStep
+    t: int
+    active: Tensor
 
 
 class Collector(Protocol):
@@ -130,13 +140,27 @@ def start(policy: Policy, params: Params, env: BatchedEnv, tasks: Tasks, rng: Rn
     index = tasks.index
     env_state, ts = env.reset(tasks, rng, population)
     state = policy.initial_state(params, index.shape[1], rng, index)
+    noise = action_noise(policy, index, rng).to(next(iter(params.values())).dtype)
+    return Start(policy.bind(params), state, env_state, ts, noise)
+
+
+def action_noise(policy: Policy, index: Tensor, rng: Rng) -> Tensor:
+    """What the actions of the trials ``index [P or 1, B]`` are drawn with, ``[T, P or 1, B, k]``.
+
+    Float64: uniform numbers for discrete actions, standard normal ones for continuous actions.
+    """
     spec = policy.spec
     width = heads.noise_width(spec.action)
     draw = rng.fold("action").uniform if isinstance(spec.action, Discrete) else None
     flat = (draw or rng.fold("action").normal)(index, spec.horizon * width)
-    noise = flat.reshape(*index.shape, spec.horizon, width).permute(2, 0, 1, 3)
-    dtype = next(iter(params.values())).dtype
-    return Start(policy.bind(params), state, env_state, ts, noise.to(dtype).contiguous())
+    return flat.reshape(*index.shape, spec.horizon, width).permute(2, 0, 1, 3).contiguous()
+
+
+def go_on(policy: Policy, params: Params, end: End, noise: Tensor) -> Start:
+    """Trials where a rollout left them, from here on with ``params``; ``noise`` is their own."""
+    noise = noise.to(next(iter(params.values())).dtype)
+    state, env_state, ts, t, active = end
+    return Start(policy.bind(params), state, env_state, ts, noise, t, active)
 
 
 def rollout(
@@ -145,21 +169,30 @@ def rollout(
     begin: Start,
     collector: Collector,
     *,
+    until: int | None = None,
     act: Act = heads.sample,
     intervene: Intervention | None = None,
     watch: Callable[[Any], None] | None = None,
 ) -> End:
-    """Run every trial to its end.
+    """Run every trial to its end, or to step ``until`` of it.
+
+    A trial that is run in windows (see :func:`go_on`) is the trial run at once, bit for bit, as
+    long as the parameters stay the same.
 
     ``act`` turns heads and noise into actions. ``intervene`` may change memory or inputs before
     each step, for lesion controls. ``watch`` sees the environment's state before the first step
     and after each one, for pictures; it must leave it as it is.
     """
-    bound, state, env_state, ts, noise = begin
-    active = torch.ones_like(ts.new_trial)
+    bound, state, env_state, ts, noise, t, active = begin
+    if active is None:
+        active = torch.ones_like(ts.new_trial)
     if watch is not None:
         watch(env_state)
-    for t in range(policy.spec.horizon):
+    last = policy.spec.horizon if until is None else min(until, policy.spec.horizon)
+    while t < last:
+        # Asked by the step's own number, so that windows stop where the whole trial would.
+        if t > 0 and t % _CHECK_EVERY == 0 and not active.any():
+            break
         if intervene is not None:
             state, ts = intervene(state, ts)
         out, state = policy.step_bound(bound, state, ts, t)
@@ -170,6 +203,5 @@ def rollout(
         collector.record(ts, out, action, after, active)
         active = active & ~after.new_trial
         ts = after
-        if t % _CHECK_EVERY == _CHECK_EVERY - 1 and not active.any():
-            break
-    return End(state, env_state, ts)
+        t += 1
+    return End(state, env_state, ts, t, active)

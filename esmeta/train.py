@@ -1,11 +1,9 @@
-"""``python -m esmeta.train``: command line, composition root and outer loop."""
+"""``python -m esmeta.train``: composition root and outer loop."""
 
 from __future__ import annotations
 
 import argparse
 import math
-import os
-import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -15,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from esmeta import config as configs
 from esmeta import errors
+from esmeta.cli import configuration, parser, prepare_process
 
 if TYPE_CHECKING:
     from esmeta.comm import MPIComm, SelfComm
@@ -23,48 +22,10 @@ if TYPE_CHECKING:
     from esmeta.record import NullRun, RunDir
     from esmeta.rng import Rng
     from esmeta.types import Metrics, Optimizer, Params, Task
+    from esmeta.watch import Stop
 
-# Ranks may wait this long for the slowest one (rank 0 also evaluates and writes files).
-_COMM_TIMEOUT_S = 600.0
 EXIT_STOPPED = 75
 """Exit code of a run that was told to stop (SIGTERM, SIGUSR1) and saved a checkpoint first."""
-
-
-def parser() -> argparse.ArgumentParser:
-    """The command line; a test freezes its flags."""
-    p = argparse.ArgumentParser(
-        prog="python -m esmeta.train",
-        description="Meta-train a policy: evolution or policy gradients, one process or mpirun.",
-        epilog="Presets are listed by --list. A run's files go to runs/out/ unless --out is given.",
-    )
-    p.add_argument("preset", nargs="?", help="preset name or TOML file (harlow-ppo)")
-    p.add_argument("--task", help="task distribution, or package.module:Class of your own")
-    p.add_argument(
-        "--optimizer",
-        help="openes pgpe snes sepcma, EvoTorch's evotorch_pgpe evotorch_snes cem xnes cmaes, a2c "
-        "ppo, or package.module:Class",
-    )
-    p.add_argument("--objective", help="what theta is worth: return, or package.module:Class")
-    p.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="SECTION.KEY=VALUE",
-        help="override one key, e.g. optimizer.popsize=128; may be repeated",
-    )
-    p.add_argument("--seed", type=int, help="seed of everything random (default: the preset's, 0)")
-    p.add_argument("--out", type=Path, help="run directory (runs/out/<preset>-<seed>-<time>)")
-    p.add_argument("--device", help="cpu (default), cuda, cuda:N")
-    p.add_argument(
-        "--resume",
-        nargs="?",
-        type=Path,
-        const=Path(),
-        metavar="RUN",
-        help="go on with this run directory (or the one of --out), on any number of ranks",
-    )
-    p.add_argument("--list", action="store_true", help="list presets and exit")
-    return p
 
 
 @dataclass
@@ -82,10 +43,11 @@ class Parts:
     """The optimizer's first state; making it finds sizes that do not fit before files are made."""
 
 
-def build(config: configs.Config) -> Parts:
-    """Build task, policy, objective and optimizer of a resolved config."""
+def build(config: configs.Config, ranks: int = 1) -> Parts:
+    """Build task, policy, objective and optimizer of a resolved config, for a number of ranks."""
     import torch
 
+    from esmeta.optimizers._gradient import GradientConfig
     from esmeta.policy import build_policy
     from esmeta.rng import Rng
 
@@ -93,6 +55,8 @@ def build(config: configs.Config) -> Parts:
     device = _device(config.run.device)
     task: Task = config.task.instance
     optimizer: Optimizer = config.optimizer.instance
+    if isinstance(optimizer, GradientConfig):
+        optimizer.check_trials(config.trials, ranks)
     policy = build_policy(task.spec, config.policy.instance, value=optimizer.gradient)
     objective = config.objective.instance.make(
         policy, task, trials=config.trials, seed=config.run.seed, device=device
@@ -127,34 +91,30 @@ class Counters:
     step: int = 0
     env_steps: int = 0
     heldout: float = math.nan
-
-
-class Stop:
-    """Turns SIGTERM and SIGUSR1 into a wish to stop after the current step."""
-
-    def __init__(self) -> None:
-        self.wanted = False
-        for name in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(name, self._note)
-
-    def _note(self, *_: object) -> None:
-        self.wanted = True
+    best: float = -math.inf
+    best_step: int = 0
 
 
 class Trainer:
     """The outer loop over optimizer steps; the same on every rank, files on rank 0 only."""
 
-    def __init__(self, parts: Parts, comm: SelfComm | MPIComm, run: RunDir | NullRun) -> None:
+    def __init__(
+        self, parts: Parts, comm: SelfComm | MPIComm, run: RunDir | NullRun, stop: Stop
+    ) -> None:
+        from esmeta.watch import Idle, TimeLimit
+
         self.parts = parts
         self.comm = comm
         self.run = run
         self.count = Counters()
-        self.stop = Stop()
+        self.stop = stop
+        self.limit = TimeLimit(parts.config.run.rank_timeout)
+        self.idle = Idle(comm)
         self.rng = parts.rng
         self.state = self._first_state()
 
     def _first_state(self) -> Any:
-        from esmeta.comm import share
+        from esmeta.wire import share
 
         resumed = self.run.resumed
         payload = share(self.comm, None if resumed is None else resumed.payload)
@@ -176,6 +136,8 @@ class Trainer:
             bar.update(self.count.step, self._fraction())
             while not (reason := self._reason()):
                 metrics = self._step()
+                if self._due(run.metrics_every):
+                    metrics |= self.idle.metrics()
                 if self.count.step % run.metrics_every == 0 or self._score_now():
                     self._log(metrics)
                 bar.update(self.count.step, self._fraction(), **self._shown(metrics))
@@ -206,13 +168,17 @@ class Trainer:
         return every > 0 and self.count.step % every == 0
 
     def _step(self) -> Metrics:
-        self.comm.label = f"step {self.count.step}"
-        began = time.monotonic()
         parts = self.parts
+        word = "update" if parts.optimizer.gradient else "generation"
+        self.comm.label = f"{word} {self.count.step}"
+        self.comm.timeout_s = self.limit.in_step()
+        began = time.monotonic()
         self.state, metrics = parts.optimizer.step(self.state, parts.objective, self.comm, self.rng)
         self.count.step += 1
         self.count.env_steps += int(metrics.pop("env_steps"))
-        return metrics | {"step_s": time.monotonic() - began}
+        step_s = time.monotonic() - began
+        self.limit.note(step_s)
+        return metrics | {"step_s": step_s}
 
     def _log(self, metrics: Metrics) -> None:
         """One line of metrics, with held-out scores where they are due; rank 0 only."""
@@ -224,13 +190,20 @@ class Trainer:
         scores: Metrics = {}
         if self._score_now():
             scores = heldout(self.parts, theta, self.parts.config.run.evaluate_trials)
-            self.count.heldout = scores["heldout_return"]
+            self._note_score(theta, scores["heldout_return"])
         numbers: dict[str, Any] = {
             "env_steps": self.count.env_steps,
             "seconds": self.run.seconds,
             "theta_sha256": theta_sha256(theta),
         }
         self.run.log(self.count.step, numbers | metrics | scores)
+
+    def _note_score(self, theta: Params, score: float) -> None:
+        count = self.count
+        count.heldout = score
+        if score > count.best:
+            count.best, count.best_step = score, count.step
+            self.run.save_best(count.step, theta, score)
 
     def _save(self) -> None:
         if self.comm.rank != 0:
@@ -252,9 +225,14 @@ class Trainer:
             "env_steps": budget.env_steps is not None and self.count.env_steps >= budget.env_steps,
             "seconds": budget.seconds is not None and self.run.seconds >= budget.seconds,
             "target": budget.target is not None and self.count.heldout >= budget.target,
+            # Only rank 0 has scores, so only its flag counts.
+            "plateau": self.comm.rank == 0
+            and budget.plateau is not None
+            and self.count.step - self.count.best_step >= budget.plateau,
             "signal": self.stop.wanted,
         }
         flags = torch.tensor([int(flag) for flag in reasons.values()], dtype=torch.int64)
+        self.comm.timeout_s = self.limit.between_steps()
         total = self.comm.sum_exact(flags).tolist()
         return next((name for name, flag in zip(reasons, total, strict=True) if flag), "")
 
@@ -295,56 +273,31 @@ def report(parts: Parts, trainer: Trainer, reason: str, out: Path) -> None:
     print(f"run: {out}\ncurve: {picture}", flush=True)
 
 
-def _configuration(args: argparse.Namespace) -> tuple[configs.Config, Path, bool]:
-    """The resolved config, the run directory, and whether it is to be gone on with."""
-    resume = args.resume is not None
-    folder: Path | None = args.resume if resume and args.resume != Path() else args.out
-    if resume and folder is None:
-        raise errors.UserError("--resume needs a run directory; write --resume RUN")
-    source = args.preset or (str(folder / "config.toml") if resume and folder else "harlow-ppo")
-    overrides = [
-        f"{section}={value}"
-        for section, value in (
-            ("task.name", args.task),
-            ("optimizer.name", args.optimizer),
-            ("objective.name", args.objective),
-            ("run.seed", args.seed),
-            ("run.device", args.device),
-        )
-        if value is not None
-    ]
-    config = configs.resolve(configs.load(source), [*overrides, *args.set])
-    if folder is None:
-        stamp = time.strftime("%Y%m%d-%H%M%S")
-        folder = Path("runs") / "out" / f"{Path(source).stem}-{config.run.seed}-{stamp}"
-    return config, folder, resume
-
-
-def _prepare_process() -> None:
-    """What must be set before numpy and torch start their thread pools."""
-    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-        os.environ.setdefault(name, "1")
-
-
-def run(args: argparse.Namespace, comm: SelfComm | MPIComm) -> int:
+def run(args: argparse.Namespace, comm: SelfComm | MPIComm, stop: Stop) -> int:
     """Train as the command line says; returns the exit code."""
-    config, out, resume = _configuration(args)
+    config, out, resume = configuration(args)
     if not comm.same(configs.digest(config)):
         raise errors.UserError(
             "the ranks were given different configurations; start all with the same command "
             "line, presets and esmeta version"
         )
-    parts = build(config)
+    parts = build(config, comm.size)
     from esmeta.record import NullRun, RunDir
 
     folder = RunDir.create(out, config, resume=resume) if comm.rank == 0 else NullRun()
-    trainer = Trainer(parts, comm, folder)
+    trainer = Trainer(parts, comm, folder, stop)
     reason = trainer.train()
+    idle = trainer.idle.by_rank()
     if comm.rank == 0:
         theta = parts.optimizer.theta(trainer.state)
         count = trainer.count
         folder.finish(
-            count.step, theta, env_steps=count.env_steps, ranks=comm.size, stopped_by=reason
+            count.step,
+            theta,
+            env_steps=count.env_steps,
+            ranks=comm.size,
+            stopped_by=reason,
+            idle=idle,
         )
         report(parts, trainer, reason, out)
     return EXIT_STOPPED if reason == "signal" else 0
@@ -356,12 +309,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.list:
         print("\n".join(configs.preset_names()))
         return 0
-    _prepare_process()
-    from esmeta.comm import install_excepthook, make_comm
+    prepare_process()
+    from esmeta.comm import EXIT_EXCEPTION, install_excepthook, make_comm
+    from esmeta.watch import START_S, Stop
 
-    comm = make_comm(_COMM_TIMEOUT_S)
+    stop = Stop()
+    comm = make_comm(START_S)
     install_excepthook(comm)
-    return run(args, comm)
+    try:
+        code = run(args, comm, stop)
+    except SystemExit as left:
+        # Nothing here leaves so; others would wait for a rank whose own code does.
+        comm.abort(EXIT_EXCEPTION, f"sys.exit({left.code!r}) at {comm.label} ended the run")
+    stop.end()
+    return code
 
 
 if __name__ == "__main__":

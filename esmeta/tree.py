@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,3 +53,30 @@ def theta_sha256(params: Params) -> str:
     flat = ravel({name: leaf[:1] for name, leaf in params.items()})
     data = flat.detach().to(dtype=torch.float32, device="cpu").contiguous().numpy().tobytes()
     return hashlib.sha256(data).hexdigest()
+
+
+def leaves_of(tree: Any) -> list[Tensor]:
+    """All tensors of nested tuples, lists and dicts, in order."""
+    if isinstance(tree, Tensor):
+        return [tree]
+    if isinstance(tree, Mapping):
+        tree = tree.values()
+    elif not isinstance(tree, tuple | list):
+        raise TypeError(f"a {type(tree).__name__} is neither a tensor nor a container of tensors")
+    return [leaf for item in tree for leaf in leaves_of(item)]
+
+
+def with_leaves(tree: Any, leaves: Sequence[Tensor]) -> Any:
+    """``tree`` with other tensors in the order of :func:`leaves_of`."""
+    rest = iter(leaves)
+
+    def build(item: Any) -> Any:
+        if isinstance(item, Tensor):
+            return next(rest)
+        if isinstance(item, Mapping):
+            return {name: build(value) for name, value in item.items()}
+        parts = [build(value) for value in item]
+        named = isinstance(item, tuple) and type(item) is not tuple
+        return type(item)(*parts) if named else type(item)(parts)
+
+    return build(tree)

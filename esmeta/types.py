@@ -14,7 +14,7 @@ a leading 1 means that all members face the same tasks.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -244,6 +244,44 @@ class Objective(Protocol):
 
         ``step`` int64 ``[P]`` gives every member the tasks of a step of its own.
         """
+        ...
+
+
+@runtime_checkable
+class Lifetimes(Protocol):
+    """An objective whose inner lifetimes can be run in windows, as nres and pes do.
+
+    A life is all that one evaluation of a member goes through: a trial with its fast weights, or
+    the training of an agent by a learned loss. It is addressed by its number, so that members of
+    one number meet the same tasks and randomness, and what happens in it depends on that number
+    and the parameters given for each window alone: not on other members, calls or ranks. The
+    ``lives`` below are the lives of P members, all in the same life and at the same step of it;
+    nothing but these methods looks into them.
+    """
+
+    @property
+    def life_steps(self) -> int:
+        """Steps of a whole life (environment steps of a trial, or updates of an agent)."""
+        ...
+
+    def begin(self, params: Params | Tensor, life: int) -> Any:
+        """Lives number ``life`` of members ``[P, ...]`` (or flat ``[P, D]``) at their start."""
+        ...
+
+    def advance(self, lives: Any, params: Params | Tensor, steps: int) -> tuple[Any, Fitness]:
+        """The lives after ``steps`` more steps with ``params``, and the fitness of that window.
+
+        The given ``lives`` are left as they are. The fitness of all windows of a life adds up to
+        that of the life; :attr:`Fitness.steps` counts environment steps really taken.
+        """
+        ...
+
+    def save(self, lives: Any) -> State:
+        """Lives as plain tensors with leaves ``[P, ...]``; rows are members."""
+        ...
+
+    def restore(self, saved: State) -> Any:
+        """The inverse of :meth:`save`, bit for bit, also for some of the rows."""
         ...
 
 

@@ -10,6 +10,7 @@ trial ends with the last choice.
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -45,6 +46,7 @@ class _Tables(NamedTuple):
     finished: Tensor
     last: Tensor
     lines: Tensor
+    forfeit: Tensor
 
 
 class State(NamedTuple):
@@ -74,17 +76,25 @@ class Task:
         mirrored: tasks 2k and 2k + 1 are twins: all is alike, noise included, but which object is
             good. Over both the luck of a choice made without memory cancels, which takes most of
             the noise out of a comparison of members. The distribution of tasks is the same.
+        forfeit: taken from the last reward for every choice that was not made when the horizon
+            cuts the trial. Without it evolution finds agents that stop after a first loss, for
+            which an unmade choice is better than a wrong one.
     """
 
     horizon: int = 250
     presentations: int = 5
     cells: int = 17
     mirrored: bool = False
+    forfeit: float = 0.0
 
     def __post_init__(self) -> None:
         check_int("horizon", self.horizon, 1, 1_000_000)
         check_int("presentations", self.presentations, 1, _LENGTH_UNIT // 2)
         check_int("cells", self.cells, 2 * _DISTANCE + 1, 101)
+        if not (math.isfinite(self.forfeit) and self.forfeit >= 0):
+            raise ValueError(
+                f"forfeit is {self.forfeit}; it must be finite and >= 0: write forfeit=1.0"
+            )
         if self.cells % 2 == 0:
             raise ValueError(
                 f"cells is {self.cells}; it must be odd, so that there is a middle: "
@@ -100,7 +110,7 @@ class Task:
     def reference(self) -> Reference:
         """Random: exact, by the Markov chain of the positions. Best: one-shot learning."""
         best = _FIXATION_REWARD * self.presentations + self.presentations - 1
-        random = _random_return(self.cells, self.presentations, self.horizon)
+        random = _random_return(self.cells, self.presentations, self.horizon, self.forfeit)
         note = (
             "random: uniform actions, exact; best: every fixation, a coin flip at the first choice "
             "and no error afterwards, if the horizon leaves time for it (a memoryless agent that "
@@ -168,6 +178,8 @@ class HarlowEnv:
         timeout = time >= self._task.horizon
         over = finished | timeout
         reward = torch.take(tables.reward, move)
+        if self._task.forfeit:
+            reward = reward - timeout * torch.take(tables.forfeit, code)
         step = TimeStep(
             obs=torch.embedding(tables.obs, code),
             prev_action=torch.embedding(self._eye, action),
@@ -217,6 +229,7 @@ class HarlowEnv:
         finished = torch.zeros(rows, codes, dtype=torch.bool, device=events.device)
         finished[:, -1] = True
         lines = self._lines(tasks, first_left)
+        unmade = count - torch.arange(codes, device=events.device) // (2 * self._task.cells)
         return _Tables(
             next_code.flatten(),
             reward.transpose(0, 1).flatten(),
@@ -226,6 +239,7 @@ class HarlowEnv:
             finished.flatten(),
             (offset + codes - 1).view(tasks.index.shape),
             lines,
+            (self._task.forfeit * unmade.to(torch.float32)).expand(rows, codes).flatten(),
         )
 
     def _lines(self, tasks: Tasks, first_left: Tensor) -> Tensor:
@@ -276,8 +290,11 @@ def _automaton(cells: int, presentations: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 @functools.cache
-def _random_return(cells: int, presentations: int, horizon: int) -> float:
-    """Mean return of uniform actions: 0.2 per fixation, since choices are worth 0 on average."""
+def _random_return(cells: int, presentations: int, horizon: int, forfeit: float) -> float:
+    """Mean return of uniform actions: 0.2 per fixation, since choices are worth 0 on average.
+
+    What is forfeited at the horizon is taken off.
+    """
     moves, events = _automaton(cells, presentations)
     mass = np.zeros(moves.shape[1])
     mass[:cells] = 1.0 / cells
@@ -290,7 +307,8 @@ def _random_return(cells: int, presentations: int, horizon: int) -> float:
         mass = after
         if mass[-1] > 1.0 - 1e-12:
             break
-    return total
+    unmade = presentations - np.arange(len(mass)) // (2 * cells)
+    return total - forfeit * float((mass * unmade).sum())
 
 
 def render(state: State, p: int, b: int, scale: int = 16) -> np.ndarray:

@@ -79,6 +79,7 @@ WRONG: list[tuple[list[str], list[str]]] = [
     (["--set", "budget.generations=2", "--set", "budget.updates=2"], ["only one of them"]),
     (["--seed", "-1"], ["run.seed = -1", ">= 0"]),
     (["--set", "run.threads=0"], ["run.threads = 0", ">= 1"]),
+    (["--set", "run.rank_timeout=-1"], ["run.rank_timeout = -1.0", ">= 0", "120"]),
     (["--set", "run.checkpoint_every=-1"], ["run.checkpoint_every = -1", ">= 0"]),
     (["--device", "gpu"], ["run.device = 'gpu'", "'cuda:1'"]),
     (["--device", "cuda:99"], ["run.device = 'cuda:99'", "CUDA devices", "--device cpu"]),
@@ -125,8 +126,8 @@ def test_too_many_parameters_for_a_full_matrix(tmp_path: Path) -> None:
 
 def test_sizes_that_do_not_go_together(tmp_path: Path) -> None:
     preset, out = write_preset(tmp_path), tmp_path / "run"
-    with pytest.raises(UserError, match=r"minibatches = 4.*3 trials.*at most 3.*task.trials"):
-        run_here(preset, "--out", out, "--optimizer", "ppo")
+    message = refused(tmp_path, preset, "--out", out, "--optimizer", "ppo")
+    assert_says(message, "minibatches = 4", "only 3 trials", "at most 3", "raise task.trials")
 
 
 def test_places_that_cannot_be_written(tmp_path: Path) -> None:
@@ -216,6 +217,9 @@ def command(folder: Path, *args: object, module: str = "esmeta.train") -> tuple[
         (["harlow-a2d"], "did you mean 'harlow-a2c'"),
         (["harlow-a2c", "--set", "optimizer.learning_rate=nan"], "learning_rate = nan"),
         (["harlow-a2c", "--out", "file/run"], "file/run cannot be written"),
+        (["harlow-a2c", "--optimiser=snes"], "--optimiser is not an option (did you mean '--opti"),
+        (["harlow-a2c", "snes"], "'snes' is one argument too many; see --help"),
+        (["harlow-a2c", "--seed", "x"], "argument --seed: invalid int value: 'x'"),
     ],
 )
 def test_exit_code_and_one_line(tmp_path: Path, args: list[str], words: str) -> None:

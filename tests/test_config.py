@@ -165,6 +165,10 @@ def test_budget_needs_a_limit_and_one_word_for_steps() -> None:
         config.resolve(raw() | {"budget": {"target": 1.0}})
     for limit, steps in (({"updates": 7}, 7), ({"env_steps": 9}, None), ({"seconds": 2}, None)):
         assert config.resolve(raw() | {"budget": limit}).budget.steps == steps
+    never = {"evaluate_every": 0}
+    refused("budget.plateau = 9 needs held-out", budget={"plateau": 9}, run=never)
+    refused("budget.target = 1.0 needs", "every = 20", budget={"target": 1}, run=never)
+    refused("budget.plateau = 0", budget={"plateau": 0})
     refused("budget.seconds = 0.0", budget={"seconds": 0})
     refused("budget.env_steps = -1", budget={"env_steps": -1})
     replaced = config.resolve(raw(), ["budget.updates=3"]).budget

@@ -190,7 +190,7 @@ def test_fitness_is_what_one_trial_after_the_other_gives() -> None:
         env = task.make_env("cpu")
         rng = Rng(5).fold("trials", "train")
         begin = loop.start(policy, one, env, tasks, rng)
-        _, state, env_state, ts, noise = begin
+        _, state, env_state, ts, noise = begin[:5]
         total, count = 0.0, 0
         for t in range(task.spec.horizon):
             out, state = policy.step(one, state, ts._replace(new_trial=ts.new_trial & (t == 0)), t)

@@ -22,6 +22,7 @@ from test_openes import (
     solo,
     sphere,
     start,
+    target,
 )
 from torch import Tensor
 
@@ -60,9 +61,17 @@ def test_reaches_the_optimum(make: Callable[..., Any], value: Callable[[Tensor],
 
 
 @every
+def test_a_weight_penalty_pulls_to_zero(make: Callable[..., Any]) -> None:
+    # -|x - t|^2 - c |x|^2 is best at t / (1 + c).
+    optimizer = make(weight_penalty=1.0)
+    state, _ = run(optimizer, Objective(sphere), start(10), 250)
+    assert (flat_theta(optimizer, state) - target(10) / 2).abs().max() < 0.15
+
+
+@every
 @pytest.mark.parametrize("constant", [0.25, math.nan])
 def test_flat_generations_change_nothing(make: Callable[..., Any], constant: float) -> None:
-    optimizer = make()
+    optimizer = make(weight_penalty=0.1)
     moved, _ = run(optimizer, Objective(sphere), start(6), 3)
     before = optimizer.state_dict(moved)
     nothing = Objective(lambda x: torch.full((len(x),), constant, dtype=torch.float64))

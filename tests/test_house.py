@@ -16,13 +16,13 @@ MAX_FUNCTION_LINES = 60
 LAYERS = [
     {"types", "rng", "tree", "config", "errors"},
     {"kernels"},
-    {"policy", "comm"},
+    {"policy", "comm", "wire"},
     {"envs", "tasks", "returns"},
     {"rollout"},
-    {"evaluator", "learners"},
+    {"evaluator", "lives", "learners"},
     {"objectives", "optimizers"},
-    {"record", "progress", "analysis"},
-    {"train", "evaluate", "report"},
+    {"record", "progress", "analysis", "watch", "cli", "provenance", "hosts"},
+    {"train", "evaluate", "report", "launch"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 

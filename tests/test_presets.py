@@ -55,6 +55,7 @@ def tiny(name: str) -> configs.Config:
         "policy.hidden": [4],
         "policy.head_hidden": 4,
         "optimizer.popsize": 6,
+        "optimizer.window": 2,
         "run.tensorboard": "false",
     }
     for section in ("task", "policy", "optimizer"):

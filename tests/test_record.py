@@ -16,12 +16,12 @@ from typing import Any
 import pytest
 import torch
 
-from esmeta import comm as comm_module
-from esmeta import config, progress, record
-from esmeta.comm import SelfComm, decode, encode, share
+from esmeta import config, progress, record, wire
+from esmeta.comm import SelfComm
 from esmeta.errors import UserError
 from esmeta.record import NullRun, RunDir, load_checkpoint, load_theta
 from esmeta.tree import theta_sha256
+from esmeta.wire import decode, encode, share
 
 
 def make_config(seed: int = 0, tensorboard: bool = False, **options: Any) -> config.Config:
@@ -103,7 +103,7 @@ def test_what_a_safe_loader_cannot_read_is_refused_when_written(bad: Any) -> Non
 def test_any_cut_and_any_flipped_byte_is_noticed() -> None:
     block = encode(PAYLOAD)
     rng = random.Random(1)
-    head = len(comm_module.MAGIC) + 44
+    head = len(wire.MAGIC) + 44
     for cut in [0, 1, head - 1, head, len(block) - 1] + rng.sample(range(len(block)), 100):
         with pytest.raises(ValueError, match="cut off|not an esmeta"):
             decode(block[:cut])

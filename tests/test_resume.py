@@ -21,6 +21,8 @@ from esmeta.train import EXIT_STOPPED
 
 OPTIMIZERS = {
     "openes": ["optimizer.weight_decay=0.01", "optimizer.sigma_decay=0.9"],
+    "nres": ["optimizer.weight_decay=0.01", "optimizer.window=2"],
+    "pes": ["optimizer.window=1"],
     "snes": [],
     "evotorch_snes": [],
     "a2c": ["optimizer.schedule=linear", "optimizer.schedule_updates=5"],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -13,7 +15,7 @@ from esmeta.types import Tasks, TimeStep
 LEFT, RIGHT = 0, 1
 
 
-def setup(batch: int = 64, **options: int) -> tuple[HarlowEnv, Tasks, State, TimeStep]:
+def setup(batch: int = 64, **options: Any) -> tuple[HarlowEnv, Tasks, State, TimeStep]:
     task = Task(**options)
     tasks = task.sample(batch, "train", Rng(0))
     env = task.make_env("cpu")
@@ -53,6 +55,23 @@ def test_hand_traced_trial() -> None:
     assert scores["presentations"] == 2 and scores["length"] == 13
     assert scores["accuracy_2"] == (worth + 1) / 2
     assert scores["accuracy_3"] != scores["accuracy_3"]  # NaN: not reached
+
+
+def test_unmade_choices_are_forfeited_at_the_horizon() -> None:
+    totals, draw = [], torch.Generator().manual_seed(0)
+    actions = torch.randint(2, (60, 1, 64), generator=draw)
+    for forfeit in (0.0, 0.5):
+        env, _, state, _ = setup(horizon=60, forfeit=forfeit)
+        rewards = []
+        for action in actions:
+            state, ts = env.step(state, action)
+            rewards.append(ts.reward)
+        assert torch.equal(ts.truncated, env.metrics(state)["presentations"] < 5)
+        totals.append(torch.stack(rewards))
+    made = env.metrics(state)["presentations"]
+    assert 0 < made.mean() < 5
+    assert torch.equal(totals[0][:-1], totals[1][:-1])
+    assert torch.equal(totals[0][-1] - totals[1][-1], 0.5 * (5 - made))
 
 
 def test_moves_stop_at_the_ends() -> None:

@@ -17,11 +17,11 @@ from tiny_runs import final_hash, overrides, run_here, summary, write_preset
 
 import esmeta
 from esmeta import config as configs
-from esmeta import evaluate, train
+from esmeta import evaluate, launch, train
 from esmeta.record import load_checkpoint, load_theta, read_config, read_metrics
 from esmeta.tree import theta_sha256
 
-NATIVE = ["openes", "pgpe", "snes", "sepcma"]
+NATIVE = ["openes", "nres", "pes", "pgpe", "snes", "sepcma"]
 SEARCHERS = [*NATIVE, "evotorch_pgpe", "evotorch_snes", "cem", "xnes", "cmaes"]
 
 
@@ -35,6 +35,7 @@ def test_flags_are_frozen() -> None:
     expected += ["--seed", "--set", "--task", "-h"]
     assert flags(train.parser()) == sorted(expected)
     assert flags(evaluate.parser()) == [
+        "--best",
         "--greedy",
         "--help",
         "--json",
@@ -44,11 +45,13 @@ def test_flags_are_frozen() -> None:
         "--trials",
         "-h",
     ]
-    for parser in (train.parser(), evaluate.parser()):
+    expected = ["--help", "--hosts", "--launcher", "--max-restarts", "--ranks", "-h", "-n"]
+    assert flags(launch.parser()) == expected
+    for parser in (train.parser(), evaluate.parser(), launch.parser()):
         assert all(action.help for action in parser._actions)
 
 
-@pytest.mark.parametrize("module", ["train", "evaluate"])
+@pytest.mark.parametrize("module", ["train", "evaluate", "launch"])
 def test_help_is_quick(module: str, tmp_path: Path) -> None:
     code = (
         f"import sys; from esmeta import {module} as m\n"
@@ -197,6 +200,29 @@ def test_budgets(tmp_path: Path, limit: str, steps: int, reason: str) -> None:
     assert run_here(write_preset(tmp_path), "--out", out, *overrides(limit)) == 0
     facts = summary(out)
     assert (facts["steps"], facts["stopped_by"]) == (steps, reason)
+
+
+def test_a_plateau_ends_a_run_whose_best_theta_is_kept(tmp_path: Path) -> None:
+    # Steps so large that the held-out return soon gets no better.
+    more = ("optimizer.learning_rate=0.5", "budget.plateau=9", "budget.generations=500")
+    out, preset = tmp_path / "run", write_preset(tmp_path)
+    assert run_here(preset, "--out", out, *overrides(*more)) == 0
+    scores = {m["step"]: m["heldout_return"] for m in read_metrics(out) if "heldout_return" in m}
+    best = max(scores, key=lambda step: (scores[step], -step))
+    facts = summary(out)
+    assert facts["stopped_by"] == "plateau" and facts["steps"] == best + 9
+    theta, meta = load_theta(out / "best.safetensors")
+    assert meta["step"] == str(best) and float(meta["heldout"]) == scores[best]
+    hashes = {m["step"]: m["theta_sha256"] for m in read_metrics(out)}
+    assert hashes[best] == theta_sha256(theta) != final_hash(out)
+    _, params, _ = esmeta.load(out, best=True)
+    assert theta_sha256(params) == hashes[best]
+    # Killed and gone on with, it ends at the same place with the same best.
+    half = tmp_path / "half"
+    first = [*overrides(*more), *overrides(f"budget.generations={best + 4}")]
+    assert run_here(preset, "--out", half, *first) == 0
+    assert run_here("--resume", half, *overrides("budget.generations=500")) == 0
+    assert summary(half)["steps"] == best + 9 and final_hash(half) == final_hash(out)
 
 
 def test_a_task_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

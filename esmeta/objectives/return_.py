@@ -9,6 +9,7 @@ from torch import Tensor
 
 from esmeta import rollout as loop
 from esmeta.evaluator import PopulationEvaluator
+from esmeta.lives import Lives, TrialLives
 from esmeta.policy import Policy
 from esmeta.policy._plastic import composite_decay
 from esmeta.rng import Rng
@@ -29,6 +30,8 @@ class Objective:
 class ReturnObjective:
     """Sum of rewards over a trial; every step has its own ``trials`` training tasks.
 
+    Its trials can be run in windows: it is a :class:`esmeta.types.Lifetimes`.
+
     Step k of a run uses training tasks k * trials .. (k + 1) * trials - 1 of the run's seed, on
     all ranks and for all members.
     """
@@ -43,12 +46,34 @@ class ReturnObjective:
         self.device = torch.device(device)
         self.evaluator = PopulationEvaluator(policy, task, trials=trials, device=device)
         self._env = task.make_env(self.device)
+        self._lives = TrialLives(self.evaluator, seed)
 
     def fitness(self, params: Params | Tensor, step: int | Tensor) -> Fitness:
         """Returns of members on the tasks of ``step`` (int64 ``[P]``: of each its own)."""
         first = torch.as_tensor(step, dtype=torch.int64).unsqueeze(-1) * self.trials
         index = first + torch.arange(self.trials)
         return self.evaluator(params, seed=self.seed, split="train", index=index)
+
+    @property
+    def life_steps(self) -> int:
+        """A life is a trial: the task's horizon."""
+        return self._lives.steps
+
+    def begin(self, params: Params | Tensor, life: int) -> Lives:
+        """Trials on the tasks of step ``life``, to be run in windows; see :class:`Lifetimes`."""
+        return self._lives.begin(params, life)
+
+    def advance(self, lives: Lives, params: Params | Tensor, steps: int) -> tuple[Lives, Fitness]:
+        """The trials after ``steps`` more steps, and the returns of that window."""
+        return self._lives.advance(lives, params, steps)
+
+    def save(self, lives: Lives) -> State:
+        """Trials as plain tensors, leaves ``[P, ...]``."""
+        return self._lives.save(lives)
+
+    def restore(self, saved: State) -> Lives:
+        """The inverse of :meth:`save`."""
+        return self._lives.restore(saved)
 
     def heldout(self, params: Params | Tensor, trials: int, seed: int | None = None) -> Fitness:
         """Returns on the first ``trials`` held-out tasks, always the same ones for a seed."""

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from esmeta.errors import UserError, finite_positive, one_of
+from esmeta.errors import UserError, finite_positive, non_negative, one_of
 from esmeta.optimizers._generation import Scoring, Stopwatch, check_popsize
 from esmeta.optimizers._shaping import tail_share, utilities
 from esmeta.rng import Rng
@@ -106,6 +106,8 @@ class EvoTorchOptimizer(ABC):
             ends the run.
         tasks: ``shared`` by the whole generation, or ``per_pair``: every mirrored pair (or single
             member) has its own.
+        weight_penalty: subtracted from a member's fitness, times the sum of its squared
+            parameters (EvoTorch has no weight decay).
     """
 
     gradient: ClassVar[bool] = False
@@ -116,6 +118,7 @@ class EvoTorchOptimizer(ABC):
     aggregate: str = "mean"
     failed: Literal["worst", "raise"] = "worst"
     tasks: Literal["shared", "per_pair"] = "shared"
+    weight_penalty: float = 0.0
 
     def __post_init__(self) -> None:
         check_popsize(self.popsize)
@@ -123,6 +126,7 @@ class EvoTorchOptimizer(ABC):
         tail_share(self.aggregate)
         one_of("failed", self.failed, ("worst", "raise"))
         one_of("tasks", self.tasks, ("shared", "per_pair"))
+        non_negative("weight_penalty", self.weight_penalty)
 
     @abstractmethod
     def _searcher(self, problem: PopulationProblem, center: Tensor) -> Searcher: ...
@@ -148,7 +152,11 @@ class EvoTorchOptimizer(ABC):
         sigma = searcher.sigma()
         searcher.sample(problem)
         assert problem.scores is not None
-        moved = searcher.update(problem.scores.fitness)
+        fitness = problem.scores.fitness
+        # A generation without information stays one.
+        if self.weight_penalty and utilities(fitness, "centered").any():
+            fitness = fitness - self.weight_penalty * problem.square_norms
+        moved = searcher.update(fitness)
         tensors = searcher.dump()
         if not all(bool(torch.isfinite(value).all()) for value in tensors.values()):
             raise FloatingPointError(

@@ -119,10 +119,10 @@ def score_members(
     numbers: np.ndarray,
     generation: int,
 ) -> Tensor:
-    """Rows of ``[returns, steps]``, float64 ``[P, 2 K]``; members that raise are marked.
+    """Rows of K returns and all environment steps, float64 ``[P, K + 1]``; who raises is marked.
 
     If the evaluation of all members together raises, each is evaluated alone, and those that
-    raise again get NaN returns and steps of -1. The first traceback is shown on stderr. If all of
+    raise again get NaN returns and -1 steps. The first traceback is shown on stderr. If all of
     them raise, so does this.
 
     Args:
@@ -156,9 +156,9 @@ def score_members(
         file=sys.stderr,
         flush=True,
     )
-    half = good[0].shape[1] // 2
-    failed = torch.cat([torch.full((1, half), math.nan), torch.full((1, half), -1.0)], dim=1)
-    return torch.cat([failed.double() if row is None else row for row in rows])
+    failed = torch.full_like(good[0], math.nan)
+    failed[:, -1] = -1.0
+    return torch.cat([failed if row is None else row for row in rows])
 
 
 def gather_scores(
@@ -188,16 +188,15 @@ def gather_scores(
     assert rows is not None
     table = np.empty(tuple(rows.shape))
     table[np.concatenate(owned)] = rows.numpy()
-    trials = table.shape[1] // 2
-    steps = table[:, trials:]
+    steps = table[:, -1]
     return (
-        torch.from_numpy(table[:, :trials].copy()),
+        torch.from_numpy(table[:, :-1].copy()),
         int(steps[steps > 0].sum()),
-        int((steps[:, 0] < 0).sum()),
+        int((steps < 0).sum()),
     )
 
 
 def _rows(fitness: Fitness) -> Tensor:
     # Step counts are exact in float64 up to 2^53, so one collective carries both.
-    steps = fitness.steps.detach().cpu().double()
+    steps = fitness.steps.detach().cpu().sum(dim=1, keepdim=True).double()
     return torch.cat([fitness.returns.detach().cpu().double(), steps], dim=1).contiguous()

@@ -60,6 +60,14 @@ class GradientConfig:
         errors.non_negative("learning_rate_final", self.learning_rate_final)
         errors.non_negative("entropy_final", self.entropy_final)
 
+    def check_trials(self, trials: int, ranks: int) -> None:
+        """Refuse fewer trials per update than ranks, which share them out evenly."""
+        if trials < ranks:
+            raise errors.UserError(
+                f"task.trials = {trials} is fewer than the {ranks} ranks; "
+                f"write at least task.trials = {ranks}, or start fewer ranks"
+            )
+
     def at(self, step: int, first: float, last: float) -> float:
         """A scheduled number at update ``step``."""
         done = min(1.0, step / self.schedule_updates)
@@ -242,7 +250,7 @@ def collect(
     config: GradientConfig, state: GradientState, objective: ReturnObjective, comm: Comm
 ) -> tuple[Batch, Metrics]:
     """Record this rank's trials and turn them into a batch; metrics are over all ranks."""
-    check(state.shapes, objective, comm)
+    check(config, state.shapes, objective, comm)
     recorded, last, task_metrics = objective.trajectories(
         state.params(), state.update, comm.rank, comm.size
     )
@@ -260,14 +268,12 @@ def collect(
     return make_batch(config, recorded, last, comm), metrics
 
 
-def check(leaves: Iterable[str], objective: ReturnObjective, comm: Comm) -> None:
+def check(
+    config: GradientConfig, leaves: Iterable[str], objective: ReturnObjective, comm: Comm
+) -> None:
     """Refuse what a policy gradient cannot train, before any work."""
     if not any(name.startswith("value.") for name in leaves):
         raise errors.UserError(
             "the policy has no value head, which a2c and ppo need; make it with value=True"
         )
-    if objective.trials < comm.size:
-        raise errors.UserError(
-            f"task.trials = {objective.trials} is fewer than the {comm.size} ranks; "
-            f"write at least task.trials = {comm.size}, or start fewer ranks"
-        )
+    config.check_trials(objective.trials, comm.size)

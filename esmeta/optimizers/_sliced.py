@@ -148,16 +148,28 @@ class SlicedOptimizer(ABC):
         noise = self._noise(state.shapes)
         spread = self._spread(state)
         draws, scores = sample_and_score(
-            self._plan(noise), Scoring(self.aggregate, self.failed), state.theta, spread,
+            self._plan(noise), self._scoring(), state.theta, spread,
             state.generation, objective, comm, rng, watch,
         )  # fmt: skip
         shaped = self._shaped(scores.fitness).numpy()
+        return self._finish(state, shaped, scores, draws, watch)
+
+    def _finish(
+        self,
+        state: SearchState,
+        shaped: np.ndarray,
+        scores: Scores,
+        draws: Draws,
+        watch: Stopwatch,
+    ) -> tuple[SearchState, Metrics]:
+        """The update of a scored generation, or none where ``shaped`` says nothing."""
+        spread = self._spread(state)
         flat = not shaped.any()
         after = replace(state, generation=state.generation + 1)
         if not flat:
             theta, arrays = self._update(state, shaped, scores, draws)
             after = replace(after, theta=_float32(theta, arrays, state.generation), arrays=arrays)
-        compare(after, comm, watch)
+        compare(after, draws.comm, watch)
         move = after.theta.astype(np.float64) - state.theta
         return after, {
             **scores.metrics(),
@@ -166,6 +178,9 @@ class SlicedOptimizer(ABC):
             "update_norm": math.sqrt(float(np.dot(move, move))),
             **watch.metrics(),
         }
+
+    def _scoring(self) -> Scoring:
+        return Scoring(self.aggregate, self.failed)
 
     def _plan(self, noise: Noise) -> Plan:
         per_pair = self.tasks == "per_pair"

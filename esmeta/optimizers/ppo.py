@@ -44,6 +44,16 @@ class Optimizer(pg.GradientConfig):
         errors.positive_int("minibatches", self.minibatches)
         errors.non_negative("target_kl", self.target_kl)
 
+    def check_trials(self, trials: int, ranks: int) -> None:
+        """Refuse more minibatches than any rank has trials."""
+        super().check_trials(trials, ranks)
+        fewest = trials // ranks
+        if fewest < self.minibatches:
+            raise errors.UserError(
+                f"optimizer.minibatches = {self.minibatches}: a rank has only {fewest} trials; "
+                f"write at most {fewest}, or raise task.trials"
+            )
+
     def init(self, theta: Params, rng: Rng) -> pg.GradientState:
         return pg.init_state(theta)
 
@@ -62,11 +72,6 @@ class Optimizer(pg.GradientConfig):
         """Record ``trials`` trials, then ``epochs`` passes of ``minibatches`` Adam steps each."""
         batch, metrics = pg.collect(self, state, objective, comm)
         trials = batch.active.shape[2]
-        if trials < self.minibatches:
-            raise errors.UserError(
-                f"optimizer.minibatches = {self.minibatches}: a rank has only {trials} trials; "
-                f"write at most {trials}, or raise task.trials"
-            )
         sums, norms = [], []
         for epoch in range(self.epochs):
             order = rng.fold("minibatches", state.update, epoch, comm.rank).numpy()

@@ -7,9 +7,12 @@ Seconds are medians of fresh processes with warm file caches, by wall clock and 
 and system; the two agree on an idle machine). The budget of imports is held against ``import
 esmeta`` and against every public name, because names are imported when they are first used.
 
-Memory is what Linux reports of each rank after three generations: VmHWM is the most that was ever
-resident, VmRSS what is resident at the end. Rank 0 then scores theta and draws the curve; its peak
-with that is shown too.
+Memory is what Linux reports of each rank: VmRSS just before the first environment is made, and
+after three generations VmHWM, the most that was ever resident, and VmRSS. Rank 0 then scores theta
+and draws the curve; its peak with that is shown too.
+
+The start of many ranks on one machine is timed from the command to the moment when all of them
+have built everything and met; it needs about two seconds of CPU time per rank.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 IMPORT_S, HELP_S, RANK_MB = 1.5, 1.5, 450.0
+BEFORE_MB, START_S, START_RANKS = 320.0, 20.0, 32
 FORBIDDEN = ("ray", "pandas", "evotorch", "matplotlib", "tensorboard")
 GENERATIONS = 3
 LOADED = f"import sys; print(*[name for name in {FORBIDDEN} if name in sys.modules])"
@@ -131,7 +135,20 @@ def child(preset: str, folder: Path) -> int:
         note()
         plain(*arguments)
 
-    train.report = report
+    built = train.build
+
+    def build(config: Any, ranks: int = 1) -> Any:
+        task = type(config.task.instance)
+        plain_env = task.make_env
+
+        def make_env(self: Any, device: Any) -> Any:
+            seen.setdefault("before_mb", status("VmRSS"))
+            return plain_env(self, device)
+
+        task.make_env = make_env
+        return built(config, ranks)
+
+    train.report, train.build = report, build
     budget = f"budget.generations={GENERATIONS}"
     code = train.main([preset, "--set", budget, "--out", str(folder / "run")])
     if seen["rank"]:
@@ -141,16 +158,58 @@ def child(preset: str, folder: Path) -> int:
     return code
 
 
+def start_child(preset: str, folder: Path) -> int:
+    """Build everything, meet the other ranks, note the time and leave; runs on every rank."""
+    from esmeta import train
+
+    def met(trainer: Any) -> str:
+        trainer.comm.barrier()
+        if trainer.comm.rank == 0:
+            (folder / "met").write_text(str(time.time()))
+        return "steps"
+
+    train.Trainer.train = met  # type: ignore[method-assign]
+    train.report = lambda *_: None
+    return train.main([preset, "--out", str(folder / "run"), "--set", "run.tensorboard=false"])
+
+
+def on_ranks(ranks: int, *words: str) -> list[str] | None:
+    """The command that runs this script on several ranks; None without an mpirun."""
+    command = [sys.executable, str(Path(__file__).resolve()), *words]
+    if ranks == 1:
+        return command
+    beside = Path(sys.executable).parent / "mpirun"
+    mpirun = str(beside) if beside.exists() else shutil.which("mpirun")
+    return None if mpirun is None else [mpirun, "-n", str(ranks), *command]
+
+
+def start_many(preset: str, ranks: int) -> dict[str, Any]:
+    """Seconds from the command until all ranks have met."""
+    row: dict[str, Any] = {"preset": preset, "ranks": ranks, "budget_s": START_S}
+    command = on_ranks(ranks, "--start", preset)
+    if command is None:
+        print(f"start of {ranks} ranks: skipped, there is no mpirun")
+        return row
+    with tempfile.TemporaryDirectory(prefix="esmeta-footprint-") as folder:
+        began = time.time()
+        subprocess.run(
+            [*command, folder], cwd=folder, env=environment(), capture_output=True, check=True
+        )
+        row["start_s"] = float((Path(folder) / "met").read_text()) - began
+    print(
+        f"start of {ranks} ranks of {preset} on {os.cpu_count()} cores: {row['start_s']:.1f} s, "
+        f"budget {START_S:.0f} s  {verdict(row['start_s'], START_S)}",
+        flush=True,
+    )
+    return row
+
+
 def training(preset: str, ranks: int) -> list[dict[str, Any]]:
     """Memory of every rank of a short run."""
-    command = [sys.executable, str(Path(__file__).resolve()), "--child", preset]
-    if ranks > 1:
-        beside = Path(sys.executable).parent / "mpirun"
-        mpirun = str(beside) if beside.exists() else shutil.which("mpirun")
-        if mpirun is None:
-            print(f"{preset}, {ranks} ranks: skipped, there is no mpirun")
-            return []
-        command = [mpirun, "-n", str(ranks), *command]
+    command = on_ranks(ranks, "--child", preset)
+    if command is None:
+        print(f"{preset}, {ranks} ranks: skipped, there is no mpirun")
+        return []
     with tempfile.TemporaryDirectory(prefix="esmeta-footprint-") as folder:
         done = subprocess.run(
             [*command, folder], cwd=folder, env=environment(), capture_output=True, text=True
@@ -162,8 +221,9 @@ def training(preset: str, ranks: int) -> list[dict[str, Any]]:
     for row in rows:
         row |= {"preset": preset, "ranks": ranks, "budget_mb": RANK_MB}
         print(
-            f"{preset:<16} {ranks:>5} {row['rank']:>5} {row['trained_mb']:>9.0f} "
-            f"{row['rss_mb']:>9.0f} {row['peak_mb']:>12.0f} {RANK_MB:>7.0f}  "
+            f"{preset:<16} {ranks:>5} {row['rank']:>5} {row['before_mb']:>9.0f} "
+            f"{row['trained_mb']:>9.0f} {row['rss_mb']:>9.0f} {row['peak_mb']:>12.0f}  "
+            f"before {verdict(row['before_mb'], BEFORE_MB)}, trained "
             f"{verdict(row['trained_mb'], RANK_MB)}, with the end "
             f"{verdict(row['peak_mb'], RANK_MB)}; loaded by training: "
             f"{', '.join(row['loaded']) or 'none'}",
@@ -177,19 +237,27 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--json", type=Path, help="write all figures here")
     parser.add_argument("--quick", action="store_true", help="one process of each kind, no mpirun")
+    parser.add_argument("--start", nargs=2, metavar=("PRESET", "FOLDER"), help=argparse.SUPPRESS)
     parser.add_argument("--child", nargs=2, metavar=("PRESET", "FOLDER"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         return child(args.child[0], Path(args.child[1]))
+    if args.start:
+        return start_child(args.start[0], Path(args.start[1]))
     print(f"load {os.getloadavg()}; forbidden at import: {', '.join(FORBIDDEN)}")
     with tempfile.TemporaryDirectory(prefix="esmeta-footprint-") as folder:
         started = starts(1 if args.quick else 5, folder)
-    print(f"\n{'MB of 10^6 bytes':<16} ranks  rank  VmHWM/MB  VmRSS/MB  HWM with end  budget")
+    print(
+        f"\nMB of 10^6 bytes; budgets: before environments {BEFORE_MB:.0f}, VmHWM {RANK_MB:.0f}\n"
+        f"{'preset':<16} ranks  rank    before     VmHWM     VmRSS  HWM with end"
+    )
     jobs = [("harlow-openes", 1), ("harlow-cem", 1)]
     jobs += [] if args.quick else [("harlow-openes", 2), ("harlow-cem", 2)]
     trained = [row for preset, ranks in jobs for row in training(preset, ranks)]
+    print()
+    many = [] if args.quick else [start_many("harlow-openes", START_RANKS)]
     if args.json:
-        report = {"load": os.getloadavg(), "starts": started, "training": trained}
+        report = {"load": os.getloadavg(), "starts": started, "training": trained, "many": many}
         args.json.write_text(json.dumps(report, indent=1) + "\n")
     return 0
 

@@ -8,7 +8,8 @@ import time
 
 import torch
 
-from esmeta.comm import MPIComm, install_excepthook, local_rank, make_comm, share
+from esmeta.comm import MPIComm, install_excepthook, local_rank, make_comm
+from esmeta.wire import share
 
 
 def check_gather(comm: MPIComm) -> None:

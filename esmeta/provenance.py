@@ -1,0 +1,58 @@
+"""Where results come from: versions, commit, hardware and command of a run."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def _git_commit() -> str | None:
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(root), *words]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip()
+
+    try:
+        commit = git("rev-parse", "--verify", "--quiet", "HEAD")
+        dirty = bool(git("status", "--porcelain", "--untracked-files=no"))
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return commit + ("+changes" if dirty else "") if commit else None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return getattr(sys.modules.get(package), "__version__", None)
+
+
+def _without_folders(argument: str) -> str:
+    """Paths shortened to their last part: run.json is made to be shown to others."""
+    head, equals, tail = argument.rpartition("=")
+    return f"{head}{equals}{Path(tail).name}" if os.path.isabs(tail) else argument
+
+
+def environment(device: str) -> dict[str, Any]:
+    """Versions and hardware, without the names of machines, people or folders."""
+    packages = ["torch", "numpy", "esmeta", *(["evotorch"] if "evotorch" in sys.modules else [])]
+    on_gpu = device.startswith("cuda") and torch.cuda.is_available()
+    return {
+        "versions": {"python": platform.python_version()}
+        | {package: _version(package) for package in packages},
+        "commit": _git_commit(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "cpus": os.cpu_count(),
+        "gpu": torch.cuda.get_device_name(device) if on_gpu else None,
+        "command": [_without_folders(argument) for argument in sys.argv[1:]],
+    }

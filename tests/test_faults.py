@@ -1,0 +1,327 @@
+"""A rank that fails ends the job, is named, and costs no result; disks that are full cost none."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from conftest import ROOT, environment, find_mpirun, marked
+from fault_runs import GENERATIONS, LIMIT_S, fail_and_resume, uninterrupted
+from test_resume import Job
+from tiny_runs import final_hash, overrides, run_here, summary, write_preset
+
+from esmeta.comm import SelfComm
+from esmeta.errors import UserError
+from esmeta.record import load_checkpoint, read_metrics
+from esmeta.watch import Idle, TimeLimit
+
+needs_mpirun = pytest.mark.skipif(find_mpirun() is None, reason="no mpirun")
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return uninterrupted(tmp_path_factory.mktemp("whole"))
+
+
+@pytest.mark.mpi
+@needs_mpirun
+@pytest.mark.parametrize(
+    ("kind", "rank", "code"),
+    [
+        ("hang", 0, 3),
+        pytest.param("kill", 1, 9, marks=pytest.mark.slow),
+        pytest.param("raise", 1, 3, marks=pytest.mark.slow),
+        pytest.param("exit", 1, 3, marks=pytest.mark.slow),
+    ],
+)
+def test_a_failure_ends_the_job_and_the_run_goes_on(
+    tmp_path: Path, expected: str, kind: str, rank: int, code: int
+) -> None:
+    outcome = fail_and_resume(tmp_path, kind, rank, GENERATIONS // 2, 2, 1, expected)
+    assert outcome.code == code and outcome.named and outcome.orphans == 0, outcome.stderr
+    assert outcome.equal, outcome.stderr
+    # Every rank knows who is missing, one says so.
+    assert outcome.stderr.count("Error:") == (1 if kind in {"raise", "hang"} else 0)
+    assert outcome.latency_s <= LIMIT_S + 5
+
+
+# --- time limits and idle ranks --------------------------------------------------------------
+
+
+def test_the_limit_follows_the_pace_of_the_run() -> None:
+    limit = TimeLimit()
+    assert limit.in_step() == limit.between_steps() == 600
+    for _ in range(2):
+        limit.note(2.0)
+    assert limit.in_step() == 600, "two steps are no pace"
+    limit.note(2.0)
+    assert limit.in_step() == 60 and limit.between_steps() == 600
+    for seconds in (9.0, 9.0, 9.0, 500.0):
+        limit.note(seconds)
+    assert limit.in_step() == 90, "ten times the median, which an exception does not move"
+    for _ in range(20):
+        limit.note(7.0)
+    assert limit.in_step() == 70, "of the last 20 steps"
+    for _ in range(20):
+        limit.note(100.0)
+    assert limit.in_step() == limit.between_steps() == 1000
+    fixed = TimeLimit(7.5)
+    assert fixed.in_step() == fixed.between_steps() == 7.5
+
+
+@pytest.mark.parametrize(("name", "label"), [("openes", "generation 5"), ("a2c", "update 5")])
+def test_collectives_know_where_the_run_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, label: str
+) -> None:
+    comm = SelfComm()
+    monkeypatch.setattr("esmeta.comm.make_comm", lambda seconds: comm)
+    less = overrides("run.evaluate_every=0")
+    limits: list[float] = []
+    plain = TimeLimit.in_step
+    monkeypatch.setattr(TimeLimit, "in_step", lambda self: limits.append(plain(self)) or limits[-1])
+    assert (
+        run_here(write_preset(tmp_path), "--out", tmp_path / "run", "--optimizer", name, *less) == 0
+    )
+    assert comm.label == label and comm.timeout_s == 600
+    assert {*limits} == {600, 60} and limits == sorted(limits, reverse=True)
+    # Another limit is no other run.
+    more = overrides("run.rank_timeout=7.5", "budget.generations=8")
+    assert run_here("--resume", tmp_path / "run", *more) == 0
+    assert comm.timeout_s == 7.5
+
+
+def test_idle_is_the_share_of_time_in_collectives(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    comm = SelfComm()
+    idle = Idle(comm)
+    now, comm.waited_s = 110.0, 2.5
+    assert idle.metrics() == {"idle_mean": 0.25, "idle_max": 0.25}
+    now, comm.waited_s = 120.0, 2.5
+    assert idle.metrics() == {"idle_mean": 0.0, "idle_max": 0.0}
+    assert idle.by_rank() == [0.125]
+
+
+@pytest.mark.mpi
+def test_idle_ranks_are_told_apart(tmp_path: Path, mpirun: Any) -> None:
+    """One of two ranks is slow; the other idles."""
+    preset, run = write_preset(tmp_path), tmp_path / "run"
+    slow = tmp_path / "slow.py"
+    slow.write_text(
+        "import os, time\n"
+        "from dataclasses import dataclass\n"
+        "from esmeta.objectives.return_ import Objective as Plain\n"
+        "@dataclass(frozen=True)\n"
+        "class Objective(Plain):\n"
+        "    def make(self, *args, **options):\n"
+        "        made = super().make(*args, **options)\n"
+        "        plain = made.fitness\n"
+        "        def fitness(params, step):\n"
+        "            time.sleep(0.1 if os.environ['PMI_RANK'] == '1' else 0)\n"
+        "            return plain(params, step)\n"
+        "        made.fitness = fitness\n"
+        "        return made\n",
+        encoding="utf-8",
+    )
+    args = ["-m", "esmeta.train", preset, "--out", run, "--objective", "slow:Objective"]
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    done = mpirun(
+        2, *args, *overrides("run.evaluate_every=0"), env={"PYTHONPATH": path}, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    idle = summary(run)["idle"]
+    assert isinstance(idle, list) and len(idle) == 2
+    assert idle[1] < 0.4 < 0.6 < idle[0] <= 1.0, idle
+    lines = [line for line in read_metrics(run) if line["step"] > 1]
+    # The median: other programs may hold up a rank for a moment.
+    middle = sorted(lines, key=lambda line: line["idle_mean"])[len(lines) // 2]
+    assert middle["idle_max"] > 0.6 and 0.3 < middle["idle_mean"] < 0.7
+
+
+# --- told to stop ------------------------------------------------------------------------------
+
+
+def ranks_of(job: Job) -> dict[int, psutil.Process]:
+    """The training processes of a job by rank."""
+    return {
+        int(process.environ()["PMI_RANK"]): process
+        for process in marked(job.mark)
+        if "PMI_RANK" in process.environ()
+    }
+
+
+@pytest.mark.mpi
+@needs_mpirun
+@pytest.mark.parametrize(
+    ("who", "name"),
+    [
+        ("last rank", "SIGUSR1"),
+        pytest.param("last rank", "SIGTERM", marks=pytest.mark.slow),
+        pytest.param("mpirun", "SIGTERM", marks=pytest.mark.slow),
+        pytest.param("mpirun", "SIGUSR1", marks=pytest.mark.slow),
+    ],
+)
+def test_a_signal_anywhere_stops_all_ranks_with_a_checkpoint(
+    tmp_path: Path, who: str, name: str
+) -> None:
+    preset, run = write_preset(tmp_path), tmp_path / "run"
+    long = overrides("budget.generations=100000", "run.evaluate_every=0", "run.checkpoint_every=0")
+    job = Job(tmp_path, 2, preset, "--out", run, *long)
+    job.wait_for_step(run, 5)
+    target = job.process if who == "mpirun" else ranks_of(job)[1]
+    for _ in range(3):  # batch systems repeat themselves
+        target.send_signal(getattr(signal, name))
+        time.sleep(0.02)
+    assert job.finish(60) == 75, job.stderr()
+    checkpoint = load_checkpoint(run)
+    assert checkpoint is not None and checkpoint.step == read_metrics(run)[-1]["step"] >= 5
+    assert summary(run)["stopped_by"] == "signal"
+
+
+# --- full and read-only disks -------------------------------------------------------------------
+
+# TensorBoard writes in a thread, which dies of the error.
+THREAD = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+
+
+@contextlib.contextmanager
+def files_at_most(size: int) -> Iterator[None]:
+    """The kernel lets no file of this process grow beyond ``size`` bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("tensorboard", ["false", pytest.param("true", marks=THREAD)])
+def test_a_file_that_may_not_grow(tmp_path: Path, tensorboard: str) -> None:
+    """There is no room for metrics.jsonl (or the events) to grow; checkpoints still fit."""
+    preset, run = write_preset(tmp_path), tmp_path / "run"
+    more = overrides(
+        "budget.generations=400",
+        "run.evaluate_every=0",
+        f"run.tensorboard={tensorboard}",
+        "run.checkpoint_every=1",
+    )
+    with files_at_most(24_000), pytest.raises(UserError) as caught:
+        run_here(preset, "--out", run, *more)
+    file = r"metrics\.jsonl" if tensorboard == "false" else r"(metrics\.jsonl|tensorboard)"
+    assert re.fullmatch(
+        rf".*/run/{file} cannot be written \(File too large\); the last checkpoint "
+        "is intact: make room, then go on with --resume",
+        str(caught.value),
+    ), caught.value
+    saved = load_checkpoint(run)
+    assert saved is not None and saved.step >= 10
+    # With room again the run ends as if nothing had happened.
+    end = overrides(f"budget.generations={saved.step + 3}", "run.tensorboard=false")
+    assert run_here("--resume", run, *end) == 0
+    assert run_here(preset, "--out", tmp_path / "whole", *more, *end) == 0
+    assert final_hash(run) == final_hash(tmp_path / "whole")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("file", ["checkpoint/current.ckpt", "theta.safetensors", "run.json"])
+def test_a_full_disk_under_each_file(
+    tmp_path: Path, file: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Files are written beside the old ones first: here onto a device that is always full."""
+    preset, run = write_preset(tmp_path), tmp_path / "run"
+    less = overrides("run.evaluate_every=0", "budget.generations=4")
+    assert run_here(preset, "--out", run, *less) == 0
+    before = load_checkpoint(run)
+    assert before is not None and before.step == 4
+    trap = run / f"{file}.tmp"
+    trap.symlink_to("/dev/full")
+    message = f"{run}/{file} cannot be written (No space left on device); the last checkpoint"
+    with pytest.raises(UserError, match=re.escape(message)):
+        run_here("--resume", run, *overrides("budget.generations=6"))
+    capsys.readouterr()
+    after = load_checkpoint(run)
+    assert after is not None and after.step == (6 if file == "theta.safetensors" else 4)
+    assert capsys.readouterr().err == "", "no checkpoint was damaged"
+    trap.unlink(missing_ok=True)
+    assert run_here("--resume", run, *overrides("budget.generations=6")) == 0
+    whole = overrides("run.evaluate_every=0", "budget.generations=6")
+    assert run_here(preset, "--out", tmp_path / "whole", *whole) == 0
+    assert final_hash(run) == final_hash(tmp_path / "whole")
+
+
+def errors_of(stderr: str) -> list[str]:
+    """Lines that are not progress."""
+    return [line for line in stderr.splitlines() if line and not line.startswith("bandit openes")]
+
+
+MOUNT = """
+set -e
+mount -t tmpfs -o size={size} none disk
+{python} -m esmeta.train {preset} --out disk/run --set budget.generations=4 {options}
+cp disk/run/checkpoint/current.ckpt before.ckpt
+{change}
+code=0
+{python} -m esmeta.train --resume disk/run --set budget.generations=4000 2> err || code=$?
+echo $code > code
+cp disk/run/checkpoint/*.ckpt .
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    shutil.which("unshare") is None
+    or subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode != 0,
+    reason="may not mount here",
+)
+@pytest.mark.parametrize(
+    ("size", "change", "reason"),
+    [
+        ("1m", "mount -o remount,ro disk", "Read-only file system"),
+        ("100k", "head -c 40000 /dev/zero > disk/thesis || true", "No space left on device"),
+    ],
+)
+def test_a_real_disk(tmp_path: Path, size: str, change: str, reason: str) -> None:
+    (tmp_path / "disk").mkdir()
+    options = " ".join(overrides("run.evaluate_every=0", "run.checkpoint_every=1"))
+    script = MOUNT.format(
+        size=size,
+        change=change,
+        preset=write_preset(tmp_path),
+        python=sys.executable,
+        options=options,
+    )
+    done = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", script],
+        cwd=tmp_path,
+        env=environment(None),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    if "mount:" in done.stderr:
+        pytest.skip("may not mount here")
+    assert done.returncode == 0, done.stderr
+    (line,) = errors_of((tmp_path / "err").read_text())
+    assert (tmp_path / "code").read_text().strip() == "2"
+    assert line.startswith("esmeta: error: disk/run") and f"cannot be written ({reason})" in line
+    folder = tmp_path / "saved" / "checkpoint"
+    folder.mkdir(parents=True)
+    for name in ("current.ckpt", "previous.ckpt"):
+        shutil.copy(tmp_path / name, folder)
+    saved = load_checkpoint(tmp_path / "saved")
+    assert saved is not None and saved.step >= 4
+    if reason.startswith("Read-only"):
+        same = (tmp_path / "before.ckpt").read_bytes()
+        assert (tmp_path / "current.ckpt").read_bytes() == same
