@@ -6,6 +6,7 @@ neither torch nor an optional package.
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,11 @@ if TYPE_CHECKING:
     from esmeta.types import Fitness
 
 __version__ = "0.1.0"
+
+# Without it the bits of a matrix product depend, on some processors, on where its rows lie in
+# memory: the same member in another batch would get another fitness. It costs nothing, and counts
+# from MKL's first call on.
+os.environ.setdefault("MKL_CBWR", "AUTO")
 
 __all__ = [
     "Fitness",

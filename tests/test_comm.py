@@ -66,7 +66,7 @@ def test_a_generation_sends_little_and_pickles_nothing(tmp_path: Path) -> None:
     # Returns and steps of all members, and the idle share of all ranks; two sums over theta, and
     # five reasons to stop; a hash from every rank.
     assert sent["gather_rows"] == 8 * members * (trials + 1) + 8 * ranks
-    assert sent["sum_exact"] == 8 * 2 * size + 8 * 5
+    assert sent["sum_exact"] == 8 * 2 * size + 8 * 6
     assert sent["same"] == 32 * ranks
     assert sum(sent.values()) <= 8 * members * trials + 16 * size + 9 * members + 256
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import random
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -246,3 +249,12 @@ def test_bad_requests_say_value_and_cure() -> None:
             evaluator(policy.init(), index=index)
     with pytest.raises(ValueError, match="0 members.*at least one"):
         evaluator({k: v[:0] for k, v in policy.init().items()})
+
+
+def test_importing_asks_mkl_for_bits_that_do_not_depend_on_alignment() -> None:
+    code = "import os, esmeta; print(os.environ['MKL_CBWR'])"
+    for given, want in ((None, "AUTO"), ("AVX2", "AVX2")):
+        env = {k: v for k, v in os.environ.items() if k != "MKL_CBWR"}
+        env |= {} if given is None else {"MKL_CBWR": given}
+        done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+        assert done.stdout.strip() == want, done.stderr

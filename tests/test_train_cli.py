@@ -84,6 +84,7 @@ def test_a_run_directory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     printed = capsys.readouterr().out
     names = {path.name for path in out.iterdir()}
     assert names == {
+        "best.safetensors",
         "checkpoint",
         "config.toml",
         "curve.png",

@@ -23,10 +23,10 @@ from torch.nn.functional import pad
 from esmeta.kernels._shapes import Rule, as_rule
 
 # Below 16 rows, and below 400 multiplications, CPU libraries switch to other code, whose sums run
-# in another order; padding keeps a trial's bits independent of how many trials are beside it. With
-# 9 to 11 columns MKL on AMD picks its code by the number of rows, whatever that is.
+# in another order; so do the last rows in float64, if their number is not a multiple of 4. Padding
+# keeps a trial's bits independent of how many trials are beside it.
 _SAME_CODE_ROWS = 16
-_SAME_CODE_COLUMNS = 16
+_ROW_TILE = 4
 _SAME_CODE_PRODUCTS = 400
 
 
@@ -171,13 +171,11 @@ def product(rows: Tensor, matrix: Tensor) -> Tensor:
     ``matrix`` must be contiguous.
     """
     count, neurons = rows.shape[1:]
-    least = max(_SAME_CODE_ROWS, -(-_SAME_CODE_PRODUCTS // (neurons * neurons)))
-    if 8 < neurons < _SAME_CODE_COLUMNS:
-        matrix = pad(matrix, (0, _SAME_CODE_COLUMNS - neurons))
-    if count < least:
-        rows = pad(rows, (0, 0, 0, least - count))
-    result = torch.bmm(rows, matrix)
-    return result if result.shape[1:] == (count, neurons) else result[:, :count, :neurons]
+    least = max(_SAME_CODE_ROWS, -(-_SAME_CODE_PRODUCTS // (neurons * neurons)), count)
+    least += -least % _ROW_TILE
+    if count == least:
+        return torch.bmm(rows, matrix)
+    return torch.bmm(pad(rows, (0, 0, 0, least - count)), matrix)[:, :count]
 
 
 def outer(left: Tensor, right: Tensor) -> Tensor:

@@ -13,10 +13,10 @@ from esmeta.rng import Rng
 from esmeta.types import Params
 
 # Below 400 multiply-adds torch's CPU bmm takes a path that rounds differently, and so do products
-# with fewer than 16 rows; with 9 to 11 columns MKL on AMD picks its code by the number of rows,
-# whatever that is. Padding keeps a row's bits independent of its batch.
+# with fewer than 16 rows, and in float64 the last rows if their number is not a multiple of 4.
+# Padding to these keeps a row's bits independent of its batch.
 _MIN_ROWS = 16
-_MIN_COLUMNS = 16
+_ROW_TILE = 4
 _MIN_PRODUCT = 25
 
 
@@ -49,8 +49,7 @@ def bind_mlp(params: Params, name: str) -> Layers:
         weight = params[f"{name}.{len(layers)}.weight"]
         bias = params[f"{name}.{len(layers)}.bias"].unsqueeze(1)
         rows, columns = weight.shape[1:]
-        least = 8 if columns <= 8 else _MIN_COLUMNS
-        short = max(least, -(-_MIN_PRODUCT // rows)) - columns
+        short = max(8, -(-_MIN_PRODUCT // rows)) - columns
         if short > 0:
             weight, bias = pad(weight, (0, short)), pad(bias, (0, short))
         layers.append((weight, bias, columns))
@@ -60,8 +59,9 @@ def bind_mlp(params: Params, name: str) -> Layers:
 def apply_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """``x [P, M, K] @ weight [P, K, N] + bias [P, 1, N]``, a row's bits independent of M and P."""
     rows = x.shape[1]
-    if rows < _MIN_ROWS:
-        x = pad(x, (0, 0, 0, _MIN_ROWS - rows))
+    short = max(_MIN_ROWS - rows, -rows % _ROW_TILE)
+    if short > 0:
+        x = pad(x, (0, 0, 0, short))
         return torch.baddbmm(bias, x, weight)[:, :rows]
     return torch.baddbmm(bias, x, weight)
 
