@@ -47,7 +47,6 @@ def build(config: configs.Config, ranks: int = 1) -> Parts:
     """Build task, policy, objective and optimizer of a resolved config, for a number of ranks."""
     import torch
 
-    from esmeta.optimizers._gradient import GradientConfig
     from esmeta.policy import build_policy
     from esmeta.rng import Rng
 
@@ -55,12 +54,11 @@ def build(config: configs.Config, ranks: int = 1) -> Parts:
     device = _device(config.run.device)
     task: Task = config.task.instance
     optimizer: Optimizer = config.optimizer.instance
-    if isinstance(optimizer, GradientConfig):
-        optimizer.check_trials(config.trials, ranks)
     policy = build_policy(task.spec, config.policy.instance, value=optimizer.gradient)
     objective = config.objective.instance.make(
         policy, task, trials=config.trials, seed=config.run.seed, device=device
     )
+    optimizer.check(objective, ranks)
     theta = {k: v.to(device) for k, v in policy.init(seed=config.run.seed).items()}
     rng = Rng(config.run.seed).fold("optimizer")
     state = optimizer.init(theta, rng)

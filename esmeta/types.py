@@ -293,6 +293,10 @@ class Optimizer(Protocol):
 
     gradient: ClassVar[bool]
 
+    def check(self, objective: Any, ranks: int) -> None:
+        """Refuse an objective that this cannot train on so many ranks; before any file is made."""
+        ...
+
     def init(self, theta: Params, rng: Rng) -> Any: ...
 
     def step(self, state: Any, objective: Any, comm: Comm, rng: Rng) -> tuple[Any, Metrics]: ...

@@ -130,6 +130,12 @@ def test_sizes_that_do_not_go_together(tmp_path: Path) -> None:
     assert_says(message, "minibatches = 4", "only 3 trials", "at most 3", "raise task.trials")
 
 
+def test_windows_longer_than_a_life(tmp_path: Path) -> None:
+    args = ["--optimizer", "nres", *overrides("optimizer.window=9")]
+    message = refused(tmp_path, write_preset(tmp_path), "--out", tmp_path / "run", *args)
+    assert_says(message, "optimizer.window = 9", "a life has 5 steps", "at most 5")
+
+
 def test_places_that_cannot_be_written(tmp_path: Path) -> None:
     preset = write_preset(tmp_path)
     full = tmp_path / "full"

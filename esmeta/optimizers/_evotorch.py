@@ -131,6 +131,10 @@ class EvoTorchOptimizer(ABC):
     @abstractmethod
     def _searcher(self, problem: PopulationProblem, center: Tensor) -> Searcher: ...
 
+    def check(self, objective: Objective, ranks: int) -> None:
+        """Every objective and any number of ranks will do."""
+        return
+
     def init(self, theta: Params, rng: Rng) -> EvoTorchState:
         """Start at ``theta`` ``[1, ...]``; nothing is drawn."""
         center = ravel(theta)[0].detach().cpu().float().clone()

@@ -136,6 +136,7 @@ def score_members(
         return _rows(score(members, everyone))
     except NOT_A_MEMBERS_FAULT:
         raise
+    # Whatever a task or a simulator raises: a run of days is not to end by one bad member.
     except Exception as error:
         first, text = error, traceback.format_exc()
     rows: list[Tensor | None] = []

@@ -60,8 +60,9 @@ class GradientConfig:
         errors.non_negative("learning_rate_final", self.learning_rate_final)
         errors.non_negative("entropy_final", self.entropy_final)
 
-    def check_trials(self, trials: int, ranks: int) -> None:
+    def check(self, objective: ReturnObjective, ranks: int) -> None:
         """Refuse fewer trials per update than ranks, which share them out evenly."""
+        trials = objective.trials
         if trials < ranks:
             raise errors.UserError(
                 f"task.trials = {trials} is fewer than the {ranks} ranks; "
@@ -276,4 +277,4 @@ def check(
         raise errors.UserError(
             "the policy has no value head, which a2c and ppo need; make it with value=True"
         )
-    config.check_trials(objective.trials, comm.size)
+    config.check(objective, comm.size)

@@ -134,6 +134,10 @@ class SlicedOptimizer(ABC):
     def _weighed(self, fitness: Tensor, shaping: str) -> Tensor:
         return weighed(fitness, shaping, drop_pairs=self.failed == "drop_pair")
 
+    def check(self, objective: Objective, ranks: int) -> None:
+        """Every objective and any number of ranks will do."""
+        return
+
     def init(self, theta: Params, rng: Rng) -> SearchState:
         """Start at ``theta`` ``[1, ...]``; nothing is drawn."""
         flat = ravel(theta)[0].detach().cpu().float().numpy().copy()

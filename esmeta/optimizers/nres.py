@@ -165,7 +165,12 @@ class Optimizer(openes.Optimizer):
     def _shaped(self, fitness: Tensor) -> Tensor:
         return shaped_differences(fitness, self.shaping)
 
-    def _stage(self, state: State, objective: Objective, rng: Rng, watch: Stopwatch) -> _Stage:
+    def check(self, objective: Objective, ranks: int) -> None:
+        """Refuse an objective without lives, and windows longer than a life."""
+        self._lifetimes(objective)
+
+    def _lifetimes(self, objective: Objective) -> tuple[Lifetimes, int]:
+        """The objective as one that has lives, and the steps of a window."""
         if not isinstance(objective, Lifetimes):
             raise UserError(
                 f"{type(objective).__name__} cannot be run in windows (it is no Lifetimes): write "
@@ -178,7 +183,11 @@ class Optimizer(openes.Optimizer):
                 f"optimizer.window = {steps}: a life has {life} steps; write at most {life}, or "
                 'window = "none" for a quarter of it'
             )
-        return _Stage(objective, rng, self._noise(state.shapes), state.unit, steps, watch)
+        return objective, steps
+
+    def _stage(self, state: State, objective: Objective, rng: Rng, watch: Stopwatch) -> _Stage:
+        lifetimes, steps = self._lifetimes(objective)
+        return _Stage(lifetimes, rng, self._noise(state.shapes), state.unit, steps, watch)
 
     def _phases(self, pairs: np.ndarray, windows: int) -> np.ndarray:
         return pairs * windows // (self.popsize // 2)

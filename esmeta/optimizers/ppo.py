@@ -44,10 +44,10 @@ class Optimizer(pg.GradientConfig):
         errors.positive_int("minibatches", self.minibatches)
         errors.non_negative("target_kl", self.target_kl)
 
-    def check_trials(self, trials: int, ranks: int) -> None:
+    def check(self, objective: ReturnObjective, ranks: int) -> None:
         """Refuse more minibatches than any rank has trials."""
-        super().check_trials(trials, ranks)
-        fewest = trials // ranks
+        super().check(objective, ranks)
+        fewest = objective.trials // ranks
         if fewest < self.minibatches:
             raise errors.UserError(
                 f"optimizer.minibatches = {self.minibatches}: a rank has only {fewest} trials; "
