@@ -303,17 +303,20 @@ class RunDir:
         ranks: int,
         stopped_by: str,
         idle: Sequence[float] = (),
+        memory: str = "",
     ) -> None:
         """Write theta and the summary of the whole run, and close all files.
 
-        ``idle`` is the share of time that each rank waited for others, since it was started.
+        ``idle`` is the share of time that each rank waited for others, since it was started;
+        ``memory`` says which code ran the memory.
         """
         _check_finite(theta, step)
         meta = {"theta_sha256": theta_sha256(theta), "step": str(step)}
         with self._disk("theta.safetensors"):
             save_theta(self.path / "theta.safetensors", theta, meta)
         facts = {"stopped_by": stopped_by, "steps": step, "env_steps": env_steps, "ranks": ranks}
-        self._write_summary({**facts, "idle": [*idle], "theta_sha256": meta["theta_sha256"]})
+        facts |= {"memory": memory, "idle": [*idle], "theta_sha256": meta["theta_sha256"]}
+        self._write_summary(facts)
         self.close()
 
     def close(self) -> None:
@@ -377,6 +380,7 @@ class NullRun:
         ranks: int,
         stopped_by: str,
         idle: Sequence[float] = (),
+        memory: str = "",
     ) -> None:
         """Nothing."""
 

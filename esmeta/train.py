@@ -283,6 +283,9 @@ def run(args: argparse.Namespace, comm: SelfComm | MPIComm, stop: Stop) -> int:
     from esmeta.record import NullRun, RunDir
 
     folder = RunDir.create(out, config, resume=resume) if comm.rank == 0 else NullRun()
+    memory = parts.policy.memory.explain(config.run.device, parts.optimizer.gradient)
+    if comm.rank == 0:
+        print(f"memory: {memory}", flush=True)
     trainer = Trainer(parts, comm, folder, stop)
     reason = trainer.train()
     idle = trainer.idle.by_rank()
@@ -296,6 +299,7 @@ def run(args: argparse.Namespace, comm: SelfComm | MPIComm, stop: Stop) -> int:
             ranks=comm.size,
             stopped_by=reason,
             idle=idle,
+            memory=memory,
         )
         report(parts, trainer, reason, out)
     return EXIT_STOPPED if reason == "signal" else 0

@@ -169,6 +169,10 @@ class Memory(Protocol):
 
     def initial_state(self, params: Params, batch: int, rng: Rng, index: Tensor) -> State: ...
 
+    def explain(self, device: torch.device | str, requires_grad: bool) -> str:
+        """In one line, which code runs it there."""
+        ...
+
     def prepare(self, params: Params) -> Any:
         """Whatever a rollout should compute once instead of at every step."""
         ...

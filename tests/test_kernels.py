@@ -276,7 +276,10 @@ def test_entries_beyond_the_round_are_ignored(variant):
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_scan_is_bit_for_bit_a_loop_of_steps(variant, dtype):
-    for S, (P, B), n in itertools.product((1, 2, 4), [(1, 1), (2, 3), (1, 20)], (1, 5, 20, 33)):
+    # In float32 every size is compiled, so there are fewer.
+    few = dtype == torch.float32 and variant != "mlp"
+    depths, widths = ((1, 3), (5, 20)) if few else ((1, 2, 4), (1, 5, 20, 33))
+    for S, (P, B), n in itertools.product(depths, [(1, 1), (2, 3), (1, 20)], widths):
         case = Case(variant, P, B, n, S, T=5, dtype=dtype).require_grad()
         with_grad, looped = case.scan(), case.loop(plastic_step)
         with torch.no_grad():
@@ -296,9 +299,9 @@ def test_layout_of_the_fast_weights_does_not_change_bits():
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("n", [1, 3, 5, 19, 20, 33, 64])
+@pytest.mark.parametrize("n", [1, 5, 20, 33])
 def test_bits_do_not_depend_on_the_split_of_the_batch(variant, n):
-    P, B, S, T = 3, 37, 3, 3
+    P, B, S, T = 3, 37, 3 if n < 33 else 2, 3
     case = Case(variant, P, B, n, S, T=T, dtype=torch.float32)
     y, W = case.scan()
     blocks = [(slice(p, q), slice(a, b)) for p, q, a, b in SPLITS]
@@ -388,8 +391,14 @@ def test_bad_input_says_what_to_do():
 
 
 def test_explain_names_the_path():
-    assert "shortcut on cpu" in explain("cpu", 20, 2)
+    assert explain("cpu", 20, 2).startswith("compiled CPU kernel on cpu (n=20, S=2, base, float32)")
     assert "hand-written" in explain("cpu", 20, 2, requires_grad=True)
+    assert explain("cuda:1", 20, 2).endswith("no gradient is asked for, so nothing is kept")
+    for why in ("not for float64", "does not know the write variant mlp", "not for cuda"):
+        device = "cuda:1" if "cuda" in why else "cpu"
+        dtype = torch.float64 if "float64" in why else torch.float32
+        text = explain(device, 20, 2, variant="mlp" if "mlp" in why else "base", dtype=dtype)
+        assert text.startswith("torch operations on c") and why in text
     assert "\n" not in explain("cuda", 200, 4, variant="mlp")
     with pytest.raises(ValueError, match="base, linear, mlp, no-alpha"):
         explain("cpu", 20, 2, variant="cubic")

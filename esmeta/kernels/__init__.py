@@ -5,12 +5,18 @@
 ``step_prepared`` once per time step. ``explain`` says which code a call would run.
 """
 
-from esmeta.kernels._dispatch import explain, plastic_scan, plastic_step
-from esmeta.kernels._recurrence import Constants, prepare, step_prepared
+from esmeta.kernels._dispatch import (
+    Prepared,
+    explain,
+    plastic_scan,
+    plastic_step,
+    prepare,
+    step_prepared,
+)
 from esmeta.kernels._reference import plastic_reference
 
 __all__ = [
-    "Constants",
+    "Prepared",
     "explain",
     "plastic_reference",
     "plastic_scan",

@@ -2,14 +2,50 @@
 
 from __future__ import annotations
 
+import functools
 from math import isqrt
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from esmeta.kernels._recurrence import advance, constants, fold
-from esmeta.kernels._scan import CheckpointedScan, Plan, run
+from esmeta.kernels._recurrence import Folded, constants, fold
+from esmeta.kernels._scan import CheckpointedScan, Forward, Kept, Plan, run
 from esmeta.kernels._shapes import VARIANTS, Rule, as_rule, check_state
+
+
+class Prepared(NamedTuple):
+    """Parameters ready for many steps: ``folded`` for gradients, ``forward`` to compute with."""
+
+    folded: Folded
+    forward: Forward
+
+
+def prepare(
+    alpha: Tensor | None, kappa: Tensor, beta: Tensor, write: tuple[Tensor, ...] = ()
+) -> Prepared:
+    """Compute, once per rollout, everything in the plastic step that time does not change.
+
+    Shapes as in ``plastic_reference``. Differentiable in every argument. The result is stale as
+    soon as a parameter changes.
+    """
+    return _prepare(as_rule(alpha, kappa, beta, write))
+
+
+def step_prepared(prepared: Prepared, W: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """One plastic step, ``plastic_step`` with the result of ``prepare``.
+
+    Args:
+        prepared: result of ``prepare``.
+        W: fast weights ``[P, B, n, n]``.
+        v: embedded input ``[P, B, n]``.
+
+    Returns:
+        v^(S) ``[P, B, n]`` and W^(S) ``[P, B, n, n]``. W^(S) is a transposed view: the next step
+        is fastest when it gets it as it is; call ``contiguous`` where a row-major matrix is needed.
+    """
+    y, w_t = _steps(prepared, Plan(1, None, [False]), W.mT, v.unsqueeze(0), None)
+    return y[0], w_t.mT
 
 
 def plastic_step(
@@ -24,15 +60,14 @@ def plastic_step(
     """One environment step of S rounds, exactly, without building intermediate matrices.
 
     ``W^(S) = b_S W + alpha * sum_{j<S} c_{S,j} V_j U_j^T`` with coefficients that depend on beta
-    alone. Arguments and results as ``plastic_reference``; differentiable by plain automatic
-    differentiation. W^(S) is a transposed view, in which the next step is fastest.
+    alone. Arguments and results as ``plastic_reference``; differentiable once, as
+    ``plastic_scan``. W^(S) is a transposed view, in which the next step is fastest.
 
     Source: MetODS, Algorithm 1; the shortcut is an identity, not an approximation.
     """
     rule = as_rule(alpha, kappa, beta, write)
     check_state(rule, W, v)
-    y, w_t, _ = advance(constants(fold(rule)), W.mT.contiguous(), v.contiguous())
-    return y, w_t.mT
+    return step_prepared(_prepare(rule), W, v)
 
 
 def plastic_scan(
@@ -74,18 +109,68 @@ def plastic_scan(
     """
     rule = as_rule(alpha, kappa, beta, write)
     plan, start = _check_sequence(rule, W, x, W0, new_trial, store_every)
-    floats = (W, x, start, *rule[:3], *rule.write)
-    folded = fold(rule)
-    w_t = W.mT.contiguous()
-    start_t = None if start is None else start.mT.contiguous()
-    x = x.contiguous()
-    if torch.is_grad_enabled() and any(f is not None and f.requires_grad for f in floats):
-        arguments = (folded.kappa, folded.composite, folded.alpha_t, *folded.write)
-        y, w_t = CheckpointedScan.apply(plan, w_t, x, start_t, *arguments)
-    else:
-        with torch.no_grad():
-            y, w_t, _, _ = run(constants(folded), plan, w_t, x, start_t)
+    start_t = None if start is None else start.mT
+    y, w_t = _steps(_prepare(rule), plan, W.mT, x, start_t)
     return y, w_t.mT
+
+
+def _prepare(rule: Rule) -> Prepared:
+    folded = fold(rule)
+    return Prepared(folded, _forward(_without_graph(folded)))
+
+
+def _without_graph(folded: Folded) -> Folded:
+    kappa, composite, alpha_t, write = folded
+    return Folded(
+        kappa.detach(),
+        composite.detach(),
+        None if alpha_t is None else alpha_t.detach(),
+        tuple(tensor.detach() for tensor in write),
+    )
+
+
+def _forward(folded: Folded) -> Forward:
+    variant = VARIANTS[len(folded.write)]
+    if _why_not_compiled(folded.kappa.device, folded.kappa.dtype, variant):
+        return functools.partial(run, constants(folded))
+    # Imported here, because who never runs it need not pay for the compiler.
+    from esmeta.kernels import _cpu
+
+    rule = _cpu.rule(folded.alpha_t, folded.kappa, folded.composite, folded.write)
+
+    def forward(
+        plan: Plan, w_t: Tensor, x: Tensor, start_t: Tensor | None, keep: bool
+    ) -> tuple[Tensor, Tensor, Kept]:
+        reset = None if plan.mask is None else plan.mask[..., 0, 0]
+        result = _cpu.run(rule, w_t, x, start_t, reset, plan.every if keep else 0)
+        kept = Kept(result.checkpoints.unbind(0), result.reads.flatten(0, 1).unbind(0))
+        return result.y, result.w_t, kept
+
+    return forward
+
+
+def _steps(
+    prepared: Prepared, plan: Plan, w_t: Tensor, x: Tensor, start_t: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Steps from transposed fast weights, through the adjoint where a gradient is asked for."""
+    folded = prepared.folded
+    arguments = (folded.kappa, folded.composite, folded.alpha_t, *folded.write)
+    floats = (w_t, x, start_t, *arguments)
+    if torch.is_grad_enabled() and any(f is not None and f.requires_grad for f in floats):
+        return CheckpointedScan.apply(prepared.forward, plan, w_t, x, start_t, *arguments)
+    with torch.no_grad():
+        return prepared.forward(plan, w_t, x, start_t, False)[:2]
+
+
+def _why_not_compiled(device: torch.device, dtype: torch.dtype, variant: str) -> str:
+    """Why the compiled function does not run this; empty if it does."""
+    if device.type != "cpu":
+        return f"the compiled one is for the CPU, not for {device.type}"
+    if dtype != torch.float32:
+        return f"the compiled one is for float32, not for {str(dtype).removeprefix('torch.')}"
+    if variant == "mlp":
+        return "the compiled one does not know the write variant mlp"
+    return ""
 
 
 def explain(
@@ -94,19 +179,19 @@ def explain(
     depth: int,
     requires_grad: bool = False,
     variant: str = "base",
+    dtype: torch.dtype = torch.float32,
 ) -> str:
     """Say in one line which code runs steps and scans of this kind, and why."""
     known = (*VARIANTS.values(), "no-alpha")
     if variant not in known:
         raise ValueError(f"variant is {variant!r}, but it must be one of {', '.join(known)}")
+    device = torch.device(device)
+    why = _why_not_compiled(device, dtype, variant)
+    size = f"on {device} (n={neurons}, S={depth}, {variant}, {str(dtype).removeprefix('torch.')})"
+    code = f"torch operations {size}: {why}" if why else f"compiled CPU kernel {size}"
     if requires_grad:
-        backward = "scans go back by the hand-written checkpointed adjoint, steps by autograd"
-    else:
-        backward = "no gradient is asked for, so nothing is kept"
-    return (
-        f"torch shortcut on {torch.device(device)} (n={neurons}, S={depth}, {variant}): the only "
-        f"fast implementation, on every device; {backward}"
-    )
+        return f"{code}; gradients by the hand-written checkpointed adjoint in torch operations"
+    return f"{code}; no gradient is asked for, so nothing is kept"
 
 
 def _check_sequence(

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from esmeta.kernels._shapes import Rule, as_rule
+from esmeta.kernels._shapes import Rule
 
 # Below 16 rows, and below 400 multiplications, CPU libraries switch to other code, whose sums run
 # in another order; so do the last rows in float64, if their number is not a multiple of 4. Padding
@@ -60,33 +60,6 @@ class Constants(NamedTuple):
     correction: tuple[tuple[Tensor, ...], ...]
     alpha_t: Tensor | None
     write: tuple[Tensor, ...]
-
-
-def prepare(
-    alpha: Tensor | None, kappa: Tensor, beta: Tensor, write: tuple[Tensor, ...] = ()
-) -> Constants:
-    """Compute, once per rollout, everything in the plastic step that time does not change.
-
-    Shapes as in ``plastic_reference``. Differentiable in every argument. The result is stale as
-    soon as a parameter changes.
-    """
-    return constants(fold(as_rule(alpha, kappa, beta, write)))
-
-
-def step_prepared(consts: Constants, W: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """One plastic step, ``plastic_step`` with the constants of ``prepare``.
-
-    Args:
-        consts: result of ``prepare``.
-        W: fast weights ``[P, B, n, n]``.
-        v: embedded input ``[P, B, n]``.
-
-    Returns:
-        v^(S) ``[P, B, n]`` and W^(S) ``[P, B, n, n]``. W^(S) is a transposed view: the next step
-        is fastest when it gets it as it is; call ``contiguous`` where a row-major matrix is needed.
-    """
-    y, w_t, _ = advance(consts, W.mT.contiguous(), v.contiguous())
-    return y, w_t.mT
 
 
 def fold(rule: Rule) -> Folded:

@@ -7,14 +7,15 @@ one segment at a time and applies the hand-written adjoint of ``_adjoint``.
 
 from __future__ import annotations
 
-from typing import NamedTuple, cast
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from esmeta.kernels._adjoint import Sweep
-from esmeta.kernels._recurrence import Constants, Folded, advance, constants
+from esmeta.kernels._recurrence import Constants, Folded, advance
 
 
 class Plan(NamedTuple):
@@ -29,6 +30,24 @@ class Plan(NamedTuple):
     resets: list[bool]
 
 
+class Kept(NamedTuple):
+    """What a gradient needs of a forward pass: see :func:`run`."""
+
+    checkpoints: Sequence[Tensor]
+    reads: Sequence[Tensor]
+
+
+class Forward(Protocol):
+    """A way to run the steps: :func:`run` with its constants, or a fused kernel.
+
+    Arguments and results are those of :func:`run`; without ``keep``, ``Kept`` may be empty.
+    """
+
+    def __call__(
+        self, plan: Plan, w_t: Tensor, x: Tensor, start_t: Tensor | None, keep: bool
+    ) -> tuple[Tensor, Tensor, Kept]: ...
+
+
 class _Context(FunctionCtx):
     plan: Plan
     inputs: int
@@ -36,23 +55,25 @@ class _Context(FunctionCtx):
 
 
 def run(
-    k: Constants, plan: Plan, w_t: Tensor, x: Tensor, start_t: Tensor | None
-) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
+    k: Constants, plan: Plan, w_t: Tensor, x: Tensor, start_t: Tensor | None, keep: bool
+) -> tuple[Tensor, Tensor, Kept]:
     """Step through x ``[T, P, B, n]`` from transposed fast weights ``[P, B, n, n]``.
 
-    ``start_t`` is ``[P, 1 or B, n, n]``, transposed. Returns y, the last fast weights, every
-    ``plan.every``-th fast weights, and the T S values of tanh in order.
+    ``start_t`` is ``[P, 1 or B, n, n]``, transposed. Returns y, the last fast weights and, if they
+    are to be kept, every ``plan.every``-th fast weights and the T S values of tanh in order.
     """
+    w_t = w_t.contiguous()
+    start_t = None if start_t is None else start_t.contiguous()
     outputs, checkpoints, reads = [], [], []
-    for t, v in enumerate(x.unbind(0)):
-        if t % plan.every == 0:
+    for t, v in enumerate(x.contiguous().unbind(0)):
+        if keep and t % plan.every == 0:
             checkpoints.append(w_t)
         if start_t is not None and plan.mask is not None and plan.resets[t]:
             w_t = torch.where(plan.mask[t], start_t, w_t)
         y, w_t, read = advance(k, w_t, v)
         outputs.append(y)
-        reads += read
-    return torch.stack(outputs), w_t, checkpoints, reads
+        reads += read if keep else []
+    return torch.stack(outputs), w_t, Kept(checkpoints, reads)
 
 
 class CheckpointedScan(torch.autograd.Function):
@@ -61,6 +82,7 @@ class CheckpointedScan(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: _Context,
+        forward: Forward,
         plan: Plan,
         w_t: Tensor,
         x: Tensor,
@@ -68,7 +90,7 @@ class CheckpointedScan(torch.autograd.Function):
         *folded: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """``folded`` is kappa, composite, alpha_t and then the write tensors of ``Folded``."""
-        y, w_t, checkpoints, reads = run(constants(_unpack(folded)), plan, w_t, x, start_t)
+        y, w_t, (checkpoints, reads) = forward(plan, w_t, x, start_t, True)
         ctx.plan = plan
         ctx.inputs = 2 + len(folded)
         # Torch keeps None as it is; its annotation forgets to say so.
@@ -97,7 +119,7 @@ class CheckpointedScan(torch.autograd.Function):
             grad_x += sweep.segment(x[low:high], tanh, checkpoints[number], masks, grad_y[low:high])
         grad_start = None if start_t is None else sweep.start.sum_to_size(start_t.shape)
         grads = sweep.parameter_gradients()
-        return None, sweep.grad_w, torch.stack(grad_x[::-1]), grad_start, *grads
+        return None, None, sweep.grad_w, torch.stack(grad_x[::-1]), grad_start, *grads
 
 
 def _unpack(folded: tuple[Tensor | None, ...]) -> Folded:

@@ -16,7 +16,7 @@ Variant = Literal["base", "no-alpha", "linear", "mlp"]
 
 
 class _Prepared(NamedTuple):
-    constants: kernels.Constants
+    rule: kernels.Prepared
     alpha: Tensor | None
     kappa: Tensor
     beta: Tensor
@@ -84,6 +84,9 @@ class Plastic:
             params["W0"] = normal(self.w0_std, n, n)
         return params
 
+    def explain(self, device: torch.device | str, requires_grad: bool) -> str:
+        return kernels.explain(device, self.size, self.depth, requires_grad, self.variant)
+
     def _fixed_w0(self, like: Tensor) -> Tensor:
         index = torch.zeros(1, dtype=torch.int64, device=like.device)
         flat = Rng(0).fold("fixed W0").normal(index, self.size**2)
@@ -99,8 +102,8 @@ class Plastic:
         w0 = params.get("W0")
         if self.w0 == "fixed":
             w0 = self._fixed_w0(kappa).expand(kappa.shape[0], -1, -1)
-        constants = kernels.prepare(alpha, kappa, beta, write)
-        return _Prepared(constants, alpha, kappa, beta, write, w0)
+        rule = kernels.prepare(alpha, kappa, beta, write)
+        return _Prepared(rule, alpha, kappa, beta, write, w0)
 
     def initial_state(self, params: Params, batch: int, rng: Rng, index: Tensor) -> State:
         kappa, n = params["kappa"], self.size
@@ -122,7 +125,7 @@ class Plastic:
         return state | {"W": torch.where(new_trial[..., None, None], start, state["W"])}
 
     def step(self, prepared: _Prepared, state: State, x: Tensor) -> tuple[Tensor, State]:
-        y, fast = kernels.step_prepared(prepared.constants, state["W"], x)
+        y, fast = kernels.step_prepared(prepared.rule, state["W"], x)
         return y, state | {"W": fast}
 
     def scan(

@@ -91,6 +91,9 @@ class Gru:
         """Orthogonal gates, zero biases; gate order reset, update, candidate."""
         return _init(rng, self.inputs, self.size, 3)
 
+    def explain(self, device: torch.device | str, requires_grad: bool) -> str:
+        return f"torch operations on {device} (GRU, n={self.size})"
+
     def prepare(self, params: Params) -> _Prepared:
         return _prepare(params)
 
@@ -138,6 +141,9 @@ class Lstm:
         params["hidden.bias"][self.size : 2 * self.size] = 1.0
         return params
 
+    def explain(self, device: torch.device | str, requires_grad: bool) -> str:
+        return f"torch operations on {device} (LSTM, n={self.size})"
+
     def prepare(self, params: Params) -> _Prepared:
         return _prepare(params)
 
@@ -183,6 +189,9 @@ class Feedforward:
 
     def init(self, rng: Rng) -> Params:
         return {}
+
+    def explain(self, device: torch.device | str, requires_grad: bool) -> str:
+        return "none"
 
     def prepare(self, params: Params) -> None:
         return None

@@ -1,0 +1,136 @@
+"""The compiled CPU kernel: accuracy in float32, what it does with bad numbers, threads, layouts."""
+
+import math
+
+import pytest
+import torch
+from numba import njit
+from test_kernels import Case, backward, relative_error
+
+from esmeta.kernels import _cpu, plastic_reference, plastic_scan, plastic_step
+
+# (variant, n, S): every depth to 6, widths below, at and between multiples of eight.
+SIZES = [
+    ("base", 1, 1),
+    ("base", 20, 2),
+    ("base", 20, 4),
+    ("linear", 20, 2),
+    ("no-alpha", 20, 3),
+    ("linear", 33, 5),
+    ("base", 48, 6),
+]
+RESULTS = ("y", "W")
+
+
+def doubled(case):
+    """The same case in float64."""
+    twin = Case.__new__(Case)
+    for name, value in vars(case).items():
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            value = value.detach().double()
+        elif isinstance(value, tuple):
+            value = tuple(tensor.detach().double() for tensor in value)
+        setattr(twin, name, value)
+    return twin
+
+
+def long_case(variant, n, S):
+    """100 steps with resets whose memory neither fades nor explodes."""
+    case = Case(variant, 2, 5, n, S, T=100, dtype=torch.float32, seed=n + S, per_trial=S % 2 == 0)
+    rounds = torch.arange(S)
+    case.beta *= 0.1
+    case.beta[:, rounds, rounds] = 0.95
+    case.new_trial = torch.rand(100, 2, 5, generator=torch.Generator().manual_seed(n)) < 0.05
+    return case
+
+
+@pytest.mark.parametrize(("variant", "n", "S"), SIZES)
+def test_a_hundred_steps_with_resets_are_exact_to_float32(variant, n, S):
+    case = long_case(variant, n, S)
+    assert case.new_trial.any() and not case.new_trial.all()
+    exact = doubled(case).loop(plastic_reference)
+    for name, got, want in zip(RESULTS, case.scan(), exact, strict=True):
+        assert got.dtype == torch.float32
+        assert relative_error(got.double(), want) < 1e-5, name
+
+
+@pytest.mark.parametrize(("variant", "n", "S"), SIZES)
+def test_gradients_over_a_hundred_steps_are_exact_to_float32(variant, n, S):
+    case = long_case(variant, n, S).require_grad()
+    twin = doubled(case).require_grad()
+    got = backward(case.scan(), case.inputs)
+    want = backward(twin.scan(), twin.inputs)
+    for value, exact in zip(got, want, strict=True):
+        assert relative_error(value.double(), exact) < 1e-4
+
+
+def test_tanh_is_exact_to_float32():
+    tanh = njit(lambda x: _cpu._tanh(x))
+    points = torch.cat([torch.linspace(-12, 12, 20_001), torch.logspace(-30, 0, 2_001)])
+    for x in points.tolist():
+        x = float(torch.tensor(x))
+        got, want = float(tanh(_cpu._F(x))), math.tanh(x)
+        assert abs(got - want) <= 4e-7 * abs(want)
+        assert abs(got) <= 1
+    assert math.isnan(tanh(_cpu._F(math.nan)))
+    assert (tanh(_cpu._F(math.inf)), tanh(_cpu._F(-math.inf))) == (1, -1)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_diverged_trial_stays_diverged_and_alone(bad):
+    case = Case("base", 2, 6, 20, 2, T=3, dtype=torch.float32)
+    case.new_trial[:] = False
+    clean_y, clean_W = case.scan()
+    case.W[1, 2, 3, 4] = bad
+    y, W = case.scan()
+    hit = torch.zeros(2, 6, dtype=torch.bool)
+    hit[1, 2] = True
+    assert not W[hit].isfinite().all()
+    assert torch.equal(y[:, ~hit], clean_y[:, ~hit])
+    assert torch.equal(W[~hit], clean_W[~hit])
+    if math.isnan(bad):
+        assert y[:, hit].isnan().any()
+
+
+@pytest.mark.parametrize("n", [5, 20])
+def test_what_lies_between_the_rows_is_never_used(n):
+    case = Case("base", 2, 5, n, 2, dtype=torch.float32)
+    want = case.step(plastic_step, case.W, case.x[0])
+    columns = -(-n // 8) * 8
+    storage = torch.full((2, 5, n, columns), torch.nan)
+    storage[..., :n] = case.W.mT
+    tight = torch.full((2 * 5 * n * columns - (columns - n),), torch.nan)
+    cut = tight.as_strided((2, 5, n, n), (5 * n * columns, n * columns, columns, 1))
+    cut.copy_(case.W.mT)
+    for layout in (storage[..., :n].mT, cut.mT, case.W.mT.contiguous().mT):
+        got = case.step(plastic_step, layout, case.x[0])
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_threads_do_not_change_bits(monkeypatch):
+    monkeypatch.setattr(_cpu, "_THREAD_WORK", 1)
+    case = Case("base", 3, 21, 20, 2, T=4, dtype=torch.float32)
+    alone = case.scan()
+    used = set()
+    in_threads = _cpu._in_threads
+    monkeypatch.setattr(
+        _cpu, "_in_threads", lambda call, n, t: (used.add(t), in_threads(call, n, t))[1]
+    )
+    torch.set_num_threads(4)
+    try:
+        together = case.scan()
+    finally:
+        torch.set_num_threads(1)
+    assert used == {4}
+    assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+
+
+def test_inputs_are_left_as_they_are():
+    case = Case("linear", 2, 5, 20, 2, T=4, dtype=torch.float32)
+    inputs = [case.W, case.x, case.kappa, case.beta, case.W0, case.alpha, *case.write]
+    before = [tensor.clone() for tensor in inputs]
+    _, W = case.scan()
+    assert all(torch.equal(a, b) for a, b in zip(before, inputs, strict=True))
+    again = W.clone()
+    plastic_scan(W, case.x, case.alpha, case.kappa, case.beta, write=case.write)
+    assert torch.equal(W, again)
