@@ -6,6 +6,8 @@ Nothing here imports torch: ``--help`` is quick.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
 import os
 import re
 import sys
@@ -115,3 +117,17 @@ def prepare_process() -> None:
     """What must be set before numpy and torch start their thread pools."""
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ.setdefault(name, "1")
+    _keep_freed_memory()
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc keep what is freed, a quarter of the time of a rollout on a CPU.
+
+    Else the fast weights of every step are given back to the system, and the next step faults each
+    of their pages in again. Other C libraries are left as they are.
+    """
+    trim_threshold, mmap_threshold = -1, -3
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(mmap_threshold, 32 << 20)
+        libc.mallopt(trim_threshold, 1 << 30)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import sys
 import time
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from esmeta.policy import Policy
     from esmeta.record import NullRun, RunDir
     from esmeta.rng import Rng
-    from esmeta.types import Metrics, Optimizer, Params, Task
+    from esmeta.types import Comm, Metrics, Optimizer, Params, Task
     from esmeta.watch import Stop
 
 EXIT_STOPPED = 75
@@ -128,16 +129,21 @@ class Trainer:
         run = self.parts.config.run
         label = f"{self.parts.config.task.name} {self.parts.config.optimizer.name}"
         if self.count.step == 0 and run.evaluate_every:
-            self._log({})
+            self._log(self._scores())
         budget = self.parts.config.budget
         with progress(budget.steps, label, rank=self.comm.rank) as bar:
             bar.update(self.count.step, self._fraction())
-            while not (reason := self._reason()):
+            reason = self._reason()
+            while not reason:
                 metrics = self._step()
                 if self._due(run.metrics_every):
                     metrics |= self.idle.metrics()
-                if self.count.step % run.metrics_every == 0 or self._score_now():
-                    self._log(metrics)
+                scores = self._scores() if self._due(run.evaluate_every) else {}
+                reason = self._reason()
+                if run.evaluate_every and not scores and reason not in ("", "signal"):
+                    scores = self._scores()
+                if scores or self._due(run.metrics_every):
+                    self._log(metrics | scores)
                 bar.update(self.count.step, self._fraction(), **self._shown(metrics))
                 if self._due(run.checkpoint_every):
                     self._save()
@@ -157,11 +163,6 @@ class Trainer:
         limits = (budget.steps, budget.env_steps, budget.seconds)
         return max(u / limit for u, limit in zip(used, limits, strict=True) if limit is not None)
 
-    def _score_now(self) -> bool:
-        """Whether held-out scores are due: every so often, and when the budget is used up."""
-        every = self.parts.config.run.evaluate_every
-        return self._due(every) or (every > 0 and self._fraction() >= 1.0)
-
     def _due(self, every: int) -> bool:
         return every > 0 and self.count.step % every == 0
 
@@ -179,29 +180,29 @@ class Trainer:
         return metrics | {"step_s": step_s}
 
     def _log(self, metrics: Metrics) -> None:
-        """One line of metrics, with held-out scores where they are due; rank 0 only."""
+        """One line of metrics; rank 0 only."""
         if self.comm.rank != 0:
             return
         from esmeta.tree import theta_sha256
 
-        theta = self.parts.optimizer.theta(self.state)
-        scores: Metrics = {}
-        if self._score_now():
-            scores = heldout(self.parts, theta, self.parts.config.run.evaluate_trials)
-            self._note_score(theta, scores["heldout_return"])
         numbers: dict[str, Any] = {
             "env_steps": self.count.env_steps,
             "seconds": self.run.seconds,
-            "theta_sha256": theta_sha256(theta),
+            "theta_sha256": theta_sha256(self.parts.optimizer.theta(self.state)),
         }
-        self.run.log(self.count.step, numbers | metrics | scores)
+        self.run.log(self.count.step, numbers | metrics)
 
-    def _note_score(self, theta: Params, score: float) -> None:
-        count = self.count
-        count.heldout = score
-        if score > count.best:
-            count.best, count.best_step = score, count.step
-            self.run.save_best(count.step, theta, score)
+    def _scores(self) -> Metrics:
+        """Held-out scores of theta, each rank doing its share of the trials."""
+        theta, count = self.parts.optimizer.theta(self.state), self.count
+        self.comm.timeout_s = self.limit.between_steps()
+        trials = self.parts.config.run.evaluate_trials
+        scores = heldout(self.parts.objective, theta, trials, self.comm)
+        count.heldout = scores["heldout_return"]
+        if count.heldout > count.best:
+            count.best, count.best_step = count.heldout, count.step
+            self.run.save_best(count.step, theta, count.best)
+        return scores
 
     def _save(self) -> None:
         if self.comm.rank != 0:
@@ -223,9 +224,7 @@ class Trainer:
             "env_steps": budget.env_steps is not None and self.count.env_steps >= budget.env_steps,
             "seconds": budget.seconds is not None and self.run.seconds >= budget.seconds,
             "target": budget.target is not None and self.count.heldout >= budget.target,
-            # Only rank 0 has scores, so only its flag counts.
-            "plateau": self.comm.rank == 0
-            and budget.plateau is not None
+            "plateau": budget.plateau is not None
             and self.count.step - self.count.best_step >= budget.plateau,
             "signal": self.stop.wanted,
         }
@@ -235,17 +234,29 @@ class Trainer:
         return next((name for name, flag in zip(reasons, total, strict=True) if flag), "")
 
 
-def heldout(parts: Parts, theta: Params, trials: int) -> Metrics:
-    """Mean scores of theta on held-out tasks, with the standard error of the return."""
+def heldout(
+    objective: ReturnObjective, theta: Params, trials: int, comm: Comm | None = None
+) -> Metrics:
+    """Mean scores of theta on held-out tasks, with the standard error of the return.
+
+    With ``comm`` the ranks share the trials; scores are the same bits for any number of ranks.
+    """
+    import torch
+
     from esmeta.evaluate import summary
 
-    fitness = parts.objective.heldout(theta, trials)
-    mean, error, _ = summary(fitness.returns.flatten())
-    scores = {"heldout_return": mean, "heldout_se": error}
-    scores["heldout_steps"] = float(fitness.steps.double().mean())
-    return scores | {
-        f"heldout_{name}": summary(values.flatten())[0] for name, values in fitness.metrics.items()
-    }
+    # Where there are fewer trials than ranks, every rank runs them all.
+    shared = comm is not None and trials >= comm.size
+    ranks, rank = (comm.size, comm.rank) if comm is not None and shared else (1, 0)
+    bounds = [trials * r // ranks for r in range(ranks + 1)]
+    fitness = objective.heldout(theta, bounds[rank + 1], first=bounds[rank])
+    columns = {"return": fitness.returns, "steps": fitness.steps, **fitness.metrics}
+    rows = torch.stack([values.double().flatten() for values in columns.values()], dim=1)
+    if comm is not None and shared:
+        rows = comm.gather_rows(rows, [b - a for a, b in itertools.pairwise(bounds)])
+    means = [summary(values) for values in rows.unbind(1)]
+    scores = {f"heldout_{name}": mean for name, (mean, _, _) in zip(columns, means, strict=True)}
+    return scores | {"heldout_se": means[0][1]}
 
 
 def report(parts: Parts, trainer: Trainer, reason: str, out: Path) -> None:
@@ -254,7 +265,7 @@ def report(parts: Parts, trainer: Trainer, reason: str, out: Path) -> None:
 
     theta = parts.optimizer.theta(trainer.state)
     trials = max(256, parts.config.run.evaluate_trials)
-    scores = heldout(parts, theta, trials)
+    scores = heldout(parts.objective, theta, trials)
     reference = parts.task.reference
     picture = learning_curve([out], out / "curve.png", reference)
     count = trainer.count

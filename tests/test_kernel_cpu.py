@@ -1,13 +1,24 @@
 """The compiled CPU kernel: accuracy in float32, what it does with bad numbers, threads, layouts."""
 
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
+from conftest import environment
 from numba import njit
 from test_kernels import Case, backward, relative_error
 
-from esmeta.kernels import _cpu, plastic_reference, plastic_scan, plastic_step
+from esmeta.kernels import (
+    _cpu,
+    _cpu_build,
+    _cpu_code,
+    plastic_reference,
+    plastic_scan,
+    plastic_step,
+)
 
 # (variant, n, S): every depth to 6, widths below, at and between multiples of eight.
 SIZES = [
@@ -65,15 +76,15 @@ def test_gradients_over_a_hundred_steps_are_exact_to_float32(variant, n, S):
 
 
 def test_tanh_is_exact_to_float32():
-    tanh = njit(lambda x: _cpu._tanh(x))
+    tanh = njit(lambda x: _cpu_code._tanh(x))
     points = torch.cat([torch.linspace(-12, 12, 20_001), torch.logspace(-30, 0, 2_001)])
     for x in points.tolist():
         x = float(torch.tensor(x))
-        got, want = float(tanh(_cpu._F(x))), math.tanh(x)
+        got, want = float(tanh(_cpu_code._F(x))), math.tanh(x)
         assert abs(got - want) <= 4e-7 * abs(want)
         assert abs(got) <= 1
-    assert math.isnan(tanh(_cpu._F(math.nan)))
-    assert (tanh(_cpu._F(math.inf)), tanh(_cpu._F(-math.inf))) == (1, -1)
+    assert math.isnan(tanh(_cpu_code._F(math.nan)))
+    assert (tanh(_cpu_code._F(math.inf)), tanh(_cpu_code._F(-math.inf))) == (1, -1)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -134,3 +145,59 @@ def test_inputs_are_left_as_they_are():
     again = W.clone()
     plastic_scan(W, case.x, case.alpha, case.kappa, case.beta, write=case.write)
     assert torch.equal(W, again)
+
+
+# Compiled once, kept on disk ---------------------------------------------------------------------
+
+STEP = """
+import sys, torch
+from esmeta.kernels import plastic_step
+one = torch.ones(1, 3, 3)
+y, _ = plastic_step(torch.ones(1, 2, 3, 3), torch.ones(1, 2, 3), one, *[torch.ones(1, 1, 2)] * 2)
+print(y.flatten().tolist(), "numba" in sys.modules)
+"""
+
+
+def test_sizes_agree_with_what_is_compiled():
+    assert (_cpu._LANES, _cpu._TRIALS) == (_cpu_code.LANES, _cpu_code.TRIALS)
+    assert _cpu_build._NAME == _cpu_code.NAME
+
+
+def test_processes_that_miss_a_size_compile_it_once_and_never_load_the_compiler(tmp_path):
+    (tmp_path / "cache").mkdir()
+    command = [sys.executable, "-c", STEP]
+    env = environment({"ESMETA_CACHE": str(tmp_path / "cache")})
+    several = [
+        subprocess.Popen(command, env=env, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+        for _ in range(3)
+    ]
+    said = [process.communicate(timeout=120)[0] for process in several]
+    y = math.tanh(3) + 1
+    assert len(set(said)) == 1 and said[0].endswith("False\n")
+    assert eval(said[0].removesuffix("False\n")) == pytest.approx([y] * 6)
+    files = sorted(os.listdir(tmp_path / "cache"))
+    assert len(files) == 2 and files[0].startswith("plastic-3-1-1-0-") and "lock" in files[1]
+
+
+def test_a_compiler_that_fails_is_reported_and_leaves_nothing(tmp_path, monkeypatch):
+    broken = tmp_path / "broken.py"
+    broken.write_text("import sys; sys.exit('no LLVM here')")
+    monkeypatch.setattr(_cpu_build, "_SOURCE", broken)
+    monkeypatch.setattr(_cpu_build, "cache_folder", lambda: tmp_path)
+    with pytest.raises(RuntimeError, match="reinstall numba(.|\n)*no LLVM here"):
+        _cpu_build._machine_code(3, 1, True, False)
+    assert sorted(os.listdir(tmp_path)) == ["broken.py", "plastic.lock"]
+
+
+def test_the_cache_lies_where_it_can_be_written(tmp_path, monkeypatch):
+    folder = _cpu_build.cache_folder.__wrapped__
+    monkeypatch.setenv("ESMETA_CACHE", str(tmp_path / "own"))
+    assert folder() == tmp_path / "own"
+    monkeypatch.delenv("ESMETA_CACHE")
+    assert folder().name == "__pycache__"
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(_cpu_build, "_SOURCE", tmp_path / "file" / "x.py")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
+    assert folder() == tmp_path / "user" / "esmeta"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert folder().is_dir() and not list(folder().iterdir())

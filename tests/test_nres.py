@@ -267,7 +267,7 @@ def test_mean_and_variance_are_those_of_the_theory(kind: Any) -> None:
     objective, pairs, size = Linear(), 64, 20
     spy, seen = spied(kind)
     optimizer = spy(popsize=2 * pairs, sigma=0.1, window=1, shaping="raw")
-    run(optimizer, objective, 400, theta={"a": torch.zeros(1, size)})
+    run(optimizer, objective, 1600, theta={"a": torch.zeros(1, size)})
     gradients = torch.from_numpy(np.stack(seen[3:]))
     by_window = objective.G.sum(1)
     whole = by_window.sum(0)

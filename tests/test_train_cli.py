@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import platform
 import re
 import subprocess
 import sys
@@ -104,7 +105,9 @@ def test_a_run_directory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 1, 2, 3, 4, 5, 6]
     assert all(re.fullmatch("[0-9a-f]{64}", line["theta_sha256"]) for line in lines)
-    assert len({line["theta_sha256"] for line in lines}) == 7
+    # A generation in which all members earn the same changes nothing; here there is one at most.
+    moved = [line for line in lines[1:] if not line["flat"]]
+    assert len({line["theta_sha256"] for line in lines}) == 1 + len(moved) >= 6
     # 22 members, 3 trials of 5 pulls.
     assert [line["env_steps"] for line in lines] == [330 * step for step in range(7)]
     assert [line["step"] for line in lines if "heldout_return" in line] == [0, 3, 6]
@@ -282,3 +285,30 @@ def test_the_same_theta_on_any_number_of_ranks(
         assert steps == list(range(1, GENERATIONS + 1)), "only one rank may write"
         if name not in NATIVE:
             assert not any(line["resync"] for line in read_metrics(tmp_path / name))
+
+
+def faults(prepare: str) -> int:
+    """Page faults of an evaluation whose fast weights are 4 MB."""
+    code = f"""
+import resource
+{prepare}
+import esmeta
+task = esmeta.make_task("harlow", horizon=60)
+policy = esmeta.make_policy("metods", task.spec, neurons=12, depth=2)
+evaluator = esmeta.PopulationEvaluator(policy, task, trials=16, chunk=256)
+params = policy.init(population=256)
+evaluator(params)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+evaluator(params)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment(None), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is asked to keep memory")
+def test_freed_memory_is_kept_for_the_next_step() -> None:
+    kept = faults("from esmeta.cli import prepare_process; prepare_process()")
+    assert 4 * kept < faults("import torch; torch.set_num_threads(1)")

@@ -75,10 +75,12 @@ class ReturnObjective:
         """The inverse of :meth:`save`."""
         return self._lives.restore(saved)
 
-    def heldout(self, params: Params | Tensor, trials: int, seed: int | None = None) -> Fitness:
-        """Returns on the first ``trials`` held-out tasks, always the same ones for a seed."""
+    def heldout(
+        self, params: Params | Tensor, trials: int, seed: int | None = None, first: int = 0
+    ) -> Fitness:
+        """Returns on the held-out tasks ``first`` .. ``trials`` - 1, always the same for a seed."""
         seed = self.seed if seed is None else seed
-        return self.evaluator(params, seed=seed, split="test", index=torch.arange(trials))
+        return self.evaluator(params, seed=seed, split="test", index=torch.arange(first, trials))
 
     @torch.no_grad()
     def trajectories(

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+
+if not {"numba", "evotorch"} & sys.modules.keys():
+    # With numba in reach EvoTorch compiles what no search here uses: 150 MB on every rank.
+    sys.modules["numba"] = None  # type: ignore[assignment]
+    try:
+        import evotorch  # noqa: F401
+    finally:
+        del sys.modules["numba"]
 from evotorch import Problem, SolutionBatch
 from evotorch.optimizers import ClipUp
 from torch import Tensor

@@ -1,8 +1,10 @@
 """Noise by address: a direction of search is a function of (key, generation, number).
 
 Philox 4x32-10: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011,
-https://doi.org/10.1145/2063384.2063405. A shared noise table (Salimans et al. 2017) is faster but
-correlates members whose slices overlap, and costs a gigabyte per machine.
+https://doi.org/10.1145/2063384.2063405. Sixteen of its bits choose one of 65,536 equally likely
+quantiles of the normal distribution: five times faster than exact normal numbers, with the same
+first three moments, a fourth of 2.999 and nothing beyond 4.33. A shared noise table (Salimans et
+al. 2017) is as fast, but correlates members whose slices overlap and costs a gigabyte per machine.
 
 Low rank: Sarkar et al., "Evolution strategies at the hyperscale", 2025,
 https://arxiv.org/abs/2511.16652: a matrix ``[m, n]`` is perturbed along ``A B^T / sqrt(r)`` with
@@ -12,9 +14,11 @@ instead of ``m n``; every entry still has variance 1.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 
@@ -31,7 +35,7 @@ def pair_noise(
     size: int,
     out: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Standard normal noise of the given pairs, float32 ``[len(pairs), size]``.
+    """Noise of mean 0 and variance 1 of the given pairs, float32 ``[len(pairs), size]``.
 
     Every pair has a Philox key of its own, so the bits of a pair do not depend on which others
     are drawn with it, nor on the rank that draws them. ``out`` is written to, if it is given.
@@ -39,13 +43,25 @@ def pair_noise(
     stream = rng.fold("noise", generation).key & _WORD
     noise = np.empty((len(pairs), size), dtype=np.float32) if out is None else out
     # One generator whose key is set anew: to make one costs as much as a thousand numbers.
-    bits = np.random.Philox(key=stream << 64)
-    generator, state = np.random.Generator(bits), bits.state
+    bits, table = np.random.Philox(key=stream << 64), _quantiles()
+    state = bits.state
     for row, pair in enumerate(pairs):
         state["state"]["key"][0] = pair
         bits.state = state
-        generator.standard_normal(dtype=np.float32, out=noise[row])
+        words = bits.random_raw(-(-size // 4)).astype("<u8", copy=False)
+        # No index is out of range; "wrap" only says not to look for one.
+        np.take(table, words.view("<u2")[:size], out=noise[row], mode="wrap")
     return noise
+
+
+@functools.cache
+def _quantiles() -> np.ndarray:
+    """The middles of 65,536 equally likely parts of the normal distribution, with variance 1."""
+    half = 1 << 15
+    inverse = NormalDist().inv_cdf
+    upper = np.array([inverse((half + i + 0.5) / (2 * half)) for i in range(half)])
+    table = np.concatenate([-upper[::-1], upper])
+    return (table / np.sqrt(np.mean(table**2))).astype(np.float32)
 
 
 def noise_rank(noise: str) -> int:
