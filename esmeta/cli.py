@@ -130,4 +130,4 @@ def _keep_freed_memory() -> None:
     with contextlib.suppress(OSError, AttributeError, TypeError):
         libc = ctypes.CDLL(None)
         libc.mallopt(mmap_threshold, 32 << 20)
-        libc.mallopt(trim_threshold, 1 << 30)
+        libc.mallopt(trim_threshold, 24 << 20)
