@@ -1,12 +1,16 @@
 """The sliced searches against EvoTorch's, on any number of ranks, with failures and options."""
 
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from conftest import environment
+from numpy._core import _multiarray_umath as umath
 from test_openes import (
     Objective,
     RankComm,
@@ -392,3 +396,38 @@ def test_many_members_that_raise_are_a_mistake(limit: float, error: type[Excepti
 def test_bad_options_are_refused(make: str, options: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         MAKE[make](**options)
+
+
+HASHES = """
+import importlib, sys
+import torch
+from esmeta.comm import SelfComm
+from esmeta.rng import Rng
+from esmeta.tree import theta_sha256
+from esmeta.types import Fitness
+class Steps:
+    def fitness(self, params, step):
+        value = -(params.double().abs() * 4).floor().sum(1, keepdim=True)
+        return Fitness(value, torch.ones_like(value, dtype=torch.int64))
+for name in ("openes", "pgpe", "snes", "sepcma"):
+    search = importlib.import_module(f"esmeta.optimizers.{name}").Optimizer(popsize=30, sigma=0.3)
+    state = search.init({"a": torch.full((1, 5, 203), 2.0)}, Rng(0))
+    for _ in range(20):
+        state, _ = search.step(state, Steps(), SelfComm(), Rng(0))
+    print(name, theta_sha256(search.theta(state)))
+"""
+
+
+def test_bits_do_not_depend_on_what_the_processor_offers_numpy() -> None:
+    features = umath.__cpu_features__
+    spare = [name for name in umath.__cpu_dispatch__ if features[name]]
+    if not spare:
+        pytest.skip("this processor has nothing beyond numpy's baseline")
+    hashes = []
+    for disabled in ("", " ".join(spare)):
+        env = environment({"NPY_DISABLE_CPU_FEATURES": disabled})
+        command = [sys.executable, "-c", HASHES]
+        done = subprocess.run(command, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        hashes.append(done.stdout)
+    assert hashes[0] == hashes[1] and len(hashes[0].split()) == 8

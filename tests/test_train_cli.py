@@ -269,7 +269,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.mark.mpi
 @pytest.mark.parametrize(
-    "ranks", [pytest.param(2, marks=pytest.mark.slow), 3, pytest.param(4, marks=pytest.mark.slow)]
+    "ranks", [3, *(pytest.param(ranks, marks=pytest.mark.slow) for ranks in (2, 4, 8))]
 )
 def test_the_same_theta_on_any_number_of_ranks(
     tmp_path: Path, mpirun: Any, alone: dict[str, str], ranks: int
