@@ -61,6 +61,7 @@ def build(config: configs.Config, ranks: int = 1) -> Parts:
     )
     optimizer.check(objective, ranks)
     theta = {k: v.to(device) for k, v in policy.init(seed=config.run.seed).items()}
+    policy.bind(theta)  # kernels for sizes that are new here are compiled before clocks run
     rng = Rng(config.run.seed).fold("optimizer")
     state = optimizer.init(theta, rng)
     return Parts(config, task, policy, objective, optimizer, theta, rng, state)

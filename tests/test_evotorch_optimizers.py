@@ -295,3 +295,16 @@ def test_diverging_search_raises_and_names_the_generation() -> None:
     optimizer = xnes.Optimizer(popsize=4, learning_rate=1e4)
     with pytest.raises(FloatingPointError, match="generation [0-9]+"):
         run(optimizer, Objective(sphere), start(4), 50)
+
+
+def test_adam_is_evotorchs_bit_for_bit() -> None:
+    from evotorch.optimizers import Adam
+
+    from esmeta.optimizers._evotorch_problem import PlainAdam
+
+    options: Any = {"solution_length": 7, "dtype": torch.float32, "stepsize": 0.03}
+    ours, theirs = PlainAdam(**options), Adam(**options)
+    draw = torch.Generator().manual_seed(0)
+    for count in range(50):
+        gradient = torch.randn(7, generator=draw) * 10.0 ** (count % 5 - 2)
+        assert torch.equal(ours.ascent(gradient), theirs.ascent(gradient.clone()))

@@ -58,7 +58,12 @@ def rule(
 ) -> Rule:
     """Pad parameters; ``alpha_t`` and ``write`` (nothing, or A) are transposed ``[P, n, n]``."""
     alpha = None if alpha_t is None else _padded(alpha_t)
-    return Rule(alpha, _plain(kappa), _plain(composite), _padded(write[0]) if write else None)
+    linear = _padded(write[0]) if write else None
+    matrix = alpha if linear is None else linear
+    if matrix is not None:
+        # What is missing is compiled here rather than in the middle of a timed rollout.
+        _cpu_build.function(matrix.shape[1], kappa.shape[1], alpha is not None, bool(write))
+    return Rule(alpha, _plain(kappa), _plain(composite), linear)
 
 
 def run(

@@ -287,22 +287,17 @@ class GaussianSearcher(Searcher):
 
 def dump_ascent(optimizer: Any) -> Tensors:
     """State of the centre's optimizer: Adam's moments, ClipUp's velocity; SGD has none."""
-    from evotorch.optimizers import Adam, ClipUp
+    from evotorch.optimizers import ClipUp
+
+    from esmeta.optimizers._evotorch_problem import PlainAdam
 
     if isinstance(optimizer, ClipUp):
         assert optimizer._velocity is not None
         return {"velocity": optimizer._velocity.clone()}
-    if not isinstance(optimizer, Adam):
+    if not isinstance(optimizer, PlainAdam):
         return {}
-    moments = optimizer._optim.state.get(optimizer._data)
-    if not moments:
-        zeros = torch.zeros_like(optimizer._data)
-        return {"adam_mean": zeros, "adam_square": zeros.clone(), "adam_updates": torch.tensor(0.0)}
-    return {
-        "adam_mean": moments["exp_avg"].clone(),
-        "adam_square": moments["exp_avg_sq"].clone(),
-        "adam_updates": moments["step"].clone(),
-    }
+    names = {"adam_mean": "mean", "adam_square": "square", "adam_updates": "updates"}
+    return {name: getattr(optimizer, field).clone() for name, field in names.items()}
 
 
 def load_ascent(optimizer: Any, tensors: Tensors) -> None:
@@ -310,11 +305,9 @@ def load_ascent(optimizer: Any, tensors: Tensors) -> None:
     if "velocity" in tensors:
         optimizer._velocity = tensors["velocity"].clone()
     if "adam_mean" in tensors:
-        optimizer._optim.state[optimizer._data] = {
-            "step": tensors["adam_updates"].clone(),
-            "exp_avg": tensors["adam_mean"].clone(),
-            "exp_avg_sq": tensors["adam_square"].clone(),
-        }
+        optimizer.mean = tensors["adam_mean"].clone()
+        optimizer.square = tensors["adam_square"].clone()
+        optimizer.updates = tensors["adam_updates"].clone()
 
 
 def check_full_size(size: int, name: str, cure: str) -> None:

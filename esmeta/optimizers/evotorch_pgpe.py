@@ -59,11 +59,12 @@ class Optimizer(EvoTorchOptimizer):
     def _searcher(self, problem: PopulationProblem, center: Tensor) -> Searcher:
         from evotorch.algorithms import PGPE
 
-        from esmeta.optimizers._evotorch_problem import GuardedClipUp
+        from esmeta.optimizers._evotorch_problem import GuardedClipUp, PlainAdam
 
         ascent: Any = self.optimizer
-        if ascent == "clipup":
-            ascent = GuardedClipUp(
+        if ascent != "sgd":
+            kind = GuardedClipUp if ascent == "clipup" else PlainAdam
+            ascent = kind(
                 solution_length=len(center), dtype=center.dtype, stepsize=self.learning_rate
             )
         search = PGPE(
