@@ -26,6 +26,7 @@ from test_openes import (
 )
 from torch import Tensor
 
+from esmeta.errors import UserError
 from esmeta.optimizers import _evotorch, cem, cmaes, evotorch_pgpe, evotorch_snes, xnes
 from esmeta.rng import Rng
 
@@ -61,17 +62,20 @@ def test_reaches_the_optimum(make: Callable[..., Any], value: Callable[[Tensor],
 
 
 @every
-def test_a_weight_penalty_pulls_to_zero(make: Callable[..., Any]) -> None:
-    # -|x - t|^2 - c |x|^2 is best at t / (1 + c).
-    optimizer = make(weight_penalty=1.0)
-    state, _ = run(optimizer, Objective(sphere), start(10), 250)
-    assert (flat_theta(optimizer, state) - target(10) / 2).abs().max() < 0.15
+def test_weight_decay_takes_a_share_of_the_centre(make: Callable[..., Any]) -> None:
+    plain, decayed = make(), make(weight_decay=0.25)
+    free, held = (run(o, Objective(sphere), start(10, 2.0), 1)[0] for o in (plain, decayed))
+    assert torch.equal(flat_theta(decayed, held), flat_theta(plain, free) * 0.75)
+    state, _ = run(make(weight_decay=0.1), Objective(sphere), start(10), 250)
+    assert flat_theta(decayed, state).norm() < 0.95 * target(10).norm()
+    with pytest.raises(UserError, match="below 1"):
+        make(weight_decay=1.0)
 
 
 @every
 @pytest.mark.parametrize("constant", [0.25, math.nan])
 def test_flat_generations_change_nothing(make: Callable[..., Any], constant: float) -> None:
-    optimizer = make(weight_penalty=0.1)
+    optimizer = make(weight_decay=0.1)
     moved, _ = run(optimizer, Objective(sphere), start(6), 3)
     before = optimizer.state_dict(moved)
     nothing = Objective(lambda x: torch.full((len(x),), constant, dtype=torch.float64))

@@ -106,8 +106,8 @@ class EvoTorchOptimizer(ABC):
             ends the run.
         tasks: ``shared`` by the whole generation, or ``per_pair``: every mirrored pair (or single
             member) has its own.
-        weight_penalty: subtracted from a member's fitness, times the sum of its squared
-            parameters (EvoTorch has no weight decay).
+        weight_decay: share of the centre that every update takes away, besides what EvoTorch does
+            (as in AdamW, but without the learning rate); flat generations take nothing.
     """
 
     gradient: ClassVar[bool] = False
@@ -118,7 +118,7 @@ class EvoTorchOptimizer(ABC):
     aggregate: str = "mean"
     failed: Literal["worst", "raise"] = "worst"
     tasks: Literal["shared", "per_pair"] = "shared"
-    weight_penalty: float = 0.0
+    weight_decay: float = 0.0
 
     def __post_init__(self) -> None:
         check_popsize(self.popsize)
@@ -126,7 +126,12 @@ class EvoTorchOptimizer(ABC):
         tail_share(self.aggregate)
         one_of("failed", self.failed, ("worst", "raise"))
         one_of("tasks", self.tasks, ("shared", "per_pair"))
-        non_negative("weight_penalty", self.weight_penalty)
+        non_negative("weight_decay", self.weight_decay)
+        if self.weight_decay >= 1:
+            raise UserError(
+                f"weight_decay = {self.weight_decay!r}: must be below 1, the share of the centre "
+                "that is taken away per generation; write for example 0.001"
+            )
 
     @abstractmethod
     def _searcher(self, problem: PopulationProblem, center: Tensor) -> Searcher: ...
@@ -156,12 +161,10 @@ class EvoTorchOptimizer(ABC):
         sigma = searcher.sigma()
         searcher.sample(problem)
         assert problem.scores is not None
-        fitness = problem.scores.fitness
-        # A generation without information stays one.
-        if self.weight_penalty and utilities(fitness, "centered").any():
-            fitness = fitness - self.weight_penalty * problem.square_norms
-        moved = searcher.update(fitness)
+        moved = searcher.update(problem.scores.fitness)
         tensors = searcher.dump()
+        if moved and self.weight_decay:
+            tensors["center"] = tensors["center"] * (1 - self.weight_decay)
         if not all(bool(torch.isfinite(value).all()) for value in tensors.values()):
             raise FloatingPointError(
                 f"the search is not finite after generation {state.generation}; "

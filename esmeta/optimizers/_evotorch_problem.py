@@ -109,7 +109,6 @@ class PopulationProblem(Problem):
         self.watch = Stopwatch()
         self.scoring = Scoring()
         self.sharing = 0
-        self.square_norms = torch.empty(0)
         self.scores: Scores | None = None
         self.interactions = 0
         self.episodes = 0
@@ -174,7 +173,6 @@ class PopulationProblem(Problem):
             self.watch.evaluate_s += self.watch.now() - begin
         table = gather_scores(rows, list(owned), self.comm, self.watch)
         self.scores = scores = self.scoring.scores(*table, self.generation)
-        self.square_norms = values.double().square().sum(dim=1)
         self.generation += 1
         self.interactions += scores.env_steps
         self.episodes += scores.returns.numel()
