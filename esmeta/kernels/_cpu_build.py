@@ -23,7 +23,9 @@ import llvmlite.binding as llvm
 
 _SOURCE = Path(__file__).with_name("_cpu_code.py")
 _NAME = "esmeta_plastic"
-# The address of a result and of an exception that never come, 14 arrays, 8 numbers.
+# Every call writes "no result" and "no exception" here, so it has to stay.
+_NOWHERE = ctypes.create_string_buffer(16)
+# Addresses of the result, the exception and 14 arrays, 8 numbers.
 _PROTOTYPE = ctypes.CFUNCTYPE(ctypes.c_int32, *[ctypes.c_void_p] * 16, *[ctypes.c_int64] * 8)
 _ENGINES: list[llvm.ExecutionEngine] = []
 
@@ -40,8 +42,7 @@ def function(neurons: int, depth: int, alpha: bool, linear: bool) -> Callable[..
     engine.finalize_object()
     _ENGINES.append(engine)  # the code lives as long as its engine
     call = _PROTOTYPE(engine.get_function_address(_NAME))
-    nowhere = ctypes.create_string_buffer(16)
-    return functools.partial(call, ctypes.addressof(nowhere), ctypes.addressof(nowhere) + 8)
+    return functools.partial(call, ctypes.addressof(_NOWHERE), ctypes.addressof(_NOWHERE) + 8)
 
 
 def _machine_code(*size: int) -> bytes:
