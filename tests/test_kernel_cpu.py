@@ -1,5 +1,6 @@
 """The compiled CPU kernel: accuracy in float32, what it does with bad numbers, threads, layouts."""
 
+import ctypes
 import math
 import os
 import subprocess
@@ -8,7 +9,7 @@ import sys
 import pytest
 import torch
 from conftest import environment
-from numba import njit
+from numba import cfunc, njit
 from test_kernels import Case, backward, relative_error
 
 from esmeta.kernels import (
@@ -201,3 +202,27 @@ def test_the_cache_lies_where_it_can_be_written(tmp_path, monkeypatch):
     assert folder() == tmp_path / "user" / "esmeta"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert folder().is_dir() and not list(folder().iterdir())
+
+
+@pytest.mark.parametrize(("variant", "n", "S"), [("base", 5, 2), ("linear", 9, 3)])
+def test_no_index_is_out_of_bounds(variant, n, S, monkeypatch):
+    case = Case(variant, 2, 5, n, S, T=4, dtype=torch.float32, per_trial=True)
+    case.new_trial[1, 0, 4] = True
+    case.require_grad()
+    plain = [*case.scan(store_every=3), *backward(case.scan(store_every=3), case.inputs)]
+    unlinked = _cpu_code._function(n, S, True, variant == "linear")
+    checked = cfunc(_cpu_code.signature(), boundscheck=True, error_model="numpy")(unlinked)
+    plainly = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * 14, *[ctypes.c_int64] * 8)
+    call = plainly(checked.address)
+    monkeypatch.setattr(_cpu_build, "function", lambda *size: call)
+    errors = []
+    monkeypatch.setattr(sys, "unraisablehook", errors.append)
+    results = [*case.scan(store_every=3), *backward(case.scan(store_every=3), case.inputs)]
+    assert not errors
+    for got, want in zip(results, plain, strict=True):
+        assert relative_error(got, want) < 1e-5
+    # The same code with one trial too many does go out of bounds, and says so.
+    one_more = lambda *a: call(*a[:-1], a[-1] + 1)  # noqa: E731
+    monkeypatch.setattr(_cpu_build, "function", lambda *size: one_more)
+    case.scan()
+    assert "out of bounds" in str(errors[0].exc_value)

@@ -289,13 +289,17 @@ def _write(n, m, rounds, fade, pre, gains, t, alpha_t, old, new):
             _write_four(n, m, 4 * g, _ONE, pre, gains, t, alpha_t, new, new)
 
 
+def signature() -> types.Type:
+    """Types of the arguments of ``_function``: 14 arrays, 8 numbers."""
+    number = types.CPointer(types.float32)
+    pointers = [number] * 3 + [types.CPointer(types.uint8)] + [number] * 10
+    return types.void(*pointers, *[types.int64] * 8)
+
+
 def machine_code(neurons: int, depth: int, alpha: bool, linear: bool) -> bytes:
     """An object file for this machine that defines ``NAME``."""
-    number, count = types.CPointer(types.float32), types.int64
-    pointers = [number] * 3 + [types.CPointer(types.uint8)] + [number] * 10
-    signature = types.void(*pointers, *[count] * 8)
     options = {"fastmath": {"contract"}, "error_model": "numpy"}
-    compiled = cfunc(signature, **options)(_function(neurons, depth, alpha, linear))
+    compiled = cfunc(signature(), **options)(_function(neurons, depth, alpha, linear))
     # Under the wrapper for C callers, which needs the interpreter, lies the function itself.
     module = llvm.parse_assembly(compiled.inspect_llvm())
     inner = module.get_function(compiled.native_name.removeprefix("cfunc."))
