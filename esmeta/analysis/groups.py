@@ -68,8 +68,9 @@ class Group:
     @property
     def task(self) -> str:
         """The task with all its options: only groups with the same one can be compared."""
-        # Trials per step and mirrored twins change the noise of training, not what is learned.
-        noise = ("trials", "mirrored")
+        # Trials per step and mirrored twins change the noise of training, not what is learned, and
+        # a forfeit counts only for agents that do not finish.
+        noise = ("trials", "mirrored", "forfeit")
         table = {k: v for k, v in self.runs[0].tables["task"].items() if k not in noise}
         return json.dumps(table, sort_keys=True)
 
