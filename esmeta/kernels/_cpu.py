@@ -10,6 +10,7 @@ same order wherever it stands in the batch, so bits depend neither on the batch 
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -44,13 +45,13 @@ class Result(NamedTuple):
     """``y`` ``[T, P, B, n]``, transposed fast weights ``[P, B, n, n]``, and what a gradient needs.
 
     ``reads`` ``[T, S, P, B, n]`` are the values of tanh, ``checkpoints`` ``[K, P, B, n, n]`` every
-    k-th fast weights before their reset; both are empty unless asked for.
+    k-th fast weights before their reset; both are None unless asked for.
     """
 
     y: Tensor
     w_t: Tensor
-    reads: Tensor
-    checkpoints: Tensor
+    reads: Tensor | None
+    checkpoints: Tensor | None
 
 
 def rule(
@@ -84,9 +85,10 @@ def run(
     depth = k.kappa.shape[1]
     x, first = _plain(x), _padded(w_t)
     y, last = torch.empty_like(x), torch.empty_like(first)
-    kept = steps if every else 0
-    reads = x.new_empty(kept, depth, population, batch, neurons)
-    checkpoints = first.new_empty(-(-kept // every) if every else 0, *first.shape)
+    reads = checkpoints = None
+    if every:
+        reads = x.new_empty(steps, depth, population, batch, neurons)
+        checkpoints = first.new_empty(-(-steps // every), *first.shape)
     start = None if start_t is None or reset is None else _padded(start_t)
     mask = None if start is None or reset is None else _plain(reset)
     # Without alpha the write is times one, by the same code.
@@ -102,18 +104,36 @@ def run(
         max(every, 1),
     )
     call = _cpu_build.function(neurons, depth, k.alpha is not None, k.write is not None)
-    columns, room = first.shape[-1], depth + 4
+    columns = first.shape[-1]
 
     def part(low: int, high: int) -> None:
-        scratch = x.new_zeros(2 * room + 3, _TRIALS, columns)
-        gains = x.new_zeros(room, columns)
+        scratch, gains = _SPACE.of(depth, columns)
         call(*addresses, scratch.data_ptr(), gains.data_ptr(), *sizes, low, high)
 
     blocks = population * -(-batch // _TRIALS)
     work = steps * population * batch * neurons**2 * (2 * depth + 2)
     threads = min(torch.get_num_threads(), blocks, max(1, work // _THREAD_WORK))
     _in_threads(part, blocks, threads)
-    return Result(y, last[..., :neurons], reads, checkpoints[..., :neurons])
+    if checkpoints is not None:
+        checkpoints = checkpoints[..., :neurons]
+    return Result(y, last[..., :neurons], reads, checkpoints)
+
+
+class _Space(threading.local):
+    """Work space of a thread by (S, m); the function leaves zeros where it counts on them."""
+
+    def __init__(self) -> None:
+        self.made: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+
+    def of(self, depth: int, columns: int) -> tuple[Tensor, Tensor]:
+        if (depth, columns) not in self.made:
+            room = depth + 4
+            scratch = torch.zeros(2 * room + 3, _TRIALS, columns)
+            self.made[depth, columns] = (scratch, torch.zeros(room, columns))
+        return self.made[depth, columns]
+
+
+_SPACE = _Space()
 
 
 def _address(tensor: Tensor | None) -> int:

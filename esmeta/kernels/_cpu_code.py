@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import llvmlite.binding as llvm
 import numpy as np
@@ -289,7 +290,7 @@ def _write(n, m, rounds, fade, pre, gains, t, alpha_t, old, new):
             _write_four(n, m, 4 * g, _ONE, pre, gains, t, alpha_t, new, new)
 
 
-def signature() -> types.Type:
+def signature() -> Any:
     """Types of the arguments of ``_function``: 14 arrays, 8 numbers."""
     number = types.CPointer(types.float32)
     pointers = [number] * 3 + [types.CPointer(types.uint8)] + [number] * 10

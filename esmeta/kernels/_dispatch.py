@@ -143,8 +143,10 @@ def _forward(folded: Folded) -> Forward:
     ) -> tuple[Tensor, Tensor, Kept]:
         reset = None if plan.mask is None else plan.mask[..., 0, 0]
         result = _cpu.run(rule, w_t, x, start_t, reset, plan.every if keep else 0)
-        kept = Kept(result.checkpoints.unbind(0), result.reads.flatten(0, 1).unbind(0))
-        return result.y, result.w_t, kept
+        if result.reads is None or result.checkpoints is None:
+            return result.y, result.w_t, Kept((), ())
+        reads = result.reads.flatten(0, 1).unbind(0)
+        return result.y, result.w_t, Kept(result.checkpoints.unbind(0), reads)
 
     return forward
 
