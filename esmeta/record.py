@@ -371,17 +371,7 @@ class NullRun:
     def save_best(self, step: int, theta: Params, score: float) -> None:
         """Nothing."""
 
-    def finish(
-        self,
-        step: int,
-        theta: Params,
-        *,
-        env_steps: int,
-        ranks: int,
-        stopped_by: str,
-        idle: Sequence[float] = (),
-        memory: str = "",
-    ) -> None:
+    def finish(self, step: int, theta: Params, **facts: Any) -> None:
         """Nothing."""
 
     def close(self) -> None:
