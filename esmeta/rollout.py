@@ -188,6 +188,7 @@ def rollout(
         active = torch.ones_like(ts.new_trial)
     if watch is not None:
         watch(env_state)
+    ours = False  # whether the memory was made here, so that nobody else reads it
     last = policy.spec.horizon if until is None else min(until, policy.spec.horizon)
     while t < last:
         # Asked by the step's own number, so that windows stop where the whole trial would.
@@ -195,7 +196,8 @@ def rollout(
             break
         if intervene is not None:
             state, ts = intervene(state, ts)
-        out, state = policy.step_bound(bound, state, ts, t)
+        out, state = policy.step_bound(bound, state, ts, t, in_place=ours)
+        ours = intervene is None
         action = act(out, noise[t])
         env_state, after = env.step(env_state, action)
         if watch is not None:

@@ -181,8 +181,10 @@ class Memory(Protocol):
         """The state with every trial marked in ``new_trial [P, B]`` started anew."""
         ...
 
-    def step(self, prepared: Any, state: State, x: Tensor) -> tuple[Tensor, State]:
-        """One step: ``x [P, B, n]`` to output ``[P, B, size]``."""
+    def step(
+        self, prepared: Any, state: State, x: Tensor, *, in_place: bool = False
+    ) -> tuple[Tensor, State]:
+        """One step: ``x [P, B, n]`` to output ``[P, B, size]``; may overwrite ``state`` if told."""
         ...
 
     def scan(

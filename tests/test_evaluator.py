@@ -229,6 +229,36 @@ def test_interventions_reach_the_loop() -> None:
     assert not torch.equal(plain.returns, evaluator(params, intervene=blind).returns)
 
 
+def test_only_memory_that_the_rollout_made_is_overwritten() -> None:
+    evaluator, params = make("bandit", "metods-base")
+    policy, (tasks, rng) = evaluator.policy, evaluator.trial_set(torch.arange(8), 0, "train")
+    plastic, places = policy.memory, []
+    step = plastic.step
+
+    def watched(prepared: Any, state: Any, x: Tensor, **options: Any) -> Any:
+        y, state = step(prepared, state, x, **options)
+        places.append(state["W"].data_ptr())
+        return y, state
+
+    plastic.step = watched  # type: ignore[method-assign]
+    kept = []
+
+    def keep(state: Any, ts: Any) -> Any:
+        kept.append((state["W"], state["W"].clone()))
+        return state, ts
+
+    for intervene in (None, keep):
+        with torch.no_grad():
+            begin = loop.start(policy, params, evaluator.env, tasks, rng)
+            first = begin.state["W"].clone()
+            collector = loop.Returns(POPULATION, 8, "cpu")
+            loop.rollout(policy, evaluator.env, begin, collector, intervene=intervene)
+        assert torch.equal(begin.state["W"], first)
+        if intervene is None:
+            assert len(places) > 5 and len(set(places)) == 1
+    assert len(kept) > 5 and all(torch.equal(W, then) for W, then in kept)
+
+
 def test_bad_requests_say_value_and_cure() -> None:
     task, policy = make_task("bandit"), make_policy("mlp", make_task("bandit").spec)
     with pytest.raises(ValueError, match="trials = 0.*at least 1"):

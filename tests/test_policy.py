@@ -302,7 +302,7 @@ def test_squashed_embedding_and_learned_std() -> None:
     ts = recording(CONTINUOUS, 1, 1, 4)
     seen = {}
     step = policy.memory.step
-    policy.memory.step = lambda p, s, x: seen.update(x=x) or step(p, s, x)  # type: ignore
+    policy.memory.step = lambda p, s, x, **kw: seen.update(x=x) or step(p, s, x)  # type: ignore
     policy.step(big, policy.initial_state(big, 4), row(ts, 0))
     assert 0.9 < float(seen["x"].abs().max()) <= 1.0
 

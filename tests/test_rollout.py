@@ -32,7 +32,13 @@ class FakePolicy:
         return "bound"
 
     def step_bound(
-        self, bound: Any, state: dict[str, Tensor], ts: TimeStep, t: int
+        self,
+        bound: Any,
+        state: dict[str, Tensor],
+        ts: TimeStep,
+        t: int,
+        *,
+        in_place: bool = False,
     ) -> tuple[PolicyOut, dict[str, Tensor]]:
         self.tape.append(("policy", bound, t, int(state["count"][0, 0]), float(ts.obs[0, 0, 0])))
         out = PolicyOut(torch.full((1, ts.reward.shape[1], 2), float(t)), None, None, None)

@@ -13,6 +13,9 @@ from esmeta.kernels._recurrence import Folded, constants, fold
 from esmeta.kernels._scan import CheckpointedScan, Forward, Kept, Plan, run
 from esmeta.kernels._shapes import VARIANTS, Rule, as_rule, check_state
 
+_STEP = Plan(1, None, [False])
+_STEP_IN_PLACE = _STEP._replace(in_place=True)
+
 
 class Prepared(NamedTuple):
     """Parameters ready for many steps: ``folded`` for gradients, ``forward`` to compute with."""
@@ -32,19 +35,24 @@ def prepare(
     return _prepare(as_rule(alpha, kappa, beta, write))
 
 
-def step_prepared(prepared: Prepared, W: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def step_prepared(
+    prepared: Prepared, W: Tensor, v: Tensor, *, in_place: bool = False
+) -> tuple[Tensor, Tensor]:
     """One plastic step, ``plastic_step`` with the result of ``prepare``.
 
     Args:
         prepared: result of ``prepare``.
         W: fast weights ``[P, B, n, n]``.
         v: embedded input ``[P, B, n]``.
+        in_place: whether W may be overwritten, for who needs it no more; the same bits with half
+            the memory. Where a gradient is asked for, W is kept all the same.
 
     Returns:
         v^(S) ``[P, B, n]`` and W^(S) ``[P, B, n, n]``. W^(S) is a transposed view: the next step
         is fastest when it gets it as it is; call ``contiguous`` where a row-major matrix is needed.
     """
-    y, w_t = _steps(prepared, Plan(1, None, [False]), W.mT, v.unsqueeze(0), None)
+    plan = _STEP_IN_PLACE if in_place else _STEP
+    y, w_t = _steps(prepared, plan, W.mT, v.unsqueeze(0), None)
     return y[0], w_t.mT
 
 
@@ -142,7 +150,8 @@ def _forward(folded: Folded) -> Forward:
         plan: Plan, w_t: Tensor, x: Tensor, start_t: Tensor | None, keep: bool
     ) -> tuple[Tensor, Tensor, Kept]:
         reset = None if plan.mask is None else plan.mask[..., 0, 0]
-        result = _cpu.run(rule, w_t, x, start_t, reset, plan.every if keep else 0)
+        every, in_place = (plan.every, False) if keep else (0, plan.in_place)
+        result = _cpu.run(rule, w_t, x, start_t, reset, every, in_place)
         if result.reads is None or result.checkpoints is None:
             return result.y, result.w_t, Kept((), ())
         reads = result.reads.flatten(0, 1).unbind(0)
@@ -155,10 +164,11 @@ def _steps(
     prepared: Prepared, plan: Plan, w_t: Tensor, x: Tensor, start_t: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Steps from transposed fast weights, through the adjoint where a gradient is asked for."""
+    if not torch.is_grad_enabled():
+        return prepared.forward(plan, w_t, x, start_t, False)[:2]
     folded = prepared.folded
     arguments = (folded.kappa, folded.composite, folded.alpha_t, *folded.write)
-    floats = (w_t, x, start_t, *arguments)
-    if torch.is_grad_enabled() and any(f is not None and f.requires_grad for f in floats):
+    if any(f is not None and f.requires_grad for f in (w_t, x, start_t, *arguments)):
         return CheckpointedScan.apply(prepared.forward, plan, w_t, x, start_t, *arguments)
     with torch.no_grad():
         return prepared.forward(plan, w_t, x, start_t, False)[:2]

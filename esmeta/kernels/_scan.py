@@ -22,12 +22,13 @@ class Plan(NamedTuple):
     """What is not differentiated: checkpoint spacing, and where fast weights start afresh.
 
     ``mask`` is bool ``[T, P, B, 1, 1]`` or None; ``resets[t]`` says on the host whether step t
-    resets any trial.
+    resets any trial. ``in_place`` allows to overwrite the fast weights that come in.
     """
 
     every: int
     mask: Tensor | None
     resets: list[bool]
+    in_place: bool = False
 
 
 class Kept(NamedTuple):
@@ -102,7 +103,7 @@ class CheckpointedScan(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: _Context, grad_y: Tensor, grad_w: Tensor) -> tuple[Tensor | None, ...]:
         """Sweep the segments from the last to the first."""
-        every, mask, resets = ctx.plan
+        every, mask, resets, _ = ctx.plan
         inputs = ctx.inputs
         x, start_t, *folded = ctx.saved_tensors[:inputs]
         depth = folded[0].shape[1]

@@ -167,12 +167,15 @@ class Policy:
         return PolicyOut(None, raw, torch.full_like(raw[..., :1], self.config.std_value), value)
 
     def step_bound(
-        self, bound: Bound, state: State, ts: TimeStep, t: int = 0
+        self, bound: Bound, state: State, ts: TimeStep, t: int = 0, *, in_place: bool = False
     ) -> tuple[PolicyOut, State]:
-        """One step with prepared parameters, inside a trial (``new_trial`` is not looked at)."""
+        """One step with prepared parameters, inside a trial (``new_trial`` is not looked at).
+
+        ``in_place`` says that ``state`` may be overwritten: the same bits, less memory.
+        """
         x = self.inputs(ts, t, bound.embed[0][0])
         x = apply_mlp(bound.embed, x, squash=self._squash)
-        y, state = self.memory.step(bound.memory, state, x)
+        y, state = self.memory.step(bound.memory, state, x, in_place=in_place)
         return self.heads(bound, y), state
 
     def step(

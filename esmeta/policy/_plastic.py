@@ -124,8 +124,10 @@ class Plastic:
         start = self._start(prepared, state)
         return state | {"W": torch.where(new_trial[..., None, None], start, state["W"])}
 
-    def step(self, prepared: _Prepared, state: State, x: Tensor) -> tuple[Tensor, State]:
-        y, fast = kernels.step_prepared(prepared.rule, state["W"], x)
+    def step(
+        self, prepared: _Prepared, state: State, x: Tensor, *, in_place: bool = False
+    ) -> tuple[Tensor, State]:
+        y, fast = kernels.step_prepared(prepared.rule, state["W"], x, in_place=in_place)
         return y, state | {"W": fast}
 
     def scan(

@@ -112,7 +112,9 @@ class Gru:
         candidate = torch.tanh(torch.addcmul(gates[..., 2 * n :], reset, hidden[..., 2 * n :]))
         return torch.lerp(candidate, h, update)
 
-    def step(self, prepared: _Prepared, state: State, x: Tensor) -> tuple[Tensor, State]:
+    def step(
+        self, prepared: _Prepared, state: State, x: Tensor, *, in_place: bool = False
+    ) -> tuple[Tensor, State]:
         gates = apply_linear(x, prepared.input_weight, prepared.input_bias)
         h = self._cell(prepared, gates, state["h"])
         return h, {"h": h}
@@ -164,7 +166,9 @@ class Lstm:
         c = torch.addcmul(write, three[..., n : 2 * n], state["c"])
         return {"h": three[..., 2 * n :] * torch.tanh(c), "c": c}
 
-    def step(self, prepared: _Prepared, state: State, x: Tensor) -> tuple[Tensor, State]:
+    def step(
+        self, prepared: _Prepared, state: State, x: Tensor, *, in_place: bool = False
+    ) -> tuple[Tensor, State]:
         gates = apply_linear(x, prepared.input_weight, prepared.input_bias)
         state = self._cell(prepared, gates, state)
         return state["h"], state
@@ -202,7 +206,9 @@ class Feedforward:
     def reset(self, prepared: None, state: State, new_trial: Tensor) -> State:
         return state
 
-    def step(self, prepared: None, state: State, x: Tensor) -> tuple[Tensor, State]:
+    def step(
+        self, prepared: None, state: State, x: Tensor, *, in_place: bool = False
+    ) -> tuple[Tensor, State]:
         return torch.tanh(x), state
 
     def scan(

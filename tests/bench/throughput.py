@@ -144,7 +144,9 @@ class NaiveMemory:
     def prepare(self, params: Params) -> Params:
         return params
 
-    def step(self, params: Params, state: State, x: Tensor) -> tuple[Tensor, State]:
+    def step(
+        self, params: Params, state: State, x: Tensor, *, in_place: bool = False
+    ) -> tuple[Tensor, State]:
         rule = (params["alpha"], params["kappa"], params["beta"])
         y, fast = kernels.plastic_reference(state["W"], x, *rule)
         return y, {"W": fast}
@@ -162,7 +164,7 @@ def naive_policy(policy: Policy, compiled: bool = False) -> Policy:
 
         fast = torch.compile(step, dynamic=False)
         # The step number is no input of these policies, and a changing int would recompile.
-        naive.step_bound = lambda bound, state, ts, t=0: fast(bound, state, ts)
+        naive.step_bound = lambda bound, state, ts, t=0, **_: fast(bound, state, ts)
     return naive
 
 

@@ -1,0 +1,349 @@
+"""The plastic recurrence for one size, as LLVM instructions: steps and scans, float32.
+
+Sums stay in registers: a product takes four trials at once where they share a matrix, and every
+sum runs in two chains (even and odd rows) whatever the machine, so that bits do not depend on the
+width of its vectors. The function allocates nothing, calls nothing and holds no constants, so that
+its code runs wherever it is put.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from llvmlite import ir
+from writer import F32, I8, I64, PTR, Piece, Writer, pieces, tiles
+
+LANES = 8
+"""Rows of matrices are padded to a multiple of this many columns."""
+TRIALS = 4
+"""Trials that are run together."""
+POINTERS = "first x start mask alpha kappa composite write y last reads kept constants".split()
+SIZES = ("steps", "population", "batch", "starts", "keep", "every")
+"""The table that the function gets: addresses of POINTERS, then SIZES, 64 bits each.
+
+``starts`` is the second axis of ``start`` (0: no resets); ``keep`` 1 stores what a gradient needs;
+shapes as in ``_cpu.run``, whose ``_CONSTANTS`` are the ``constants``.
+"""
+_ROWS = 4  # rows that are written together
+# A matrix beyond this many numbers is fetched early, so far ahead: the first cache cannot hold it.
+_FETCH_SIZE, _AHEAD = 4096, 512
+
+
+class Machine(NamedTuple):
+    """Vector registers of a processor: float32 ``lanes`` of each, and how many there are."""
+
+    lanes: int
+    registers: int
+
+
+class Forward:
+    """The function for one size.
+
+    Scratch is ``[post S+1][pre S][z][query]`` of ``[4, m]`` each, then ``gains [S, m]``; what lies
+    beyond n columns is and stays 0.
+    """
+
+    def __init__(
+        self,
+        function: ir.Function,
+        neurons: int,
+        depth: int,
+        alpha: bool,
+        linear: bool,
+        on: Machine,
+    ) -> None:
+        self.w = Writer(function)
+        self.n, self.m, self.depth = neurons, -(-neurons // LANES) * LANES, depth
+        self.alpha, self.linear, self.on = alpha, linear, on
+        self.columns = pieces(self.m, on.lanes)
+        self.size = self.n * self.m
+        table, self.low, self.high = function.args
+        names = (*POINTERS, *SIZES)
+        self.of = {
+            name: self.w.b.load(
+                self.w.at(table, k, I64), typ=PTR if name in POINTERS else I64, align=8
+            )
+            for k, name in enumerate(names)
+        }
+        self.block = TRIALS * self.m
+        count = (2 * depth + 3) * self.block + -(-depth * self.m // 16) * 16
+        self.scratch = self.w.room(F32, count)
+        self.now = self.w.room(PTR)
+        with self.w.loop(0, count // 16) as i:
+            self.w.store(self.w.zero(16), self.scratch, self.w.mul(i, 16))
+
+    def post(self, s: Any) -> Any:
+        return self.w.at(self.scratch, self.w.mul(s, self.block))
+
+    def pre(self, s: Any) -> Any:
+        return self.post(self.w.add(self.depth + 1, s)) if self.linear else self.post(s)
+
+    @property
+    def z(self) -> Any:
+        return self.post(2 * self.depth + 1)
+
+    @property
+    def query(self) -> Any:
+        return self.post(2 * self.depth + 2)
+
+    @property
+    def gains(self) -> Any:
+        return self.post(2 * self.depth + 3)
+
+    def run(self) -> None:
+        """Blocks ``low`` to ``high`` of four trials, each through all steps."""
+        w, of = self.w, self.of
+        groups = w.b.sdiv(w.add(of["batch"], TRIALS - 1), w.whole(TRIALS))
+        with w.loop(self.low, self.high) as block:
+            p, first = w.b.sdiv(block, groups), w.mul(w.b.srem(block, groups), TRIALS)
+            there = w.least(w.whole(TRIALS), w.b.sub(of["batch"], first))
+            # A block that is not full computes its last trial again.
+            inside = [w.least(w.whole(t), w.b.sub(there, w.whole(1))) for t in range(TRIALS)]
+            trials = [w.add(w.mul(p, of["batch"]), first, t) for t in inside]
+            with w.loop(0, of["steps"]) as step:
+                self._step(p, first, there, trials, step)
+        w.b.ret_void()
+
+    def _step(self, p: Any, first: Any, there: Any, trials: list[Any], step: Any) -> None:
+        w, of, depth = self.w, self.of, self.depth
+        total = w.mul(of["population"], of["batch"])
+        row = w.mul(step, total)
+        fresh = w.b.icmp_signed("==", step, w.whole(0))  # still in the matrices that came in
+        w.b.store(w.b.select(fresh, of["first"], of["last"]), self.now)
+        keep = w.b.icmp_signed("!=", of["keep"], w.whole(0))
+        due = w.b.icmp_signed("==", w.b.srem(step, of["every"]), w.whole(0))
+        with w.b.if_then(w.b.and_(keep, due)), w.loop(0, there) as t:
+            trial = w.add(trials[0], t)
+            place = w.add(w.mul(w.b.sdiv(step, of["every"]), total), trial)
+            self._copy(self._matrix(self._source(), trial), self._matrix(of["kept"], place))
+        with w.b.if_then(w.b.icmp_signed("!=", of["starts"], w.whole(0))):
+            self._restart(p, first, there, trials, row)
+        for t, trial in enumerate(trials):
+            source = w.at(of["x"], w.mul(w.add(row, trial), self.n))
+            w.copy(self.n, source, w.at(self.post(0), t * self.m))
+        now = self._source()
+        kappa = w.at(of["kappa"], w.mul(p, depth * (depth + 1)))
+        composite = w.at(of["composite"], w.mul(p, (depth + 1) ** 2))
+        alpha = w.at(of["alpha"], w.mul(p, self.size)) if self.alpha else None
+        for s in range(1, depth + 1):
+            self._round(
+                s, p, [self._matrix(now, trial) for trial in trials], kappa, composite, alpha
+            )
+            with w.b.if_then(keep), w.loop(0, there) as t:
+                place = w.add(w.mul(w.add(w.mul(step, depth), s - 1), total), trials[0], t)
+                source = w.at(self.z, w.mul(t, self.m))
+                w.copy(self.n, source, w.at(of["reads"], w.mul(place, self.n)))
+        with w.loop(0, there) as t:
+            trial, offset = w.add(trials[0], t), w.mul(t, self.m)
+            target = w.at(of["y"], w.mul(w.add(row, trial), self.n))
+            w.copy(self.n, w.at(self.post(depth), offset), target)
+            old, new = self._matrix(now, trial), self._matrix(of["last"], trial)
+            self._write(offset, w.at(composite, depth * (depth + 1)), alpha, old, new)
+
+    def _source(self) -> Any:
+        return self.w.b.load(self.now, typ=PTR)
+
+    def _matrix(self, base: Any, trial: Any) -> Any:
+        return self.w.at(base, self.w.mul(trial, self.size))
+
+    def _copy(self, source: Any, target: Any) -> None:
+        with self.w.loop(0, self.n) as i:
+            row = self.w.mul(i, self.m)
+            self.w.copy(self.m, self.w.at(source, row), self.w.at(target, row))
+
+    def _restart(self, p: Any, first: Any, there: Any, trials: list[Any], row: Any) -> None:
+        """Put the matrices of a block into ``last``, started afresh where the mask is set."""
+        w, of = self.w, self.of
+        hit = ir.Constant(I8, 0)
+        for trial in trials:
+            hit = w.b.or_(hit, w.b.load(w.at(of["mask"], w.add(row, trial), I8), typ=I8))
+        now = self._source()
+        with w.b.if_then(w.b.icmp_signed("!=", hit, ir.Constant(I8, 0))):
+            with w.loop(0, there) as t:
+                trial = w.add(trials[0], t)
+                mark = w.b.load(w.at(of["mask"], w.add(row, trial), I8), typ=I8)
+                own = w.least(w.add(first, t), w.b.sub(of["starts"], w.whole(1)))
+                fresh = self._matrix(of["start"], w.add(w.mul(p, of["starts"]), own))
+                marked = w.b.icmp_signed("!=", mark, ir.Constant(I8, 0))
+                source = w.b.select(marked, fresh, self._matrix(now, trial))
+                self._copy(source, self._matrix(of["last"], trial))
+            w.b.store(of["last"], self.now)
+
+    def _round(
+        self, s: int, p: Any, now: list[Any], kappa: Any, composite: Any, alpha: Any
+    ) -> None:
+        """From V_{s-1} to V_s for all trials of a block."""
+        w, depth = self.w, self.depth
+        if self.linear:
+            matrix = w.at(self.of["write"], w.mul(p, self.size))
+            self._product(
+                self.post(s - 1), matrix, lambda at, total: w.store(total, self.pre(s - 1), at)
+            )
+        row = w.at(composite, (s - 1) * (depth + 1))  # b_{s-1}, c_{s-1,0}, ..
+        self._read(self.post(s - 1), now, row if s > 1 else None)
+        if s > 1:
+            with w.loop(0, s - 1) as before:
+                correct = self._correct if self.alpha else self._correct_alike
+                correct(s, before, w.at(row, w.add(before, 1)), alpha)
+        row = w.at(kappa, (s - 1) * (depth + 1))
+        with w.loop(0, self.block // 16) as k:
+            i = w.mul(k, 16)
+            tanh = self._tanh(w.load(self.z, i, 16))
+            w.store(tanh, self.z, i)
+            total = w.b.fmul(w.copies(row, s, 16), tanh)
+            for before in range(s):
+                total = w.fma(w.copies(row, before, 16), w.load(self.post(before), i, 16), total)
+            w.store(total, self.post(s), i)
+
+    def _read(self, rows: Any, matrices: list[Any], scale: Any) -> None:
+        """``z[t] = scale rows[t] @ matrices[t]``."""
+        w, most = self.w, (self.on.registers - 8) // 2
+        for tile in tiles(self.columns, most):
+            together = max(k for k in (1, 2, 4) if k == 1 or k * len(tile) <= most)
+            for low in range(0, TRIALS, together):
+                trials = range(low, low + together)
+                own = [w.at(rows, t * self.m) for t in trials]
+                sums = self._sums(own, [matrices[t] for t in trials], tile)
+                for t, values in zip(trials, sums, strict=True):
+                    for (offset, width), value in zip(tile, values, strict=True):
+                        scaled = (
+                            value if scale is None else w.b.fmul(w.copies(scale, 0, width), value)
+                        )
+                        w.store(scaled, self.z, t * self.m + offset)
+
+    def _product(self, rows: Any, matrix: Any, take: Callable[[int, Any], None]) -> None:
+        """Hand ``take`` the place in ``[4, m]`` and value of all parts of ``rows @ matrix``."""
+        own = [self.w.at(rows, t * self.m) for t in range(TRIALS)]
+        for tile in tiles(self.columns, (self.on.registers - 8) // (2 * TRIALS)):
+            for t, values in enumerate(self._sums(own, [matrix], tile)):
+                for (offset, _), value in zip(tile, values, strict=True):
+                    take(t * self.m + offset, value)
+
+    def _sums(self, rows: list[Any], matrices: list[Any], tile: Sequence[Piece]) -> list[list[Any]]:
+        """``rows[t] @ matrices[t]`` on a tile of columns; a single matrix is that of all rows."""
+        w, count = self.w, len(rows) * len(tile)
+        far = len(matrices) == len(rows) and self.size > _FETCH_SIZE
+
+        def two_rows(pair: Any, sums: list[Any]) -> list[Any]:
+            result = []
+            for odd in range(2):
+                i = w.add(w.mul(pair, 2), odd)
+                result += one_row(i, sums[odd * count : (odd + 1) * count])
+            return result
+
+        def one_row(i: Any, sums: list[Any]) -> list[Any]:
+            start = w.mul(i, self.m)
+            if far:
+                for matrix in matrices:
+                    for at, _ in tile:
+                        w.prefetch(matrix, w.add(start, at, _AHEAD))
+            loaded = [[w.load(x, w.add(start, o), width) for o, width in tile] for x in matrices]
+            result = []
+            for t, row in enumerate(rows):
+                for k, (_, width) in enumerate(tile):
+                    values = loaded[t if len(loaded) > 1 else 0][k]
+                    total = sums[t * len(tile) + k]
+                    result.append(w.fma(w.copies(row, i, width), values, total))
+            return result
+
+        zeros = [w.zero(width) for _ in rows for _, width in tile]
+        sums = w.fold(self.n // 2, zeros * 2, two_rows, 2)
+        even, odd = sums[:count], sums[count:]
+        if self.n % 2:
+            even = one_row(self.n - 1, even)
+        sums = [w.b.fadd(a, b) for a, b in zip(even, odd, strict=True)]
+        return [sums[t * len(tile) : (t + 1) * len(tile)] for t in range(len(rows))]
+
+    def _correct(self, s: int, before: Any, c: Any, alpha: Any) -> None:
+        """``z += c_{s-1,j} V_j * alpha (U_j * V_{s-1})`` for j = ``before``."""
+        w, post = self.w, self.post(before)
+        with w.loop(0, self.block // 16) as k:
+            i = w.mul(k, 16)
+            both = w.b.fmul(w.load(self.pre(before), i, 16), w.load(self.post(s - 1), i, 16))
+            w.store(both, self.query, i)
+
+        def take(at: int, heard: Any) -> None:
+            width = heard.type.count
+            gain = w.b.fmul(w.copies(c, 0, width), w.load(post, at, width))
+            w.store(w.fma(gain, heard, w.load(self.z, at, width)), self.z, at)
+
+        self._product(self.query, alpha, take)
+
+    def _correct_alike(self, s: int, before: Any, c: Any, _: Any) -> None:
+        """The same without alpha: one number per trial instead of a product."""
+        w = self.w
+        with w.loop(0, TRIALS) as t:
+            place = w.mul(t, self.m)
+            left, right = w.at(self.pre(before), place), w.at(self.post(s - 1), place)
+
+            def eight(k: Any, sums: list[Any]) -> list[Any]:
+                i = w.mul(k, 8)
+                return [w.fma(w.load(left, i, 8), w.load(right, i, 8), sums[0])]  # noqa: B023
+
+            (sums,) = w.fold(self.n // 8, [w.zero(8)], eight, 2)
+            parts = [w.b.extract_element(sums, w.whole(k)) for k in range(8)]
+            while len(parts) > 1:
+                parts = [w.b.fadd(a, b) for a, b in zip(parts[::2], parts[1::2], strict=True)]
+            total = w.splat(parts[0], 1)
+            for i in range(self.n // 8 * 8, self.n):
+                total = w.fma(w.load(left, i, 1), w.load(right, i, 1), total)
+            total = w.b.extract_element(w.b.fmul(w.copies(c, 0, 1), total), w.whole(0))
+            post, z = w.at(self.post(before), place), w.at(self.z, place)
+            for offset, width in self.columns:
+                value = w.fma(
+                    w.splat(total, width), w.load(post, offset, width), w.load(z, offset, width)
+                )
+                w.store(value, z, offset)
+
+    def _tanh(self, x: Any) -> Any:
+        w, width = self.w, x.type.count
+        numbers = [w.copies(self.of["constants"], k, width) for k in range(13)]
+        low, high, least, *factors = numbers
+        x = self._within(x, low, high)
+        q = w.b.fmul(x, x)
+        above, *rest = factors[:5]
+        for factor in rest:
+            above = w.fma(above, q, factor)
+        below, *rest = factors[5:]
+        for factor in rest:
+            below = w.fma(below, q, factor)
+        return self._within(w.b.fdiv(w.b.fmul(x, above), below), least, factors[-1])
+
+    def _within(self, x: Any, low: Any, high: Any) -> Any:
+        """Cut x to low..high; NaN stays NaN."""
+        b = self.w.b
+        x = b.select(b.fcmp_ordered("<", x, low), low, x)
+        return b.select(b.fcmp_ordered(">", x, high), high, x)
+
+    def _write(self, offset: Any, row: Any, alpha: Any, old: Any, new: Any) -> None:
+        """``new = b_S old + alpha * sum_l U_l (c_l V_l)^T``; ``new`` may be ``old``."""
+        w, rounds = self.w, range(self.depth)
+        for at, width in self.columns:
+            for s in rounds:
+                value = w.load(w.at(self.post(s), offset), at, width)
+                gain = w.b.fmul(w.copies(row, 1 + s, width), value)
+                w.store(gain, self.gains, s * self.m + at)
+
+        def rows(first: Any, count: int) -> list[Any]:
+            lines = [w.add(first, k) for k in range(count)]
+            for at, width in self.columns:
+                fade = w.copies(row, 0, width)
+                gains = [w.load(self.gains, s * self.m + at, width) for s in rounds]
+                for i in lines:
+                    place = w.add(w.mul(i, self.m), at)
+                    factors = [w.copies(w.at(self.pre(s), offset), i, width) for s in rounds]
+                    written = w.b.fmul(factors[0], gains[0])
+                    for factor, gain in zip(factors[1:], gains[1:], strict=True):
+                        written = w.fma(factor, gain, written)
+                    value = w.b.fmul(fade, w.load(old, place, width))
+                    if self.alpha:
+                        value = w.fma(w.load(alpha, place, width), written, value)
+                    else:
+                        value = w.b.fadd(written, value)
+                    w.store(value, new, place)
+            return []
+
+        w.fold(self.n // _ROWS, [], lambda k, _: rows(w.mul(k, _ROWS), _ROWS), 1)
+        for i in range(self.n // _ROWS * _ROWS, self.n):
+            rows(i, 1)
