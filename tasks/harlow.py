@@ -26,32 +26,32 @@ _VIEW_LEFT, _VIEW = 4, 8  # the agent at p sees the cells p-4 .. p+3
 _DISTANCE = 3  # from the fixation cell to either object
 _FIXATION_REWARD = 0.2
 _LENGTH_UNIT = 40  # bit of the tally from which the steps are counted
+_FIELD_BITS = 20
+_FIELD = (1 << _FIELD_BITS) - 1
+_FIELDS = _FIELD_BITS * torch.arange(3).view(3, 1, 1)
 
 
 class _Tables(NamedTuple):
-    """The whole trial as a finite automaton, one row of codes per task (``R`` tasks).
+    """What differs between tasks, one row for each of ``R = Q B`` tasks.
 
-    A code is ``row * codes + (2 * presentation + phase) * cells + position``, and the last code
-    of a row means finished. Tables over transitions are flat ``[2 * R * codes]``, action first;
-    ``obs`` ``[R * codes, 8]`` and ``finished`` ``[R * codes]`` are over codes. ``last`` ``[Q, B]``
-    is each row's last code, and ``lines`` ``[R, presentations, 2, cells + 7]`` the contents of the
-    line in both phases, with the unseen margins.
+    ``row`` int64 ``[Q, B]`` numbers them. By row and event (see :func:`_automaton`), flat
+    ``[R * events]``: ``reward`` float32, and ``tally`` int64, what is added to the tally. ``views``
+    float32 ``[R * width - 7, 8]`` are all windows of rows of ``width``: the contents of the line in
+    every phase with the unseen margins, then an empty view. ``lines`` ``[R, presentations, 2, cells
+    + 7]`` are the contents alone.
     """
 
-    next_code: Tensor
+    row: Tensor
     reward: Tensor
     tally: Tensor
-    terminated: Tensor
-    obs: Tensor
-    finished: Tensor
-    last: Tensor
+    views: Tensor
     lines: Tensor
-    forfeit: Tensor
 
 
 class State(NamedTuple):
     """State of P x B trials: ``code`` and ``tally`` int64 ``[P, B]``, ``time`` int64 ``[]``.
 
+    A code is ``(2 * presentation + phase) * cells + position``, and the last code means finished.
     ``tally`` packs two bits per finished presentation (1 wrong, 2 right) and, above them, the
     number of steps.
     """
@@ -140,14 +140,24 @@ class Task:
 
 
 class HarlowEnv:
-    """P x B Harlow trials in lockstep; a step is a handful of table look-ups."""
+    """P x B Harlow trials in lockstep; a step is a handful of look-ups in small tables."""
 
     def __init__(self, task: Task, device: torch.device | str) -> None:
         self._task = task
         moves, events = _automaton(task.cells, task.presentations)
-        self._codes = moves.shape[1]
-        self._moves = torch.tensor(moves, device=device)
-        self._events = torch.tensor(events, device=device)
+        codes = moves.shape[1]
+        self._codes = codes
+        self._events = 3 + 2 * task.presentations
+        self._width = 2 * task.presentations * (task.cells + _VIEW - 1) + _VIEW
+        code = torch.arange(codes, device=device)
+        phase, position = code // task.cells, code % task.cells
+        self._place = phase * (task.cells + _VIEW - 1) + position
+        unmade = task.presentations - code // (2 * task.cells)
+        self._forfeit = task.forfeit * unmade.to(torch.float32)
+        after = torch.tensor(moves, device=device)
+        # One look-up by (action, code) for three numbers that go together.
+        packed = torch.stack([after, torch.tensor(events, device=device), self._place[after]])
+        self._moves = (packed << _FIELDS.to(device)).sum(0).flatten()
         self._eye = torch.eye(2, device=device)
 
     def reset(self, tasks: Tasks, rng: Rng, population: int = 1) -> tuple[State, TimeStep]:
@@ -155,43 +165,43 @@ class HarlowEnv:
         task = self._task
         draws = rng.fold("dynamics").uniform(tasks.index, 1 + task.presentations)
         tables = self._tables(tasks, draws[..., 1:] < 0.5)
-        rows, batch = tasks.index.shape
-        row = torch.arange(rows * batch, device=draws.device).view(rows, batch)
-        code = row * self._codes + (draws[..., 0] * task.cells).to(torch.int64)
-        code = code.expand(population, batch).contiguous()
+        code = (draws[..., 0] * task.cells).to(torch.int64)
+        code = code.expand(population, tasks.index.shape[1]).contiguous()
         zeros = torch.zeros_like(code)
         state = State(code, zeros, torch.zeros((), dtype=torch.int64, device=code.device), tables)
         no = torch.zeros_like(code, dtype=torch.bool)
         yes = torch.ones_like(no)
         reward = zeros.to(torch.float32)
-        obs = torch.embedding(tables.obs, code)
+        obs = torch.embedding(tables.views, tables.row * self._width + self._place[code])
         prev_action = reward.unsqueeze(-1).expand(-1, -1, 2)
         return state, TimeStep(obs, prev_action, reward, no, no, yes, yes)
 
     def step(self, state: State, action: Tensor) -> tuple[State, TimeStep]:
         """One step of every trial: reward 0.2 at fixation, +1 or -1 at a choice."""
-        tables = state.tables
-        move = torch.add(state.code, action, alpha=tables.finished.shape[0])
-        code = torch.take(tables.next_code, move)
-        finished = torch.take(tables.finished, code)
+        tables, last = state.tables, self._codes - 1
+        move = torch.take(self._moves, torch.add(state.code, action, alpha=self._codes))
+        code, event = move & _FIELD, (move >> _FIELD_BITS) & _FIELD
+        place = torch.add(move >> 2 * _FIELD_BITS, tables.row, alpha=self._width)
+        outcome = torch.add(event, tables.row, alpha=self._events)
+        finished = code == last
         time = state.time + 1
         timeout = time >= self._task.horizon
         over = finished | timeout
-        reward = torch.take(tables.reward, move)
+        reward = torch.take(tables.reward, outcome)
         if self._task.forfeit:
-            reward = reward - timeout * torch.take(tables.forfeit, code)
+            reward = reward - timeout * torch.take(self._forfeit, code)
         step = TimeStep(
-            obs=torch.embedding(tables.obs, code),
+            obs=torch.embedding(tables.views, place),
             prev_action=torch.embedding(self._eye, action),
             reward=reward,
-            terminated=torch.take(tables.terminated, move),
+            terminated=event > 2 * self._task.presentations,
             truncated=timeout > finished,  # on booleans: timeout and not finished
             # A presentation begins when fixation is rewarded and the objects appear.
             new_episode=over | (reward == _FIXATION_REWARD),
             new_trial=over,
         )
-        tally = state.tally + torch.take(tables.tally, move)
-        return State(torch.where(timeout, tables.last, code), tally, time, tables), step
+        tally = state.tally + torch.take(tables.tally, outcome)
+        return State(torch.where(timeout, last, code), tally, time, tables), step
 
     def metrics(self, state: State) -> dict[str, Tensor]:
         """``accuracy_k`` (1, 0, or NaN if not reached), ``presentations`` done, ``length`` (steps).
@@ -209,64 +219,47 @@ class HarlowEnv:
         return result
 
     def _tables(self, tasks: Tasks, first_left: Tensor) -> _Tables:
-        """Unroll the automaton for every task; ``first_left`` bool ``[Q, B, presentations]``."""
+        """Of all tasks; ``first_left`` bool ``[Q, B, presentations]``."""
         good_left = (first_left == (tasks.data["good"] == 0).unsqueeze(-1)).flatten(0, 1)
         rows, count = good_left.shape
-        codes, events = self._codes, self._events
-        offset = codes * torch.arange(rows, device=events.device)
-        next_code = self._moves.unsqueeze(1) + offset[:, None]
-        # Event 2 + 2k + side is the choice of that side at presentation k.
         correct = torch.stack([good_left, ~good_left], dim=-1).flatten(1)
-        nothing = torch.zeros_like(correct[:, :1], dtype=torch.float32)
-        choices = torch.where(correct, 1.0, -1.0)
-        reward = torch.cat([nothing, nothing + _FIXATION_REWARD, choices], dim=1)[:, events]
-        shift = torch.arange(0, 2 * count, 2, device=events.device).repeat_interleave(2)
-        outcome = (1 + correct.to(torch.int64)) << shift
-        tally = torch.cat([torch.zeros_like(outcome[:, :2]), outcome], dim=1)[:, events]
-        tally[:, :, : codes - 1] += 1 << _LENGTH_UNIT
-        terminated = torch.zeros_like(next_code, dtype=torch.bool)
-        terminated[:] = (events >= 2 * count).unsqueeze(1)
-        finished = torch.zeros(rows, codes, dtype=torch.bool, device=events.device)
-        finished[:, -1] = True
-        lines = self._lines(tasks, first_left)
-        unmade = count - torch.arange(codes, device=events.device) // (2 * self._task.cells)
+        reward = torch.zeros(rows, self._events, device=correct.device)
+        reward[:, 2] = _FIXATION_REWARD
+        reward[:, 3:] = torch.where(correct, 1.0, -1.0)
+        shift = torch.arange(0, 2 * count, 2, device=correct.device).repeat_interleave(2)
+        tally = torch.zeros(rows, self._events, dtype=torch.int64, device=correct.device)
+        tally[:, 3:] = (1 + correct.to(torch.int64)) << shift
+        tally[:, 1:] += 1 << _LENGTH_UNIT
+        contents, lines = self._lines(tasks, first_left)
         return _Tables(
-            next_code.flatten(),
-            reward.transpose(0, 1).flatten(),
-            tally.transpose(0, 1).flatten(),
-            terminated.flatten(),
-            _views(lines),
-            finished.flatten(),
-            (offset + codes - 1).view(tasks.index.shape),
+            torch.arange(rows, device=correct.device).view(tasks.index.shape),
+            reward.flatten(),
+            tally.flatten(),
+            contents.flatten().unfold(0, _VIEW, 1),
             lines,
-            (self._task.forfeit * unmade.to(torch.float32)).expand(rows, codes).flatten(),
         )
 
-    def _lines(self, tasks: Tasks, first_left: Tensor) -> Tensor:
-        """Contents of the line, float32 ``[R, presentations, 2, cells + 7]``."""
+    def _lines(self, tasks: Tasks, first_left: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows of contents, and their part that is no empty view: see :class:`_Tables`."""
         cells, count = self._task.cells, self._task.presentations
         values = (tasks.data["values"] / 10.0).flatten(0, 1)
         side = first_left.flatten(0, 1)
         first, second = values[:, :1], values[:, 1:]
         middle = _VIEW_LEFT + cells // 2
-        line = values.new_zeros(values.shape[0], count, 2, cells + _VIEW - 1)
+        contents = values.new_zeros(values.shape[0], self._width)
+        line = contents[:, :-_VIEW].unflatten(1, (count, 2, cells + _VIEW - 1))
         line[:, :, 0, middle] = -1.0
         line[:, :, 1, middle - _DISTANCE] = torch.where(side, first, second)
         line[:, :, 1, middle + _DISTANCE] = torch.where(side, second, first)
-        return line
-
-
-def _views(lines: Tensor) -> Tensor:
-    """What is seen in every code, float32 ``[R * codes, 8]``; nothing when finished."""
-    views = lines.unfold(-1, _VIEW, 1).flatten(1, 3)
-    return torch.cat([views, torch.zeros_like(views[:, :1])], dim=1).flatten(0, 1)
+        return contents, line
 
 
 @functools.cache
 def _automaton(cells: int, presentations: int) -> tuple[np.ndarray, np.ndarray]:
     """Next code and event of (action, code), int64 ``[2, codes]`` each.
 
-    Events: 0 nothing, 1 fixation, ``2 + 2 * presentation + side`` a choice (side 0 left, 1 right).
+    Events: 0 finished before, 1 nothing, 2 fixation, ``3 + 2 * presentation + side`` a choice (side
+    0 left, 1 right).
     """
     codes = 2 * presentations * cells + 1
     moves = np.full((2, codes), codes - 1, dtype=np.int64)
@@ -278,11 +271,11 @@ def _automaton(cells: int, presentations: int) -> tuple[np.ndarray, np.ndarray]:
         for action, shift in enumerate((-1, 1)):
             there = min(max(position + shift, 0), cells - 1)
             if not choosing and there == middle:
-                block_after, event = block + 1, 1
+                block_after, event = block + 1, 2
             elif choosing and abs(there - middle) == _DISTANCE:
-                block_after, event = block + 1, 2 + 2 * presentation + int(there > middle)
+                block_after, event = block + 1, 3 + 2 * presentation + int(there > middle)
             else:
-                block_after, event = block, 0
+                block_after, event = block, 1
             ended = block_after == 2 * presentations
             moves[action, code] = codes - 1 if ended else block_after * cells + there
             events[action, code] = event
@@ -300,7 +293,7 @@ def _random_return(cells: int, presentations: int, horizon: int, forfeit: float)
     mass[:cells] = 1.0 / cells
     total = 0.0
     for _ in range(horizon):
-        total += _FIXATION_REWARD * 0.5 * float((mass * (events == 1)).sum())
+        total += _FIXATION_REWARD * 0.5 * float((mass * (events == 2)).sum())
         after = np.zeros_like(mass)
         for action in range(2):
             np.add.at(after, moves[action], 0.5 * mass)
@@ -317,10 +310,10 @@ def render(state: State, p: int, b: int, scale: int = 16) -> np.ndarray:
     Fixation is blue while asked for, objects are orange, the brighter the larger their value, and
     the agent is a green square above its cell.
     """
-    lines = state.tables.lines
+    lines, code = state.tables.lines, int(state.code[p, b])
+    row = int(state.tables.row.expand_as(state.code)[p, b])
     _, presentations, _, width = lines.shape
     cells = width - (_VIEW - 1)
-    row, code = divmod(int(state.code[p, b]), 2 * presentations * cells + 1)
     picture = np.full((3, cells, 3), 255, dtype=np.uint8)
     picture[1] = 225
     if code < 2 * presentations * cells:

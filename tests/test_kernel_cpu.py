@@ -13,8 +13,8 @@ from conftest import environment
 from test_kernels import Case, backward, relative_error
 
 from esmeta.kernels import (
-    _cpu,
     _cpu_build,
+    _cpu_run,
     plastic_reference,
     plastic_scan,
     plastic_step,
@@ -122,14 +122,12 @@ def test_what_lies_between_the_rows_is_never_used(n):
 
 
 def test_threads_do_not_change_bits(monkeypatch):
-    monkeypatch.setattr(_cpu, "_THREAD_WORK", 1)
+    monkeypatch.setattr(_cpu_run, "_THREAD_WORK", 1)
     case = Case("base", 3, 21, 20, 2, T=4, dtype=torch.float32)
     alone = case.scan()
     used = set()
-    in_threads = _cpu._in_threads
-    monkeypatch.setattr(
-        _cpu, "_in_threads", lambda call, n, t: (used.add(t), in_threads(call, n, t))[1]
-    )
+    pool = _cpu_run._pool
+    monkeypatch.setattr(_cpu_run, "_pool", lambda threads: (used.add(threads), pool(threads))[1])
     torch.set_num_threads(4)
     try:
         together = case.scan()
@@ -191,7 +189,7 @@ def test_processes_that_miss_a_size_compile_it_once_and_never_load_the_compiler(
     assert len(set(said)) == 1 and said[0].endswith("False\n")
     assert eval(said[0].removesuffix("False\n")) == pytest.approx([y] * 6)
     files = sorted(os.listdir(tmp_path / "cache"))
-    assert len(files) == 2 and files[0].startswith("plastic-3-1-1-0-") and "lock" in files[1]
+    assert len(files) == 2 and "lock" in files[0] and files[1].startswith("plastic-3-1-1-0-")
 
 
 def test_a_compiler_that_fails_is_reported_and_leaves_nothing(tmp_path, monkeypatch):
@@ -200,8 +198,8 @@ def test_a_compiler_that_fails_is_reported_and_leaves_nothing(tmp_path, monkeypa
     monkeypatch.setattr(_cpu_build, "_SOURCE", broken)
     monkeypatch.setattr(_cpu_build, "cache_folder", lambda: tmp_path)
     with pytest.raises(RuntimeError, match="reinstall llvmlite(.|\n)*no LLVM here"):
-        _cpu_build._machine_code(3, 1, True, False)
-    assert sorted(os.listdir(tmp_path)) == ["broken.py", "plastic.lock"]
+        _cpu_build._machine_code("plastic", 3, 1, 1, 0)
+    assert sorted(os.listdir(tmp_path)) == ["broken.py", "compiling.lock"]
 
 
 def test_the_cache_lies_where_it_can_be_written(tmp_path, monkeypatch):
@@ -221,14 +219,14 @@ def test_the_cache_lies_where_it_can_be_written(tmp_path, monkeypatch):
 def test_code_placed_by_us_and_code_linked_by_llvm_are_the_same(monkeypatch):
     case = long_case("base", 20, 2)
     want = case.scan()
-    code = _cpu_build._machine_code(20, 2, True, False)
+    code = _cpu_build._machine_code("plastic", 20, 2, 1, 0)
     linked = _cpu_build._PROTOTYPE(_cpu_build._linked(code))
     monkeypatch.setattr(_cpu_build, "function", lambda *size: linked)
     assert all(torch.equal(a, b) for a, b in zip(case.scan(), want, strict=True))
 
 
 def test_code_that_needs_linking_is_recognised():
-    code = _cpu_build._machine_code(20, 2, True, False)
+    code = _cpu_build._machine_code("plastic", 20, 2, 1, 0)
     assert len(_cpu_build._text(code)) > 1000
     target = llvm.Target.from_default_triple().create_target_machine(reloc="pic")
     module = llvm.parse_assembly(
@@ -239,32 +237,17 @@ def test_code_that_needs_linking_is_recognised():
 
 # A process of its own: what goes out of bounds ends it.
 FENCED = """
-import ctypes, mmap, sys
+import sys
 import torch
+from fences import fenced
 from test_kernels import Case
 from esmeta.kernels import _cpu, _cpu_build
-
-libc = ctypes.CDLL(None)
-held = []
-
-def fenced(tensor, at_end):
-    # Between two pages that may not be touched, as near to one of them as can be.
-    size = tensor.numel() * tensor.element_size()
-    pages = -(-max(size, 1) // mmap.PAGESIZE)
-    memory = mmap.mmap(-1, (pages + 2) * mmap.PAGESIZE)
-    held.append(memory)
-    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-    for page in (0, pages + 1):
-        assert libc.mprotect(ctypes.c_void_p(start + page * mmap.PAGESIZE), mmap.PAGESIZE, 0) == 0
-    offset = mmap.PAGESIZE + (pages * mmap.PAGESIZE - size if at_end else 0)
-    whole = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=offset)
-    return whole.as_strided(tensor.shape, tensor.stride()).copy_(tensor)
 
 variant, n, S, more = sys.argv[1], *map(int, sys.argv[2:])
 case = Case(variant, 2, 5, n, S, T=4, dtype=torch.float32, per_trial=True)
 case.new_trial[:] = False
 case.new_trial[1, 0, 4] = True
-room, plain, padded = _cpu._room, _cpu._plain, _cpu._padded
+room, plain, padded = _cpu._room, _cpu.plain, _cpu._padded
 names = (case.W.mT, case.x, case.W0.mT, case.new_trial)
 
 def whole(t):
@@ -280,11 +263,11 @@ from esmeta.kernels._shapes import as_rule
 want = results()
 for at_end in (True, False):
     _cpu._room = lambda like, shape: fenced(whole(room(like, shape)), at_end)[..., :n]
-    _cpu._plain = lambda t: fenced(plain(t), at_end)
+    _cpu.plain = lambda t: fenced(plain(t), at_end)
     _cpu._padded = lambda t: fenced(whole(padded(t)), at_end)[..., :n]
     empty, torch.empty = torch.empty, lambda *shape: fenced(empty(*shape), at_end)
     empty_like, torch.empty_like = torch.empty_like, lambda t: fenced(empty_like(t), at_end)
-    call = _cpu_build.function(n, S, variant != "no-alpha", variant == "linear")
+    call = _cpu_build.function("plastic", n, S, variant != "no-alpha", variant == "linear")
     function, _cpu_build.function = (
         _cpu_build.function, lambda *size: lambda table, low, high: call(table, low, high + more)
     )

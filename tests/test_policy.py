@@ -217,12 +217,12 @@ def test_input_layout() -> None:
             + [x.unsqueeze(-1) for x in (0.25 * steps.reward, *last)],
             dim=-1,
         )
-        assert torch.equal(policy.inputs(steps, t, torch.ones(1)), expected)
+        assert torch.equal(torch.cat(policy.inputs(steps, t, torch.ones(1)), -1), expected)
     steps = row(ts, 1)
     plain = [steps.obs, steps.prev_action, steps.reward.unsqueeze(-1)]
     for extra, more in (("none", []), ("bias", [torch.ones(2, 3, 1)])):
         policy = small("mlp", CONTINUOUS, extra=extra)
-        got = policy.inputs(steps, 3, torch.ones(1))
+        got = torch.cat(policy.inputs(steps, 3, torch.ones(1)), -1)
         assert torch.equal(got, torch.cat([*plain, *more], dim=-1))
         assert got.shape[-1] == policy.input_size == policy.init()["embed.0.weight"].shape[1]
 

@@ -25,7 +25,7 @@ def setup(batch: int = 64, **options: Any) -> tuple[HarlowEnv, Tasks, State, Tim
 def test_hand_traced_trial() -> None:
     env, tasks, state, ts = setup()
     # A trial that starts on cell 6, two cells left of fixation: it sees the cells 2 .. 9.
-    row = int((state.code[0] % 171 == 6).nonzero()[0])
+    row = int((state.code[0] == 6).nonzero()[0])
     assert ts.obs[0, row].tolist() == [0, 0, 0, 0, 0, 0, -1, 0]
     values = tasks.data["values"][0, row] / 10
     good = float(values[tasks.data["good"][0, row]])
@@ -77,14 +77,14 @@ def test_unmade_choices_are_forfeited_at_the_horizon() -> None:
 def test_moves_stop_at_the_ends() -> None:
     env, _, state, _ = setup(200)
     for action, end in ((LEFT, 0), (RIGHT, 16)):
-        rows = (state.code[0] % 171 == end).nonzero().flatten()
+        rows = (state.code[0] == end).nonzero().flatten()
         after, _ = env.step(state, torch.full((1, 200), action))
         assert len(rows) and torch.equal(after.code[0, rows], state.code[0, rows])
 
 
 def test_starts_and_sides_are_uniform() -> None:
     _, tasks, state, _ = setup(17000)
-    starts = torch.bincount(state.code[0] % 171, minlength=17)
+    starts = torch.bincount(state.code[0], minlength=17)
     assert (starts - 1000).abs().max() < 4 * 1000**0.5
     first_left = state.tables.lines[:, :, 1, 4 + 5] == tasks.data["values"][0, :, :1] / 10
     assert ((first_left.float().mean(0) - 0.5).abs() < 0.015).all()
@@ -167,7 +167,7 @@ def test_horizon_truncates() -> None:
 
 def test_render() -> None:
     env, _, state, _ = setup()
-    row = int((state.code[0] % 171 == 6).nonzero()[0])
+    row = int((state.code[0] == 6).nonzero()[0])
     picture = render(state, 0, row, scale=1)
     assert picture.shape == (3, 17, 3) and picture.dtype.name == "uint8"
     assert picture[1, 8].tolist() == [40, 90, 200] and picture[0, 6].tolist() == [30, 150, 60]

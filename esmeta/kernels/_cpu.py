@@ -12,26 +12,13 @@ from __future__ import annotations
 
 import functools
 from array import array
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from esmeta.kernels import _cpu_build
-
-# As in what is compiled, _compiler/forward.py.
-_LANES = 8
-_TRIALS = 4
-# Fewer multiply-adds than this are not worth handing to another thread.
-_THREAD_WORK = 500_000
-# tanh(x) = x P(x^2) / Q(x^2) on |x| <= 9.02, where it rounds to 1: a fit of our own, relative
-# error 2.1e-8, in float32 arithmetic 3.0e-7. The bounds of x, the lower one of tanh, then P and Q
-# from the highest power on; the last 1 is also the upper bound of tanh.
-_P = (1.331889531996922e-08, 2.058343306998722e-05, 0.003494035685434937, 0.1337971985340118, 1.0)
-_Q = (7.761969982311712e-07, 0.000328309164615348, 0.02587108127772808, 0.4671303629875183, 1.0)
-_CONSTANTS = torch.tensor([-9.02, 9.02, -1.0, *_P, *_Q])
+from esmeta.kernels._cpu_run import CONSTANTS, LANES, TOGETHER, address, plain, run_blocks
 
 
 class Rule(NamedTuple):
@@ -67,13 +54,13 @@ def rule(
     """Pad parameters; ``alpha_t`` and ``write`` (nothing, or A) are transposed ``[P, n, n]``."""
     alpha = None if alpha_t is None else _padded(alpha_t)
     linear = _padded(write[0]) if write else None
-    kappa, composite = _plain(kappa), _plain(composite)
+    kappa, composite = plain(kappa), plain(composite)
     matrices = tuple(matrix for matrix in (alpha, linear) if matrix is not None)
     if matrices:
         # What is missing is compiled here rather than in the middle of a timed rollout.
         size = matrices[0].shape[-1], kappa.shape[1]
-        _cpu_build.function(*size, alpha is not None, linear is not None)
-    addresses = _address(alpha), _address(kappa), _address(composite), _address(linear)
+        _cpu_build.function("plastic", *size, alpha is not None, linear is not None)
+    addresses = address(alpha), address(kappa), address(composite), address(linear)
     return Rule(matrices, kappa, composite, addresses)
 
 
@@ -95,35 +82,25 @@ def run(
     """
     steps, population, batch, neurons = x.shape
     depth = k.kappa.shape[1]
-    x, first = _plain(x), _padded(w_t)
+    x, first = plain(x), _padded(w_t)
     y, last = torch.empty_like(x), first if in_place else _room(x, first.shape)
     reads = checkpoints = None
     if every:
         reads = torch.empty(steps, depth, population, batch, neurons)
         checkpoints = _room(x, (-(-steps // every), *first.shape))
     start = None if start_t is None or reset is None else _padded(start_t)
-    mask = None if start is None or reset is None else _plain(reset)
-    inputs, outputs = (first, x, start, mask), (y, last, reads, checkpoints, _CONSTANTS)
+    mask = None if start is None or reset is None else plain(reset)
+    inputs, outputs = (first, x, start, mask), (y, last, reads, checkpoints, CONSTANTS)
     starts = 0 if start is None else start.shape[1]
     alpha, *_, linear = k.addresses
-    call = _cpu_build.function(neurons, depth, alpha != 0, linear != 0)
-    table = array("q", map(_address, inputs))
+    call = _cpu_build.function("plastic", neurons, depth, alpha != 0, linear != 0)
+    table = array("q", map(address, inputs))
     table.extend(k.addresses)
-    table.extend(map(_address, outputs))
+    table.extend(map(address, outputs))
     table.extend((steps, population, batch, starts, int(every > 0), max(every, 1)))
-    blocks = population * -(-batch // _TRIALS)
     work = steps * population * batch * neurons**2 * (2 * depth + 2)
-    threads = min(torch.get_num_threads(), blocks, max(1, work // _THREAD_WORK))
-    _in_threads(functools.partial(call, table.buffer_info()[0]), blocks, threads)
+    run_blocks(call, table, population * -(-batch // TOGETHER), work)
     return Result(y, last, reads, checkpoints)
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def _plain(tensor: Tensor) -> Tensor:
-    return tensor.detach().contiguous()
 
 
 def _padded(matrix: Tensor) -> Tensor:
@@ -145,21 +122,7 @@ def _room(like: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 @functools.lru_cache
 def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
-    strides = [1, -(-shape[-1] // _LANES) * _LANES]
+    strides = [1, -(-shape[-1] // LANES) * LANES]
     for size in reversed(shape[1:-1]):
         strides.append(strides[-1] * size)
     return tuple(reversed(strides))
-
-
-@functools.cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="esmeta-plastic")
-
-
-def _in_threads(call: Callable[[int, int], object], count: int, threads: int) -> None:
-    if threads <= 1:
-        call(0, count)
-        return
-    cuts = [count * i // threads for i in range(threads + 1)]
-    for done in _pool(threads).map(call, cuts[:-1], cuts[1:]):
-        assert done is None

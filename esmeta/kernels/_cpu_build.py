@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 _SOURCE = Path(__file__).with_name("_compiler")
-_NAME = "esmeta_plastic"
+_NAME = "esmeta_kernel"
 _PROTOTYPE = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
 # Of the ELF format: a section of relocations, a section that is executable.
 _RELOCATIONS, _EXECUTABLE = 4, 4
@@ -34,9 +34,13 @@ _LOADED: list[Any] = []  # code lives as long as what holds it
 
 
 @functools.cache
-def function(neurons: int, depth: int, alpha: bool, linear: bool) -> Callable[..., None]:
-    """The compiled function for one size; it runs without the interpreter lock."""
-    code = _machine_code(neurons, depth, alpha, linear)
+def function(kind: str, *numbers: int) -> Callable[[int, int, int], None]:
+    """A compiled function: table of addresses and sizes, first block, behind the last block.
+
+    ``plastic`` n, S, alpha, linear (0 or 1); ``dense`` squash (0 or 1), the number of parts of the
+    input, their widths and those of the layers. It runs without the interpreter lock.
+    """
+    code = _machine_code(kind, *numbers)
     direct = sys.platform == "linux" and platform.machine() == "x86_64"
     text = _text(code) if direct else None
     return _PROTOTYPE(_linked(code) if text is None else _placed(text))
@@ -88,16 +92,16 @@ def _linked(code: bytes) -> int:
     return engine.get_function_address(_NAME)
 
 
-def _machine_code(*size: int) -> bytes:
-    words = [str(int(value)) for value in size]
+def _machine_code(kind: str, *numbers: int) -> bytes:
+    words = [kind, *(str(int(number)) for number in numbers)]
     sources = [path.read_bytes() for path in sorted(_SOURCE.glob("*.py"))]
     facts = repr([version("llvmlite"), _processor(), *words, *sources])
     digest = hashlib.sha256(facts.encode()).hexdigest()
     folder = cache_folder()
-    path = folder / f"plastic-{'-'.join(words)}-{digest[:16]}.o"
+    path = folder / f"{'-'.join(words)}-{digest[:16]}.o"
     with contextlib.suppress(FileNotFoundError):
         return path.read_bytes()
-    with _alone(folder / "plastic.lock"):
+    with _alone(folder / "compiling.lock"):
         if not path.exists():
             _compile(path, words)
     return path.read_bytes()

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from esmeta.policy._linear import Layers, apply_mlp, bind_mlp, init_mlp
+from esmeta.policy._linear import Mlp, apply_mlp, bind_mlp, init_mlp
 from esmeta.rng import Rng
 from esmeta.tree import shapes_of, size_of, stack_members
 from esmeta.types import Continuous, Memory, Params, PolicyOut, Spec, State, TimeStep
@@ -53,10 +53,10 @@ class PolicyConfig:
 class Bound(NamedTuple):
     """Parameters prepared once for many steps: what does not change inside a rollout."""
 
-    embed: Layers
+    embed: Mlp
     memory: Any
-    head: Layers
-    value: Layers
+    head: Mlp
+    value: Mlp
     log_std: Tensor | None
 
 
@@ -131,15 +131,15 @@ class Policy:
         """Prepare parameters for many calls of :meth:`step_bound` or one of :meth:`unroll`."""
         memory = {k.removeprefix("memory."): v for k, v in params.items() if k[:7] == "memory."}
         return Bound(
-            embed=bind_mlp(params, "embed"),
+            embed=bind_mlp(params, "embed", self._squash),
             memory=self.memory.prepare(memory),
             head=bind_mlp(params, "head"),
             value=bind_mlp(params, "value"),
             log_std=params.get("head.log_std"),
         )
 
-    def inputs(self, ts: TimeStep, t: int | Tensor, like: Tensor) -> Tensor:
-        """The network's input ``[..., P, B, input_size]`` at step ``t`` of the trial."""
+    def inputs(self, ts: TimeStep, t: int | Tensor, like: Tensor) -> list[Tensor]:
+        """Parts ``[..., P, B, K_i]`` of the network's input at step ``t`` of the trial."""
         reward = ts.reward * self.config.reward_input_scale
         parts = [ts.obs, ts.prev_action, reward.unsqueeze(-1)]
         if self.config.episode_input:
@@ -150,12 +150,12 @@ class Policy:
             time = torch.as_tensor(t, dtype=ts.obs.dtype, device=ts.obs.device)
             time = time.reshape(time.shape + (1,) * (reward.ndim + 1 - time.ndim))
             parts.append((time / self.spec.horizon).expand_as(parts[2]))
-        return torch.cat(parts, dim=-1).to(like.dtype)
+        return [part.to(like.dtype) for part in parts]
 
     def heads(self, bound: Bound, y: Tensor) -> PolicyOut:
         """Read-outs of the memory's output ``[(T,) P, B, size]``."""
         raw = apply_mlp(bound.head, y)
-        value = apply_mlp(bound.value, y).squeeze(-1) if bound.value else None
+        value = apply_mlp(bound.value, y).squeeze(-1) if bound.value.layers else None
         if not self._gaussian:
             return PolicyOut(raw, None, None, value)
         if self.config.std == "state":
@@ -173,8 +173,8 @@ class Policy:
 
         ``in_place`` says that ``state`` may be overwritten: the same bits, less memory.
         """
-        x = self.inputs(ts, t, bound.embed[0][0])
-        x = apply_mlp(bound.embed, x, squash=self._squash)
+        x = self.inputs(ts, t, bound.embed.layers[0][0])
+        x = apply_mlp(bound.embed, *x)
         y, state = self.memory.step(bound.memory, state, x, in_place=in_place)
         return self.heads(bound, y), state
 
@@ -197,7 +197,7 @@ class Policy:
         bound = self.bind(params)
         length = recorded.reward.shape[0]
         t = torch.arange(start, start + length, device=recorded.reward.device)
-        x = self.inputs(recorded, t, bound.embed[0][0])
-        x = apply_mlp(bound.embed, x, squash=self._squash)
+        x = self.inputs(recorded, t, bound.embed.layers[0][0])
+        x = apply_mlp(bound.embed, *x)
         y, state = self.memory.scan(bound.memory, state, x, recorded.new_trial)
         return self.heads(bound, y), state

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from esmeta import kernels
 from esmeta.rng import Rng
 from esmeta.types import Params
 
@@ -39,21 +41,29 @@ def init_mlp(name: str, sizes: Sequence[int], last_gain: float, rng: Rng) -> Par
     return params
 
 
-Layers = list[tuple[Tensor, Tensor, int]]
+class Mlp(NamedTuple):
+    """A network ready to apply: weights ``[P, K, N]``, biases ``[P, 1, N]``, tanh between layers.
+
+    ``squash``: tanh behind the last layer too. ``compiled`` is the same for the CPU in float32.
+    """
+
+    layers: tuple[tuple[Tensor, Tensor], ...]
+    squash: bool
+    compiled: kernels.Network | None
 
 
-def bind_mlp(params: Params, name: str) -> Layers:
-    """The layers of one network, ready to apply: weight, bias ``[P, 1, N]`` and true width N."""
-    layers: Layers = []
-    while f"{name}.{len(layers)}.weight" in params:
-        weight = params[f"{name}.{len(layers)}.weight"]
-        bias = params[f"{name}.{len(layers)}.bias"].unsqueeze(1)
-        rows, columns = weight.shape[1:]
-        short = max(8, -(-_MIN_PRODUCT // rows)) - columns
-        if short > 0:
-            weight, bias = pad(weight, (0, short)), pad(bias, (0, short))
-        layers.append((weight, bias, columns))
-    return layers
+def bind_mlp(params: Params, name: str, squash: bool = False) -> Mlp:
+    """The layers of one network, ready to apply; none if there is no such network."""
+    weights, biases = [], []
+    while f"{name}.{len(weights)}.weight" in params:
+        weights.append(params[f"{name}.{len(weights)}.weight"])
+        biases.append(params[f"{name}.{len(biases)}.bias"])
+    if weights and weights[0].device.type == "cpu" and weights[0].dtype == torch.float32:
+        compiled = kernels.network(tuple(weights), tuple(biases), squash)
+    else:
+        compiled = None
+    layers = tuple((w, b.unsqueeze(1)) for w, b in zip(weights, biases, strict=True))
+    return Mlp(layers, squash, compiled)
 
 
 def apply_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -66,16 +76,28 @@ def apply_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return torch.baddbmm(bias, x, weight)
 
 
-def apply_mlp(layers: Layers, x: Tensor, squash: bool = False) -> Tensor:
-    """Apply a tanh network over the last axis of ``[(T,) P, B, K]``; ``squash``: a last tanh."""
-    lead = x.shape[:-1]
-    if x.ndim == 4:
-        x = x.transpose(0, 1).reshape(x.shape[1], -1, x.shape[-1])
-    for i, (weight, bias, width) in enumerate(layers):
-        x = apply_linear(x, weight, bias)
-        x = x if x.shape[-1] == width else x[..., :width]
-        if i < len(layers) - 1 or squash:
-            x = torch.tanh(x)
+def apply_mlp(mlp: Mlp, *parts: Tensor) -> Tensor:
+    """Apply a network to parts of an input ``[(T,) P, B, K_i]``, K the sum of the K_i.
+
+    A row's bits are independent of B, of T and of how the input is parted.
+    """
+    lead = parts[0].shape[:-1]
+    if len(lead) == 3:
+        parts = tuple(x.transpose(0, 1).flatten(1, 2) for x in parts)
+    if mlp.compiled is None:
+        x = _apply_layers(mlp, torch.cat(parts, -1))
+    else:
+        x = kernels.dense(mlp.compiled, *parts)
     if len(lead) == 3:
         x = x.reshape(lead[1], lead[0], lead[2], -1).transpose(0, 1)
+    return x
+
+
+def _apply_layers(mlp: Mlp, x: Tensor) -> Tensor:
+    for i, (weight, bias) in enumerate(mlp.layers):
+        rows, columns = weight.shape[1:]
+        short = max(0, max(8, -(-_MIN_PRODUCT // rows)) - columns)
+        x = apply_linear(x, pad(weight, (0, short)), pad(bias, (0, short)))[..., :columns]
+        if i < len(mlp.layers) - 1 or mlp.squash:
+            x = torch.tanh(x)
     return x

@@ -334,7 +334,7 @@ def vectorised_problem(bench: Bench, chunk: int) -> Callable[[], Fitness]:
         def _observe(self) -> Tensor:
             # Past the horizon, VecGymNE asks once more and then stops.
             now = noise[min(self._t, len(noise) - 1)].expand(self.num_envs, -1, -1)
-            return torch.cat([policy.inputs(self._ts, self._t, like), now], -1).flatten(1)
+            return torch.cat([*policy.inputs(self._ts, self._t, like), now], -1).flatten(1)
 
         def reset(self, **_: Any) -> tuple[Tensor, dict]:
             self._t = 0

@@ -1,4 +1,9 @@
-"""Writes machine code for this processor: ``python _compiler FILE n S ALPHA LINEAR``.
+"""Writes machine code for this processor, an object file that defines one function.
+
+    python _compiler FILE plastic n S ALPHA LINEAR
+    python _compiler FILE dense SQUASH PARTS WIDTH .. WIDTH ..
+
+The widths are those of the parts of the input, then those of the layers.
 
 A program of its own beside the package: who runs what it writes needs no compiler in memory.
 """
@@ -8,24 +13,31 @@ from __future__ import annotations
 import sys
 
 import llvmlite.binding as llvm
-from forward import Forward, Machine
+from block import Machine
+from dense import Dense
+from forward import Forward
 from llvmlite import ir
 from writer import I64, PTR
 
-NAME = "esmeta_plastic"
+NAME = "esmeta_kernel"
 
 
-def machine_code(neurons: int, depth: int, alpha: bool, linear: bool) -> bytes:
+def machine_code(kind: str, numbers: list[int]) -> bytes:
     """An object file for this machine that defines ``NAME(table, low, high)``."""
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
     features = llvm.get_host_cpu_features()
     wide = features.get("avx512f", False)
+    on = Machine(16, 32) if wide else Machine(8, 16)
     module = ir.Module()
     function = ir.Function(module, ir.FunctionType(ir.VoidType(), [PTR, I64, I64]), NAME)
     function.attributes.add("nounwind")
-    on = Machine(16, 32) if wide else Machine(8, 16)
-    Forward(function, neurons, depth, alpha, linear, on).run()
+    if kind == "plastic":
+        neurons, depth, alpha, linear = numbers
+        Forward(function, neurons, depth, alpha == 1, linear == 1, on).run()
+    else:
+        squash, parts, *widths = numbers
+        Dense(function, widths[:parts], widths[parts:], squash == 1, on).run()
     parsed = llvm.parse_assembly(str(module))
     parsed.verify()
     target = llvm.Target.from_default_triple().create_target_machine(
@@ -39,6 +51,6 @@ def machine_code(neurons: int, depth: int, alpha: bool, linear: bool) -> bytes:
 
 
 if __name__ == "__main__":
-    path, n, S, *flags = sys.argv[1:]
+    path, kind, *numbers = sys.argv[1:]
     with open(path, "wb") as file:
-        file.write(machine_code(int(n), int(S), *(flag == "1" for flag in flags)))
+        file.write(machine_code(kind, [int(number) for number in numbers]))

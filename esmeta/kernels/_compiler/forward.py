@@ -8,16 +8,13 @@ its code runs wherever it is put.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
+from block import TOGETHER, Machine, Shape, padded, product, sums, tanh
 from llvmlite import ir
-from writer import F32, I8, I64, PTR, Piece, Writer, pieces, tiles
+from writer import F32, I8, PTR, Writer, pieces, tiles
 
-LANES = 8
-"""Rows of matrices are padded to a multiple of this many columns."""
-TRIALS = 4
-"""Trials that are run together."""
 POINTERS = "first x start mask alpha kappa composite write y last reads kept constants".split()
 SIZES = ("steps", "population", "batch", "starts", "keep", "every")
 """The table that the function gets: addresses of POINTERS, then SIZES, 64 bits each.
@@ -26,15 +23,7 @@ SIZES = ("steps", "population", "batch", "starts", "keep", "every")
 shapes as in ``_cpu.run``, whose ``_CONSTANTS`` are the ``constants``.
 """
 _ROWS = 4  # rows that are written together
-# A matrix beyond this many numbers is fetched early, so far ahead: the first cache cannot hold it.
-_FETCH_SIZE, _AHEAD = 4096, 512
-
-
-class Machine(NamedTuple):
-    """Vector registers of a processor: float32 ``lanes`` of each, and how many there are."""
-
-    lanes: int
-    registers: int
+_FAR = 4096  # a matrix of more numbers is fetched early: the first cache cannot hold it
 
 
 class Forward:
@@ -54,19 +43,13 @@ class Forward:
         on: Machine,
     ) -> None:
         self.w = Writer(function)
-        self.n, self.m, self.depth = neurons, -(-neurons // LANES) * LANES, depth
+        self.n, self.m, self.depth = neurons, padded(neurons), depth
         self.alpha, self.linear, self.on = alpha, linear, on
         self.columns = pieces(self.m, on.lanes)
-        self.size = self.n * self.m
+        self.shape = Shape(self.n, self.m)
         table, self.low, self.high = function.args
-        names = (*POINTERS, *SIZES)
-        self.of = {
-            name: self.w.b.load(
-                self.w.at(table, k, I64), typ=PTR if name in POINTERS else I64, align=8
-            )
-            for k, name in enumerate(names)
-        }
-        self.block = TRIALS * self.m
+        self.of = self.w.table(table, POINTERS, SIZES)
+        self.block = TOGETHER * self.m
         count = (2 * depth + 3) * self.block + -(-depth * self.m // 16) * 16
         self.scratch = self.w.room(F32, count)
         self.now = self.w.room(PTR)
@@ -94,12 +77,12 @@ class Forward:
     def run(self) -> None:
         """Blocks ``low`` to ``high`` of four trials, each through all steps."""
         w, of = self.w, self.of
-        groups = w.b.sdiv(w.add(of["batch"], TRIALS - 1), w.whole(TRIALS))
+        groups = w.b.sdiv(w.add(of["batch"], TOGETHER - 1), w.whole(TOGETHER))
         with w.loop(self.low, self.high) as block:
-            p, first = w.b.sdiv(block, groups), w.mul(w.b.srem(block, groups), TRIALS)
-            there = w.least(w.whole(TRIALS), w.b.sub(of["batch"], first))
+            p, first = w.b.sdiv(block, groups), w.mul(w.b.srem(block, groups), TOGETHER)
+            there = w.least(w.whole(TOGETHER), w.b.sub(of["batch"], first))
             # A block that is not full computes its last trial again.
-            inside = [w.least(w.whole(t), w.b.sub(there, w.whole(1))) for t in range(TRIALS)]
+            inside = [w.least(w.whole(t), w.b.sub(there, w.whole(1))) for t in range(TOGETHER)]
             trials = [w.add(w.mul(p, of["batch"]), first, t) for t in inside]
             with w.loop(0, of["steps"]) as step:
                 self._step(p, first, there, trials, step)
@@ -125,7 +108,7 @@ class Forward:
         now = self._source()
         kappa = w.at(of["kappa"], w.mul(p, depth * (depth + 1)))
         composite = w.at(of["composite"], w.mul(p, (depth + 1) ** 2))
-        alpha = w.at(of["alpha"], w.mul(p, self.size)) if self.alpha else None
+        alpha = w.at(of["alpha"], w.mul(p, self.shape.size)) if self.alpha else None
         for s in range(1, depth + 1):
             self._round(
                 s, p, [self._matrix(now, trial) for trial in trials], kappa, composite, alpha
@@ -145,7 +128,7 @@ class Forward:
         return self.w.b.load(self.now, typ=PTR)
 
     def _matrix(self, base: Any, trial: Any) -> Any:
-        return self.w.at(base, self.w.mul(trial, self.size))
+        return self.w.at(base, self.w.mul(trial, self.shape.size))
 
     def _copy(self, source: Any, target: Any) -> None:
         with self.w.loop(0, self.n) as i:
@@ -176,7 +159,7 @@ class Forward:
         """From V_{s-1} to V_s for all trials of a block."""
         w, depth = self.w, self.depth
         if self.linear:
-            matrix = w.at(self.of["write"], w.mul(p, self.size))
+            matrix = w.at(self.of["write"], w.mul(p, self.shape.size))
             self._product(
                 self.post(s - 1), matrix, lambda at, total: w.store(total, self.pre(s - 1), at)
             )
@@ -189,9 +172,9 @@ class Forward:
         row = w.at(kappa, (s - 1) * (depth + 1))
         with w.loop(0, self.block // 16) as k:
             i = w.mul(k, 16)
-            tanh = self._tanh(w.load(self.z, i, 16))
-            w.store(tanh, self.z, i)
-            total = w.b.fmul(w.copies(row, s, 16), tanh)
+            read = tanh(w, self.of["constants"], w.load(self.z, i, 16))
+            w.store(read, self.z, i)
+            total = w.b.fmul(w.copies(row, s, 16), read)
             for before in range(s):
                 total = w.fma(w.copies(row, before, 16), w.load(self.post(before), i, 16), total)
             w.store(total, self.post(s), i)
@@ -201,11 +184,13 @@ class Forward:
         w, most = self.w, (self.on.registers - 8) // 2
         for tile in tiles(self.columns, most):
             together = max(k for k in (1, 2, 4) if k == 1 or k * len(tile) <= most)
-            for low in range(0, TRIALS, together):
+            for low in range(0, TOGETHER, together):
                 trials = range(low, low + together)
                 own = [w.at(rows, t * self.m) for t in trials]
-                sums = self._sums(own, [matrices[t] for t in trials], tile)
-                for t, values in zip(trials, sums, strict=True):
+                own_matrices = [matrices[t] for t in trials]
+                far = together == 1 and self.shape.size > _FAR
+                totals = sums(w, own, own_matrices, self.shape, tile, far)
+                for t, values in zip(trials, totals, strict=True):
                     for (offset, width), value in zip(tile, values, strict=True):
                         scaled = (
                             value if scale is None else w.b.fmul(w.copies(scale, 0, width), value)
@@ -213,47 +198,9 @@ class Forward:
                         w.store(scaled, self.z, t * self.m + offset)
 
     def _product(self, rows: Any, matrix: Any, take: Callable[[int, Any], None]) -> None:
-        """Hand ``take`` the place in ``[4, m]`` and value of all parts of ``rows @ matrix``."""
-        own = [self.w.at(rows, t * self.m) for t in range(TRIALS)]
-        for tile in tiles(self.columns, (self.on.registers - 8) // (2 * TRIALS)):
-            for t, values in enumerate(self._sums(own, [matrix], tile)):
-                for (offset, _), value in zip(tile, values, strict=True):
-                    take(t * self.m + offset, value)
-
-    def _sums(self, rows: list[Any], matrices: list[Any], tile: Sequence[Piece]) -> list[list[Any]]:
-        """``rows[t] @ matrices[t]`` on a tile of columns; a single matrix is that of all rows."""
-        w, count = self.w, len(rows) * len(tile)
-        far = len(matrices) == len(rows) and self.size > _FETCH_SIZE
-
-        def two_rows(pair: Any, sums: list[Any]) -> list[Any]:
-            result = []
-            for odd in range(2):
-                i = w.add(w.mul(pair, 2), odd)
-                result += one_row(i, sums[odd * count : (odd + 1) * count])
-            return result
-
-        def one_row(i: Any, sums: list[Any]) -> list[Any]:
-            start = w.mul(i, self.m)
-            if far:
-                for matrix in matrices:
-                    for at, _ in tile:
-                        w.prefetch(matrix, w.add(start, at, _AHEAD))
-            loaded = [[w.load(x, w.add(start, o), width) for o, width in tile] for x in matrices]
-            result = []
-            for t, row in enumerate(rows):
-                for k, (_, width) in enumerate(tile):
-                    values = loaded[t if len(loaded) > 1 else 0][k]
-                    total = sums[t * len(tile) + k]
-                    result.append(w.fma(w.copies(row, i, width), values, total))
-            return result
-
-        zeros = [w.zero(width) for _ in rows for _, width in tile]
-        sums = w.fold(self.n // 2, zeros * 2, two_rows, 2)
-        even, odd = sums[:count], sums[count:]
-        if self.n % 2:
-            even = one_row(self.n - 1, even)
-        sums = [w.b.fadd(a, b) for a, b in zip(even, odd, strict=True)]
-        return [sums[t * len(tile) : (t + 1) * len(tile)] for t in range(len(rows))]
+        """Hand ``take`` the place in ``[4, m]`` and value of all vectors of ``rows @ matrix``."""
+        own = [self.w.at(rows, t * self.m) for t in range(TOGETHER)]
+        product(self.w, self.on, own, matrix, self.shape, lambda t, at, x: take(t * self.m + at, x))
 
     def _correct(self, s: int, before: Any, c: Any, alpha: Any) -> None:
         """``z += c_{s-1,j} V_j * alpha (U_j * V_{s-1})`` for j = ``before``."""
@@ -273,7 +220,7 @@ class Forward:
     def _correct_alike(self, s: int, before: Any, c: Any, _: Any) -> None:
         """The same without alpha: one number per trial instead of a product."""
         w = self.w
-        with w.loop(0, TRIALS) as t:
+        with w.loop(0, TOGETHER) as t:
             place = w.mul(t, self.m)
             left, right = w.at(self.pre(before), place), w.at(self.post(s - 1), place)
 
@@ -295,26 +242,6 @@ class Forward:
                     w.splat(total, width), w.load(post, offset, width), w.load(z, offset, width)
                 )
                 w.store(value, z, offset)
-
-    def _tanh(self, x: Any) -> Any:
-        w, width = self.w, x.type.count
-        numbers = [w.copies(self.of["constants"], k, width) for k in range(13)]
-        low, high, least, *factors = numbers
-        x = self._within(x, low, high)
-        q = w.b.fmul(x, x)
-        above, *rest = factors[:5]
-        for factor in rest:
-            above = w.fma(above, q, factor)
-        below, *rest = factors[5:]
-        for factor in rest:
-            below = w.fma(below, q, factor)
-        return self._within(w.b.fdiv(w.b.fmul(x, above), below), least, factors[-1])
-
-    def _within(self, x: Any, low: Any, high: Any) -> Any:
-        """Cut x to low..high; NaN stays NaN."""
-        b = self.w.b
-        x = b.select(b.fcmp_ordered("<", x, low), low, x)
-        return b.select(b.fcmp_ordered(">", x, high), high, x)
 
     def _write(self, offset: Any, row: Any, alpha: Any, old: Any, new: Any) -> None:
         """``new = b_S old + alpha * sum_l U_l (c_l V_l)^T``; ``new`` may be ``old``."""

@@ -21,6 +21,14 @@ class Writer:
     def __init__(self, function: ir.Function) -> None:
         self.b = ir.IRBuilder(function.append_basic_block())
 
+    def table(self, base: Any, pointers: Sequence[str], sizes: Sequence[str]) -> dict[str, Any]:
+        """The entries of a table of addresses and then sizes, by name."""
+        kinds = [(name, PTR) for name in pointers] + [(name, I64) for name in sizes]
+        return {
+            name: self.b.load(self.at(base, k, I64), typ=kind, align=8)
+            for k, (name, kind) in enumerate(kinds)
+        }
+
     def whole(self, value: Any) -> Any:
         return ir.Constant(I64, value) if isinstance(value, int) else value
 

@@ -1,0 +1,56 @@
+"""What all compiled CPU functions are run with: constants, addresses, threads."""
+
+from __future__ import annotations
+
+import functools
+from array import array
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+# As in what is compiled, _compiler/block.py.
+LANES = 8
+TOGETHER = 4
+# tanh(x) = x P(x^2) / Q(x^2) on |x| <= 9.02, where it rounds to 1: a fit of our own, relative
+# error 2.1e-8, in float32 arithmetic 3.0e-7. The bounds of x, the lower one of tanh, then P and Q
+# from the highest power on; the last 1 is also the upper bound of tanh.
+_P = (1.331889531996922e-08, 2.058343306998722e-05, 0.003494035685434937, 0.1337971985340118, 1.0)
+_Q = (7.761969982311712e-07, 0.000328309164615348, 0.02587108127772808, 0.4671303629875183, 1.0)
+CONSTANTS = torch.tensor([-9.02, 9.02, -1.0, *_P, *_Q])
+# Fewer multiply-adds than this are not worth handing to another thread.
+_THREAD_WORK = 500_000
+
+
+def address(tensor: Tensor | None) -> int:
+    """Where a tensor lies; 0 for none."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """Contiguous, without history."""
+    return tensor.detach().contiguous()
+
+
+def run_blocks(
+    call: Callable[[int, int, int], None], table: array[int], blocks: int, work: int
+) -> None:
+    """Run all blocks of a compiled function over ``torch.get_num_threads()`` threads.
+
+    ``work`` is the number of multiply-adds of them all.
+    """
+    threads = min(torch.get_num_threads(), blocks, max(1, work // _THREAD_WORK))
+    place = table.buffer_info()[0]
+    if threads <= 1:
+        call(place, 0, blocks)
+        return
+    cuts = [blocks * i // threads for i in range(threads + 1)]
+    part = functools.partial(call, place)
+    for done in _pool(threads).map(part, cuts[:-1], cuts[1:]):
+        assert done is None
+
+
+@functools.cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="esmeta-kernels")

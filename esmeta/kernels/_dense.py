@@ -1,0 +1,124 @@
+"""Networks of dense layers with tanh between them, on a CPU in float32 by one compiled function.
+
+Bits of a row depend on nothing but the row, so that a rollout, its recorded sequence and any split
+of trials agree exactly.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+from torch.nn.functional import pad
+
+from esmeta.kernels import _cpu_build
+from esmeta.kernels._cpu_run import CONSTANTS, LANES, TOGETHER, address, plain, run_blocks
+
+
+class Network(NamedTuple):
+    """Layers ready to apply: ``weights`` ``[P, K, N]``, ``biases`` ``[P, N]`` as they were given.
+
+    ``padded`` are the same in the memory that the function reads; ``squash``: tanh behind the last.
+    """
+
+    weights: tuple[Tensor, ...]
+    biases: tuple[Tensor, ...]
+    squash: bool
+    padded: tuple[Tensor, ...]
+    widths: tuple[int, ...]
+    """Of every layer."""
+
+
+def network(weights: tuple[Tensor, ...], biases: tuple[Tensor, ...], squash: bool) -> Network:
+    """Pad float32 layers on the CPU and compile what they need for an input in one part."""
+    padded = []
+    for pair in zip(weights, biases, strict=True):
+        for tensor in pair:
+            short = -tensor.shape[-1] % LANES
+            padded.append(pad(tensor.detach(), (0, short)) if short else plain(tensor))
+    widths = tuple(weight.shape[2] for weight in weights)
+    _cpu_build.function("dense", squash, 1, weights[0].shape[1], *widths)
+    return Network(weights, biases, squash, tuple(padded), widths)
+
+
+def dense(net: Network, *parts: Tensor) -> Tensor:
+    """Parts of the input ``[P, M, K_i]`` to ``[P, M, N]``; K is the sum of the K_i.
+
+    Differentiable in everything. The same bits however the input is parted.
+    """
+    if torch.is_grad_enabled():
+        leaves = (*net.weights, *net.biases)
+        if any(t.requires_grad for t in (*parts, *leaves)):
+            return _Dense.apply(net, torch.cat(parts, -1), *leaves)
+    return _run(net, parts, False)[0]
+
+
+def _run(net: Network, parts: Sequence[Tensor], keep: bool) -> tuple[Tensor, list[Tensor]]:
+    """The output, and if they are kept the outputs of the layers before the last."""
+    population, batch, _ = parts[0].shape
+    widths = net.widths
+    parts = [plain(part) for part in parts]
+    shares = [part.shape[2] for part in parts]
+    y = torch.empty(population, batch, widths[-1])
+    hidden = [torch.empty(population, batch, n) for n in widths[:-1]] if keep else []
+    table = array("q", map(address, (*parts, y, CONSTANTS)))
+    for k in range(len(widths)):
+        kept = hidden[k] if k < len(hidden) else None
+        table.extend((address(net.padded[2 * k]), address(net.padded[2 * k + 1]), address(kept)))
+    table.extend((population, batch, int(keep)))
+    call = _cpu_build.function("dense", net.squash, len(shares), *shares, *widths)
+    work = population * batch * sum(a * b for a, b in pairwise((sum(shares), *widths)))
+    run_blocks(call, table, population * -(-batch // TOGETHER), work)
+    return y, hidden
+
+
+class _Context(FunctionCtx):
+    net: Network
+    saved_tensors: tuple[Tensor, ...]
+    needs_input_grad: tuple[bool, ...]
+
+
+class _Dense(torch.autograd.Function):
+    """The network with its gradient in torch operations."""
+
+    @staticmethod
+    def forward(ctx: _Context, net: Network, x: Tensor, *leaves: Tensor) -> Tensor:
+        y, hidden = _run(net, (x,), True)
+        ctx.net = net
+        ctx.save_for_backward(x, *leaves, *hidden, y)
+        return y
+
+    @staticmethod
+    def backward(ctx: _Context, *grads: Any) -> tuple[Tensor | None, ...]:
+        layers = len(ctx.net.weights)
+        x, *rest = ctx.saved_tensors
+        weights, biases, outs = rest[:layers], rest[layers : 2 * layers], rest[2 * layers :]
+        if torch.is_grad_enabled():
+            # For a gradient of this gradient the layers' outputs must know where they come from.
+            outs = _outputs(x, weights, biases, ctx.net.squash)
+        inputs = [x, *outs[:-1]]
+        grad = cast(Tensor, grads[0])
+        weight_grads, bias_grads = [], []
+        for k in reversed(range(layers)):
+            if k < layers - 1 or ctx.net.squash:
+                grad = grad * (1 - outs[k] * outs[k])
+            weight_grads.append(torch.bmm(inputs[k].mT, grad))
+            bias_grads.append(grad.sum(1))
+            if k > 0 or ctx.needs_input_grad[1]:
+                grad = torch.bmm(grad, weights[k].mT)
+        grad_x = grad if ctx.needs_input_grad[1] else None
+        return None, grad_x, *weight_grads[::-1], *bias_grads[::-1]
+
+
+def _outputs(x: Tensor, weights: list[Tensor], biases: list[Tensor], squash: bool) -> list[Tensor]:
+    outs = []
+    for k, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+        x = torch.baddbmm(bias.unsqueeze(1), x, weight)
+        x = torch.tanh(x) if k < len(weights) - 1 or squash else x
+        outs.append(x)
+    return outs
