@@ -28,7 +28,6 @@ _FIXATION_REWARD = 0.2
 _LENGTH_UNIT = 40  # bit of the tally from which the steps are counted
 _FIELD_BITS = 20
 _FIELD = (1 << _FIELD_BITS) - 1
-_FIELDS = _FIELD_BITS * torch.arange(3).view(3, 1, 1)
 
 
 class _Tables(NamedTuple):
@@ -157,7 +156,8 @@ class HarlowEnv:
         after = torch.tensor(moves, device=device)
         # One look-up by (action, code) for three numbers that go together.
         packed = torch.stack([after, torch.tensor(events, device=device), self._place[after]])
-        self._moves = (packed << _FIELDS.to(device)).sum(0).flatten()
+        shifts = _FIELD_BITS * torch.arange(3, device=device)
+        self._moves = (packed << shifts[:, None, None]).sum(0).flatten()
         self._eye = torch.eye(2, device=device)
 
     def reset(self, tasks: Tasks, rng: Rng, population: int = 1) -> tuple[State, TimeStep]:
