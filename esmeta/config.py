@@ -53,7 +53,8 @@ class Budget:
 
     ``generations`` and ``updates`` both count steps of the optimizer; give one of the two.
     ``target`` ends the run as soon as the held-out mean return reaches it, ``plateau`` when that
-    has had no new best for so many steps.
+    has had no new best for so many steps. The first ``restarts`` plateaus do not end it: the search
+    begins anew from parameters drawn anew, and the best theta of all attempts is kept.
     """
 
     generations: int | None = None
@@ -62,11 +63,18 @@ class Budget:
     seconds: float | None = None
     target: float | None = None
     plateau: int | None = None
+    restarts: int = 0
 
     def __post_init__(self) -> None:
         for name in ("generations", "updates", "env_steps", "plateau"):
             if getattr(self, name) is not None:
                 errors.positive_int(name, getattr(self, name), example=1000)
+        errors.non_negative_int("restarts", self.restarts, example=3)
+        if self.restarts and self.plateau is None:
+            raise UserError(
+                f"restarts = {self.restarts}: a restart follows a plateau, and none is defined; "
+                "write for example plateau = 500"
+            )
         if self.seconds is not None:
             errors.finite_positive("seconds", self.seconds, example=3600)
         if self.target is not None:

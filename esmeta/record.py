@@ -302,6 +302,7 @@ class RunDir:
         env_steps: int,
         ranks: int,
         stopped_by: str,
+        restarts: int = 0,
         idle: Sequence[float] = (),
         memory: str = "",
     ) -> None:
@@ -315,7 +316,12 @@ class RunDir:
         with self._disk("theta.safetensors"):
             save_theta(self.path / "theta.safetensors", theta, meta)
         facts = {"stopped_by": stopped_by, "steps": step, "env_steps": env_steps, "ranks": ranks}
-        facts |= {"memory": memory, "idle": [*idle], "theta_sha256": meta["theta_sha256"]}
+        facts |= {
+            "restarts": restarts,
+            "memory": memory,
+            "idle": [*idle],
+            "theta_sha256": meta["theta_sha256"],
+        }
         self._write_summary(facts)
         self.close()
 

@@ -93,6 +93,10 @@ class Counters:
     heldout: float = math.nan
     best: float = -math.inf
     best_step: int = 0
+    restarts: int = 0
+    peak: float = -math.inf
+    """The best since the last restart, at ``peak_step``."""
+    peak_step: int = 0
 
 
 class Trainer:
@@ -112,6 +116,8 @@ class Trainer:
         self.idle = Idle(comm)
         self.rng = parts.rng
         self.state = self._first_state()
+        if self.count.restarts:
+            self.rng = parts.rng.fold("restart", self.count.restarts)
 
     def _first_state(self) -> Any:
         from esmeta.wire import share
@@ -141,20 +147,35 @@ class Trainer:
                     metrics |= self.idle.metrics()
                 scores = self._scores() if self._due(run.evaluate_every) else {}
                 reason = self._reason()
+                again = reason == "plateau" and self.count.restarts < budget.restarts
+                reason = "" if again else reason
                 if run.evaluate_every and not scores and reason not in ("", "signal"):
                     scores = self._scores()
                 if scores or self._due(run.metrics_every):
                     self._log(metrics | scores)
                 bar.update(self.count.step, self._fraction(), **self._shown(metrics))
+                if again:
+                    self._restart()
                 if self._due(run.checkpoint_every):
                     self._save()
         self._save()
         return reason
 
+    def _restart(self) -> None:
+        """Begin anew from other parameters; counters, best theta and clock go on."""
+        parts, count = self.parts, self.count
+        count.restarts += 1
+        count.peak, count.peak_step = -math.inf, count.step
+        self.rng = parts.rng.fold("restart", count.restarts)
+        theta = parts.policy.init(seed=self.rng.key)
+        theta = {name: leaf.to(parts.config.run.device) for name, leaf in theta.items()}
+        self.state = parts.optimizer.init(theta, self.rng)
+
     def _shown(self, metrics: Metrics) -> Metrics:
         """What the progress bar says beside the time left."""
         shown = {k: metrics[k] for k in ("return_mean", "fitness_mean") if k in metrics}
         rate = self.count.env_steps / max(self.run.seconds, 1e-9)
+        shown |= {"restarts": self.count.restarts} if self.count.restarts else {}
         return shown | {"heldout": self.count.heldout, "env_steps/s": rate}
 
     def _fraction(self) -> float:
@@ -200,6 +221,8 @@ class Trainer:
         trials = self.parts.config.run.evaluate_trials
         scores = heldout(self.parts.objective, theta, trials, self.comm)
         count.heldout = scores["heldout_return"]
+        if count.heldout > count.peak:
+            count.peak, count.peak_step = count.heldout, count.step
         if count.heldout > count.best:
             count.best, count.best_step = count.heldout, count.step
             self.run.save_best(count.step, theta, count.best)
@@ -226,7 +249,7 @@ class Trainer:
             "seconds": budget.seconds is not None and self.run.seconds >= budget.seconds,
             "target": budget.target is not None and self.count.heldout >= budget.target,
             "plateau": budget.plateau is not None
-            and self.count.step - self.count.best_step >= budget.plateau,
+            and self.count.step - self.count.peak_step >= budget.plateau,
             "signal": self.stop.wanted,
         }
         flags = torch.tensor([int(flag) for flag in reasons.values()], dtype=torch.int64)
@@ -309,6 +332,7 @@ def run(args: argparse.Namespace, comm: SelfComm | MPIComm, stop: Stop) -> int:
             theta,
             env_steps=count.env_steps,
             ranks=comm.size,
+            restarts=count.restarts,
             stopped_by=reason,
             idle=idle,
             memory=memory,

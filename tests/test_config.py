@@ -168,6 +168,8 @@ def test_budget_needs_a_limit_and_one_word_for_steps() -> None:
     never = {"evaluate_every": 0}
     refused("budget.plateau = 9 needs held-out", budget={"plateau": 9}, run=never)
     refused("budget.target = 1.0 needs", "every = 20", budget={"target": 1}, run=never)
+    refused("budget.restarts = -1", budget={"plateau": 9, "restarts": -1})
+    refused("budget.restarts = 2: a restart follows a plateau", budget={"restarts": 2})
     refused("budget.plateau = 0", budget={"plateau": 0})
     refused("budget.seconds = 0.0", budget={"seconds": 0})
     refused("budget.env_steps = -1", budget={"env_steps": -1})

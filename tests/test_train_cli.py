@@ -229,6 +229,32 @@ def test_a_plateau_ends_a_run_whose_best_theta_is_kept(tmp_path: Path) -> None:
     assert summary(half)["steps"] == best + 9 and final_hash(half) == final_hash(out)
 
 
+def test_a_plateau_begins_anew_as_often_as_is_allowed(tmp_path: Path) -> None:
+    more = ("optimizer.learning_rate=0.5", "budget.plateau=9", "budget.generations=500")
+    out, preset = tmp_path / "run", write_preset(tmp_path)
+    assert run_here(preset, "--out", out, *overrides(*more, "budget.restarts=2")) == 0
+    facts, plain = summary(out), tmp_path / "plain"
+    assert (facts["stopped_by"], facts["restarts"]) == ("plateau", 2)
+    # The first attempt is the run without restarts, and the others differ from it.
+    assert run_here(preset, "--out", plain, *overrides(*more)) == 0
+    first = {m["step"]: m["theta_sha256"] for m in read_metrics(plain)}
+    hashes = {m["step"]: m["theta_sha256"] for m in read_metrics(out)}
+    end = summary(plain)["steps"]
+    assert {step: hashes[step] for step in first if step < end}.items() <= first.items()
+    assert hashes[end + 1] not in first.values() and facts["steps"] >= end + 18
+    scores = {m["step"]: m["heldout_return"] for m in read_metrics(out) if "heldout_return" in m}
+    best = max(scores, key=lambda step: (scores[step], -step))
+    _, meta = load_theta(out / "best.safetensors")
+    assert meta["step"] == str(best) and float(meta["heldout"]) == scores[best]
+    # Killed in the second attempt and gone on with, it ends as it would have.
+    half = tmp_path / "half"
+    cut = ("budget.restarts=2", f"budget.generations={end + 4}")
+    assert run_here(preset, "--out", half, *overrides(*more, *cut)) == 0
+    assert summary(half)["restarts"] == 1
+    assert run_here("--resume", half, *overrides("budget.generations=500")) == 0
+    assert summary(half)["steps"] == facts["steps"] and final_hash(half) == final_hash(out)
+
+
 def test_a_task_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = "from esmeta.tasks.bandit import Task as Mine\n"
     (tmp_path / "my_cli_task.py").write_text(code, encoding="utf-8")

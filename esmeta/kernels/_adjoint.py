@@ -21,6 +21,7 @@ outermost, so that sums over time of small products are taken for a segment at o
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -37,13 +38,12 @@ from esmeta.kernels._recurrence import (
 )
 
 
-class _Rows(NamedTuple):
+class Rows(NamedTuple):
     """Activations of a segment ``[P, R, n]``, or of one step ``[P, B, n]``, by round.
 
     ``slopes`` K_s and ``responses[s-1][j]`` c_{s-1,j} alpha (U_j * V_{s-1}); ``gates`` (mlp) the
     derivative of its tanh; ``posts_stack`` and ``pres_stack`` ``[P, R, S, n]``, in a step flattened
-    to ``[P B, S, n]``; ``decayed`` is ``posts_stack`` times b_s; ``change`` ``[P, R, n, n]`` the
-    write before alpha.
+    to ``[P B, S, n]``; ``decayed`` is ``posts_stack`` times b_s.
     """
 
     posts: list[Tensor]
@@ -54,34 +54,61 @@ class _Rows(NamedTuple):
     posts_stack: Tensor
     pres_stack: Tensor
     decayed: Tensor
-    change: Tensor
 
 
-class _Adjoints(NamedTuple):
-    """Gradients of one step by round, for the parameter gradients of its segment.
+class Adjoints(NamedTuple):
+    """Gradients of a segment by round ``[P, S, R, n]``, for the parameter gradients.
 
-    ``post`` g_s, ``drive`` z_s, ``pull`` W^T z_s, ``pre`` dU_j; ``written`` D U_j ``[P, B, S, n]``.
+    ``post`` g_s, ``drive`` z_s, ``pull`` W^T z_s, s = 1..S, ``pre`` dU_j; ``written`` D U_j
+    ``[P, R, S, n]``; ``x`` dJ/dx ``[k, P, B, n]`` of its k steps.
     """
 
-    post: list[Tensor]
-    drive: list[Tensor]
-    pull: list[Tensor]
-    pre: list[Tensor]
+    post: Tensor
+    drive: Tensor
+    pull: Tensor
+    pre: Tensor
     written: Tensor
+    x: Tensor
+
+
+class Carried(NamedTuple):
+    """What goes from a segment to the one before it, ``[P, B, n, n]``, transposed.
+
+    ``w`` dJ/dW; ``start`` dJ/dW0, ``alpha`` G times the write before alpha and ``decay`` G * W are
+    sums over the steps behind.
+    """
+
+    w: Tensor
+    start: Tensor
+    alpha: Tensor
+    decay: Tensor
+
+
+class Segment(NamedTuple):
+    """What it takes to go back through k steps: see :meth:`Sweep.segment`."""
+
+    k: Constants
+    rows: Rows
+    w_t: Tensor
+    start_t: Tensor | None
+    masks: list[Tensor | None]
+    grad_y: Tensor
+
+
+Back = Callable[[Segment, Carried], tuple[Adjoints, Carried]]
+"""Goes back through a segment: :func:`back`, or a fused kernel."""
 
 
 class Sweep:
     """Backward sweep over segments: carries dJ/dW and sums the gradients of the parameters."""
 
-    def __init__(self, folded: Folded, start_t: Tensor | None, grad_w: Tensor) -> None:
+    def __init__(self, folded: Folded, start_t: Tensor | None, grad_w: Tensor, back: Back) -> None:
         """Begin behind the last step with ``grad_w`` ``[P, B, n, n]`` transposed."""
+        self.back = back
         self.k = constants(folded)
         self.folded = folded
         self.start_t = start_t
-        self.grad_w = grad_w
-        self.start = torch.zeros_like(grad_w)
-        self._alpha_rows = torch.zeros_like(grad_w)
-        self._decay_rows = torch.zeros_like(grad_w)
+        self.carried = Carried(grad_w, *(torch.zeros_like(grad_w) for _ in range(3)))
         self._kappa = torch.zeros_like(folded.kappa)
         self._composite = torch.zeros_like(folded.composite)
         self._alpha = None if folded.alpha_t is None else torch.zeros_like(folded.alpha_t)
@@ -94,65 +121,36 @@ class Sweep:
         w_t: Tensor,
         masks: list[Tensor | None],
         grad_y: Tensor,
-    ) -> list[Tensor]:
-        """Go back through one segment; return dJ/dx of its steps, last step first.
+    ) -> Tensor:
+        """Go back through one segment; return dJ/dx of its steps.
 
         Shapes: x and ``grad_y`` ``[k, P, B, n]``, ``reads[s-1]`` ``[P, k B, n]``, ``w_t``
         ``[P, B, n, n]`` before the first reset, ``masks[i]`` ``[P, B, 1, 1]``.
         """
         rows, hidden, queries = _rebuild(self.k, x, reads)
-        steps = _split(rows, x.shape[2])
-        weights = self._weights(steps, w_t, masks)
-        trace: list[_Adjoints] = []
-        grad_x: list[Tensor] = []
-        for i in reversed(range(len(steps))):
-            self._alpha_rows.addcmul_(self.grad_w, steps[i].change)
-            self._decay_rows.addcmul_(self.grad_w, weights[i])
-            adjoints, v_grad, self.grad_w = _step_back(
-                self.k, steps[i], weights[i], self.grad_w, grad_y[i]
-            )
-            trace.append(adjoints)
-            grad_x.append(v_grad)
-            mask = masks[i]
-            if mask is not None:
-                self.start.add_(self.grad_w.masked_fill(~mask, 0))
-                self.grad_w = self.grad_w.masked_fill(mask, 0)
-        self._reduce(rows, reads, trace[::-1], queries)
+        segment = Segment(self.k, rows, w_t, self.start_t, masks, grad_y)
+        adjoints, self.carried = self.back(segment, self.carried)
+        self._reduce(rows, reads, adjoints, queries)
         if self._write:
-            self._reduce_write(rows, hidden, trace[::-1])
-        return grad_x
+            self._reduce_write(rows, hidden, adjoints)
+        return adjoints.x
 
     def parameter_gradients(self) -> tuple[Tensor | None, ...]:
         """Gradients of kappa, composite, alpha_t and the write tensors."""
-        self._composite[:, -1, 0] += self._decay_rows.sum((1, 2, 3))
-        alpha = None if self._alpha is None else self._alpha + self._alpha_rows.sum(1)
+        self._composite[:, -1, 0] += self.carried.decay.sum((1, 2, 3))
+        alpha = None if self._alpha is None else self._alpha + self.carried.alpha.sum(1)
         return self._kappa, self._composite, alpha, *self._write
 
-    def _weights(self, steps: list[_Rows], w_t: Tensor, masks: list[Tensor | None]) -> list[Tensor]:
-        weights = []
-        for step, mask in zip(steps, masks, strict=True):
-            if mask is not None and self.start_t is not None:
-                w_t = torch.where(mask, self.start_t, w_t)
-            weights.append(w_t)
-            if len(weights) < len(steps):
-                alpha_t = self.k.alpha_t
-                change = step.change.clone() if alpha_t is None else step.change * alpha_t
-                w_t = change.addcmul_(self.k.decay_out, w_t)
-        return weights
-
     def _reduce(
-        self, rows: _Rows, reads: list[Tensor], trace: list[_Adjoints], queries: list[list[Tensor]]
+        self, rows: Rows, reads: list[Tensor], adjoints: Adjoints, queries: list[list[Tensor]]
     ) -> None:
         depth = len(reads)
-        post = _gather([a.post for a in trace])
-        drive = _gather([a.drive for a in trace])
-        pull = _gather([a.pull for a in trace])
+        post, drive, pull, written = adjoints.post, adjoints.drive, adjoints.pull, adjoints.written
         posts = torch.stack(rows.posts, 1).flatten(2)
         self._kappa[:, :, :depth] += torch.bmm(post.flatten(2), posts.mT).tril()
         own = (post * torch.stack(reads, 1)).sum((2, 3))
         self._kappa.diagonal(1, 1, 2).add_(own)
         self._composite[:, :depth, 0] += (pull.flatten(2) * posts).sum(2)
-        written = torch.cat([a.written for a in trace], 1)
         self._composite[:, depth, 1:] += (written * rows.posts_stack).sum((1, 3))
         for s in range(2, depth + 1):
             for j, query in enumerate(queries[s - 1]):
@@ -165,8 +163,8 @@ class Sweep:
                     self._alpha += coefficient[:, None, None] * torch.bmm(query.mT, error)
                 self._composite[:, s - 1, 1 + j] += (error * response).sum((1, 2))
 
-    def _reduce_write(self, rows: _Rows, hidden: list[Tensor], trace: list[_Adjoints]) -> None:
-        pre = _gather([a.pre for a in trace]).flatten(1, 2)
+    def _reduce_write(self, rows: Rows, hidden: list[Tensor], adjoints: Adjoints) -> None:
+        pre = adjoints.pre.flatten(1, 2)
         posts = torch.cat(rows.posts, 1)
         if not hidden:
             self._write[0] += torch.bmm(posts.mT, pre)
@@ -178,9 +176,58 @@ class Sweep:
         self._write[1] += inner.sum(1, keepdim=True)
 
 
+def back(segment: Segment, carried: Carried) -> tuple[Adjoints, Carried]:
+    """Go back through a segment in torch operations."""
+    k, rows, _, _, masks, grad_y = segment
+    steps = _split(rows, grad_y.shape[2])
+    change = outer(rows.pres_stack, k.gain * rows.posts_stack).split(grad_y.shape[2], 1)
+    weights = _weights(segment, change)
+    grad_w, start, alpha, decay = carried
+    trace: list[_Step] = []
+    for i in reversed(range(len(steps))):
+        alpha = torch.addcmul(alpha, grad_w, change[i])
+        decay = torch.addcmul(decay, grad_w, weights[i])
+        step, grad_w = _step_back(k, steps[i], weights[i], grad_w, grad_y[i])
+        trace.append(step)
+        mask = masks[i]
+        if mask is not None:
+            start = start + grad_w.masked_fill(~mask, 0)
+            grad_w = grad_w.masked_fill(mask, 0)
+    trace.reverse()
+    rounds = (_by_round([step[name] for step in trace]) for name in range(4))
+    written = torch.cat([step.written for step in trace], 1)
+    adjoints = Adjoints(*rounds, written, torch.stack([step.x for step in trace]))
+    return adjoints, Carried(grad_w, start, alpha, decay)
+
+
+def _weights(segment: Segment, changes: tuple[Tensor, ...]) -> list[Tensor]:
+    """The fast weights before every step, behind its reset."""
+    k, w_t = segment.k, segment.w_t
+    weights = []
+    for change, mask in zip(changes, segment.masks, strict=True):
+        if mask is not None and segment.start_t is not None:
+            w_t = torch.where(mask, segment.start_t, w_t)
+        weights.append(w_t)
+        if len(weights) < len(changes):
+            written = change.clone() if k.alpha_t is None else change * k.alpha_t
+            w_t = written.addcmul_(k.decay_out, w_t)
+    return weights
+
+
+class _Step(NamedTuple):
+    """As :class:`Adjoints`, of one step: lists by round ``[P, B, n]``."""
+
+    post: list[Tensor]
+    drive: list[Tensor]
+    pull: list[Tensor]
+    pre: list[Tensor]
+    written: Tensor
+    x: Tensor
+
+
 def _rebuild(
     k: Constants, x: Tensor, reads: list[Tensor]
-) -> tuple[_Rows, list[Tensor], list[list[Tensor]]]:
+) -> tuple[Rows, list[Tensor], list[list[Tensor]]]:
     posts = [x.transpose(0, 1).flatten(1, 2)]
     for coefficients, read in zip(k.kappa[:-1], reads[:-1], strict=True):
         posts.append(mix(coefficients, posts, read))
@@ -200,7 +247,7 @@ def _rebuild(
     ]
     posts_stack = torch.stack(posts, 2)
     pres_stack = torch.stack(pres, 2) if k.write else posts_stack
-    rows = _Rows(
+    rows = Rows(
         posts,
         pres,
         [1 - h * h for h in hidden],
@@ -209,28 +256,26 @@ def _rebuild(
         posts_stack,
         pres_stack,
         posts_stack * torch.stack(k.decay, 2),
-        outer(pres_stack, k.gain * posts_stack),
     )
     return rows, hidden, queries
 
 
-def _split(rows: _Rows, batch: int) -> list[_Rows]:
+def _split(rows: Rows, batch: int) -> list[Rows]:
     def by_step(tensors: list[Tensor]) -> list[list[Tensor]]:
         if not tensors:
             return [[] for _ in range(count)]
         pieces = [tensor.split(batch, 1) for tensor in tensors]
         return [list(step) for step in zip(*pieces, strict=True)]
 
-    count = rows.change.shape[1] // batch
+    count = rows.posts_stack.shape[1] // batch
     posts, pres, gates, slopes = (by_step(tensors) for tensors in rows[:4])
     responses = [by_step(row) for row in rows.responses]
     posts_stack, pres_stack, decayed = (
         stack.unflatten(1, (count, batch)).transpose(0, 1).flatten(1, 2).unbind(0)
         for stack in (rows.posts_stack, rows.pres_stack, rows.decayed)
     )
-    change = rows.change.split(batch, 1)
     return [
-        _Rows(
+        Rows(
             posts[i],
             pres[i],
             gates[i],
@@ -239,15 +284,14 @@ def _split(rows: _Rows, batch: int) -> list[_Rows]:
             posts_stack[i],
             pres_stack[i],
             decayed[i],
-            change[i],
         )
         for i in range(count)
     ]
 
 
 def _step_back(
-    k: Constants, rows: _Rows, w_t: Tensor, grad_w: Tensor, grad_y: Tensor
-) -> tuple[_Adjoints, Tensor, Tensor]:
+    k: Constants, rows: Rows, w_t: Tensor, grad_w: Tensor, grad_y: Tensor
+) -> tuple[_Step, Tensor]:
     rows_total, depth, neurons = rows.posts_stack.shape
     shape = (*grad_y.shape[:2], depth, neurons)
     flat = w_t.view(rows_total, neurons, neurons).mT
@@ -281,7 +325,7 @@ def _step_back(
     pull.reverse()
     driven = torch.stack(drive, 2).view(rows.posts_stack.shape)
     before = torch.bmm(rows.decayed.mT, driven).view(grad_w.shape).addcmul_(k.decay_out, grad_w)
-    return _Adjoints(post[1:], drive, pull, pre[:depth], written), post[0], before
+    return _Step(post[1:], drive, pull, pre[:depth], written, post[0]), before
 
 
 def _spread_back(k: Constants, correction: Tensor, error: Tensor) -> Tensor:
@@ -290,12 +334,12 @@ def _spread_back(k: Constants, correction: Tensor, error: Tensor) -> Tensor:
     return torch.bmm(error, correction.mT)
 
 
-def _write_back(k: Constants, rows: _Rows, pre: Tensor, j: int) -> Tensor:
+def _write_back(k: Constants, rows: Rows, pre: Tensor, j: int) -> Tensor:
     if len(k.write) == 1:
         return torch.bmm(pre, k.write[0].mT)
     return torch.bmm(torch.bmm(pre, k.write[2].mT) * rows.gates[j], k.write[0].mT)
 
 
-def _gather(by_step: list[list[Tensor]]) -> Tensor:
+def _by_round(by_step: list[list[Tensor]]) -> Tensor:
     # [P, S, R, n] from lists by step and round.
     return torch.stack([torch.cat(rounds, 1) for rounds in zip(*by_step, strict=True)], 1)

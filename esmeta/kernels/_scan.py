@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from esmeta.kernels._adjoint import Sweep
+from esmeta.kernels._adjoint import Sweep, back
 from esmeta.kernels._recurrence import Constants, Folded, advance
 
 
@@ -110,17 +110,19 @@ class CheckpointedScan(torch.autograd.Function):
         count = -(-len(x) // every)
         checkpoints = ctx.saved_tensors[inputs : inputs + count]
         reads = ctx.saved_tensors[inputs + count :]
-        sweep = Sweep(_unpack(tuple(folded)), start_t, grad_w.contiguous())
+        sweep = Sweep(_unpack(tuple(folded)), start_t, grad_w.contiguous(), back)
         grad_x: list[Tensor] = []
         for number in reversed(range(count)):
             low, high = number * every, min((number + 1) * every, len(x))
             masks = [mask[t] if mask is not None and resets[t] else None for t in range(low, high)]
             part = reads[low * depth : high * depth]
             tanh = [torch.cat(part[s::depth], 1) for s in range(depth)]
-            grad_x += sweep.segment(x[low:high], tanh, checkpoints[number], masks, grad_y[low:high])
-        grad_start = None if start_t is None else sweep.start.sum_to_size(start_t.shape)
+            grad_x.append(
+                sweep.segment(x[low:high], tanh, checkpoints[number], masks, grad_y[low:high])
+            )
+        grad_start = None if start_t is None else sweep.carried.start.sum_to_size(start_t.shape)
         grads = sweep.parameter_gradients()
-        return None, None, sweep.grad_w, torch.stack(grad_x[::-1]), grad_start, *grads
+        return None, None, sweep.carried.w, torch.cat(grad_x[::-1]), grad_start, *grads
 
 
 def _unpack(folded: tuple[Tensor | None, ...]) -> Folded:
