@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from esmeta.kernels import (
+    _dispatch,
     explain,
     plastic_reference,
     plastic_scan,
@@ -390,15 +391,21 @@ def test_bad_input_says_what_to_do():
     assert plastic_scan(W, x, alpha, kappa, beta, new_trial=nothing_new)[0].shape == x.shape
 
 
-def test_explain_names_the_path():
+def test_explain_names_the_path(monkeypatch):
     assert explain("cpu", 20, 2).startswith("compiled CPU kernel on cpu (n=20, S=2, base, float32)")
     assert "hand-written" in explain("cpu", 20, 2, requires_grad=True)
     assert explain("cuda:1", 20, 2).endswith("no gradient is asked for, so nothing is kept")
-    for why in ("not for float64", "does not know the write variant mlp", "not for cuda"):
-        device = "cuda:1" if "cuda" in why else "cpu"
+    for why in ("not for float64", "not know the write variant mlp", "no fused kernel for mps"):
+        device = "mps" if "mps" in why else "cpu"
         dtype = torch.float64 if "float64" in why else torch.float32
         text = explain(device, 20, 2, variant="mlp" if "mlp" in why else "base", dtype=dtype)
-        assert text.startswith("torch operations on c") and why in text
+        assert text.startswith(f"torch operations on {device}") and why in text
+    monkeypatch.setattr(_dispatch, "_has_triton", lambda: False)
+    assert explain("cuda", 20, 2).endswith(
+        "which is not installed: pip install triton; no gradient is asked for, so nothing is kept"
+    )
+    monkeypatch.setattr(_dispatch, "_has_triton", lambda: True)
+    assert explain("cuda", 20, 2).startswith("Triton kernel on cuda (n=20, S=2, base, float32)")
     assert "\n" not in explain("cuda", 200, 4, variant="mlp")
     with pytest.raises(ValueError, match="base, linear, mlp, no-alpha"):
         explain("cpu", 20, 2, variant="cubic")

@@ -87,6 +87,7 @@ class Carried(NamedTuple):
 class Segment(NamedTuple):
     """What it takes to go back through k steps: see :meth:`Sweep.segment`."""
 
+    folded: Folded
     k: Constants
     rows: Rows
     w_t: Tensor
@@ -128,7 +129,7 @@ class Sweep:
         ``[P, B, n, n]`` before the first reset, ``masks[i]`` ``[P, B, 1, 1]``.
         """
         rows, hidden, queries = _rebuild(self.k, x, reads)
-        segment = Segment(self.k, rows, w_t, self.start_t, masks, grad_y)
+        segment = Segment(self.folded, self.k, rows, w_t, self.start_t, masks, grad_y)
         adjoints, self.carried = self.back(segment, self.carried)
         self._reduce(rows, reads, adjoints, queries)
         if self._write:
@@ -178,7 +179,7 @@ class Sweep:
 
 def back(segment: Segment, carried: Carried) -> tuple[Adjoints, Carried]:
     """Go back through a segment in torch operations."""
-    k, rows, _, _, masks, grad_y = segment
+    _, k, rows, _, _, masks, grad_y = segment
     steps = _split(rows, grad_y.shape[2])
     change = outer(rows.pres_stack, k.gain * rows.posts_stack).split(grad_y.shape[2], 1)
     weights = _weights(segment, change)
@@ -194,9 +195,9 @@ def back(segment: Segment, carried: Carried) -> tuple[Adjoints, Carried]:
             start = start + grad_w.masked_fill(~mask, 0)
             grad_w = grad_w.masked_fill(mask, 0)
     trace.reverse()
-    rounds = (_by_round([step[name] for step in trace]) for name in range(4))
+    post, drive, pull, pre = (_by_round([step[name] for step in trace]) for name in range(4))
     written = torch.cat([step.written for step in trace], 1)
-    adjoints = Adjoints(*rounds, written, torch.stack([step.x for step in trace]))
+    adjoints = Adjoints(post, drive, pull, pre, written, torch.stack([step.x for step in trace]))
     return adjoints, Carried(grad_w, start, alpha, decay)
 
 

@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 from math import isqrt
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from esmeta.kernels._adjoint import back
 from esmeta.kernels._recurrence import Folded, constants, fold
-from esmeta.kernels._scan import CheckpointedScan, Forward, Kept, Plan, run
+from esmeta.kernels._scan import CheckpointedScan, Code, Forward, Kept, Plan, run
 from esmeta.kernels._shapes import VARIANTS, Rule, as_rule, check_state
 
+_MOST_ON_GPU = 256
 _STEP = Plan(1, None, [False])
 _STEP_IN_PLACE = _STEP._replace(in_place=True)
 
 
 class Prepared(NamedTuple):
-    """Parameters ready for many steps: ``folded`` for gradients, ``forward`` to compute with."""
+    """Parameters ready for many steps: ``folded`` for gradients, ``code`` to compute with."""
 
     folded: Folded
-    forward: Forward
+    code: Code
 
 
 def prepare(
@@ -124,7 +127,7 @@ def plastic_scan(
 
 def _prepare(rule: Rule) -> Prepared:
     folded = fold(rule)
-    return Prepared(folded, _forward(_without_graph(folded)))
+    return Prepared(folded, _code(_without_graph(folded)))
 
 
 def _without_graph(folded: Folded) -> Folded:
@@ -137,11 +140,21 @@ def _without_graph(folded: Folded) -> Folded:
     )
 
 
-def _forward(folded: Folded) -> Forward:
+def _code(folded: Folded) -> Code:
     variant = VARIANTS[len(folded.write)]
-    if _why_not_compiled(folded.kappa.device, folded.kappa.dtype, variant):
-        return functools.partial(run, constants(folded))
+    device, dtype = folded.kappa.device, folded.kappa.dtype
+    neurons = next((m.shape[-1] for m in (folded.alpha_t, *folded.write) if m is not None), 1)
+    if _why_not_fused(device, dtype, variant, neurons):
+        return Code(functools.partial(run, constants(folded)), back)
     # Imported here, because who never runs it need not pay for the compiler.
+    if device.type == "cuda":
+        from esmeta.kernels import _gpu
+
+        return Code(_gpu.forward(folded), _gpu.back)
+    return Code(_forward_on_cpu(folded), back)
+
+
+def _forward_on_cpu(folded: Folded) -> Forward:
     from esmeta.kernels import _cpu
 
     rule = _cpu.rule(folded.alpha_t, folded.kappa, folded.composite, folded.write)
@@ -165,23 +178,32 @@ def _steps(
 ) -> tuple[Tensor, Tensor]:
     """Steps from transposed fast weights, through the adjoint where a gradient is asked for."""
     if not torch.is_grad_enabled():
-        return prepared.forward(plan, w_t, x, start_t, False)[:2]
+        return prepared.code.forward(plan, w_t, x, start_t, False)[:2]
     folded = prepared.folded
     arguments = (folded.kappa, folded.composite, folded.alpha_t, *folded.write)
     if any(f is not None and f.requires_grad for f in (w_t, x, start_t, *arguments)):
-        return CheckpointedScan.apply(prepared.forward, plan, w_t, x, start_t, *arguments)
+        return CheckpointedScan.apply(prepared.code, plan, w_t, x, start_t, *arguments)
     with torch.no_grad():
-        return prepared.forward(plan, w_t, x, start_t, False)[:2]
+        return prepared.code.forward(plan, w_t, x, start_t, False)[:2]
 
 
-def _why_not_compiled(device: torch.device, dtype: torch.dtype, variant: str) -> str:
-    """Why the compiled function does not run this; empty if it does."""
-    if device.type != "cpu":
-        return f"the compiled one is for the CPU, not for {device.type}"
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _why_not_fused(device: torch.device, dtype: torch.dtype, variant: str, neurons: int) -> str:
+    """Why no fused kernel runs this; empty if one does."""
+    if device.type not in ("cpu", "cuda"):
+        return f"there is no fused kernel for {device.type}"
     if dtype != torch.float32:
-        return f"the compiled one is for float32, not for {str(dtype).removeprefix('torch.')}"
+        return f"the fused kernels are for float32, not for {str(dtype).removeprefix('torch.')}"
     if variant == "mlp":
-        return "the compiled one does not know the write variant mlp"
+        return "the fused kernels do not know the write variant mlp"
+    if device.type == "cuda" and neurons > _MOST_ON_GPU:
+        return f"on a GPU the fused kernels hold at most n = {_MOST_ON_GPU}"
+    if device.type == "cuda" and not _has_triton():
+        return "the fused kernels need triton, which is not installed: pip install triton"
     return ""
 
 
@@ -198,12 +220,14 @@ def explain(
     if variant not in known:
         raise ValueError(f"variant is {variant!r}, but it must be one of {', '.join(known)}")
     device = torch.device(device)
-    why = _why_not_compiled(device, dtype, variant)
+    why = _why_not_fused(device, dtype, variant, neurons)
     size = f"on {device} (n={neurons}, S={depth}, {variant}, {str(dtype).removeprefix('torch.')})"
-    code = f"torch operations {size}: {why}" if why else f"compiled CPU kernel {size}"
-    if requires_grad:
-        return f"{code}; gradients by the hand-written checkpointed adjoint in torch operations"
-    return f"{code}; no gradient is asked for, so nothing is kept"
+    fused = "Triton kernel" if device.type == "cuda" else "compiled CPU kernel"
+    code = f"torch operations {size}: {why}" if why else f"{fused} {size}"
+    if not requires_grad:
+        return f"{code}; no gradient is asked for, so nothing is kept"
+    sweep = "fused" if device.type == "cuda" and not why else "in torch operations"
+    return f"{code}; gradients by the hand-written checkpointed adjoint, {sweep}"
 
 
 def _check_sequence(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from esmeta.kernels._adjoint import Sweep, back
+from esmeta.kernels._adjoint import Back, Sweep
 from esmeta.kernels._recurrence import Constants, Folded, advance
 
 
@@ -49,7 +49,15 @@ class Forward(Protocol):
     ) -> tuple[Tensor, Tensor, Kept]: ...
 
 
+class Code(NamedTuple):
+    """Who computes: the steps, and the segments of the backward sweep."""
+
+    forward: Forward
+    back: Back
+
+
 class _Context(FunctionCtx):
+    back: Back
     plan: Plan
     inputs: int
     saved_tensors: tuple[Tensor, ...]
@@ -83,7 +91,7 @@ class CheckpointedScan(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: _Context,
-        forward: Forward,
+        code: Code,
         plan: Plan,
         w_t: Tensor,
         x: Tensor,
@@ -91,8 +99,8 @@ class CheckpointedScan(torch.autograd.Function):
         *folded: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """``folded`` is kappa, composite, alpha_t and then the write tensors of ``Folded``."""
-        y, w_t, (checkpoints, reads) = forward(plan, w_t, x, start_t, True)
-        ctx.plan = plan
+        y, w_t, (checkpoints, reads) = code.forward(plan, w_t, x, start_t, True)
+        ctx.back, ctx.plan = code.back, plan
         ctx.inputs = 2 + len(folded)
         # Torch keeps None as it is; its annotation forgets to say so.
         kept = cast("tuple[Tensor, ...]", (x, start_t, *folded, *checkpoints, *reads))
@@ -110,7 +118,7 @@ class CheckpointedScan(torch.autograd.Function):
         count = -(-len(x) // every)
         checkpoints = ctx.saved_tensors[inputs : inputs + count]
         reads = ctx.saved_tensors[inputs + count :]
-        sweep = Sweep(_unpack(tuple(folded)), start_t, grad_w.contiguous(), back)
+        sweep = Sweep(_unpack(tuple(folded)), start_t, grad_w.contiguous(), ctx.back)
         grad_x: list[Tensor] = []
         for number in reversed(range(count)):
             low, high = number * every, min((number + 1) * every, len(x))

@@ -1,0 +1,154 @@
+"""The Triton kernels: on a GPU where there is one, else the same source in Triton's interpreter."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from conftest import environment
+from test_kernel_cpu import doubled
+from test_kernels import Case, backward, relative_error
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"
+
+from esmeta.kernels import _dispatch, _gpu, explain, plastic_reference  # noqa: E402
+from esmeta.kernels._scan import Code  # noqa: E402
+
+# (variant, n, S): widths below, at and between powers of two.
+SIZES = [
+    ("base", 1, 1),
+    ("base", 20, 2),
+    ("base", 16, 4),
+    ("linear", 9, 3),
+    ("no-alpha", 7, 4),
+    ("base", 5, 6),
+]
+
+
+def test_explain_names_the_kernel() -> None:
+    assert "Triton kernel on cuda (n=20, S=2, base, float32)" in explain("cuda", 20, 2)
+    assert "adjoint, fused" in explain("cuda", 20, 2, True)
+    assert "at most n = 256" in explain("cuda", 257, 2)
+
+
+@pytest.fixture(autouse=True)
+def on_gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """All calls go to the Triton kernels, and memory that is not written is NaN."""
+    monkeypatch.setattr(_dispatch, "_code", lambda folded: Code(_gpu.forward(folded), _gpu.back))
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+def case(variant: str, n: int, S: int, T: int = 5) -> Case:
+    made = Case(variant, 2, 3, n, S, T=T, dtype=torch.float32, seed=n, per_trial=S % 2 == 0)
+    made.new_trial[:] = False
+    made.new_trial[0, 0, 0] = made.new_trial[2, 1, 1] = True
+    for name, value in vars(made).items():
+        if isinstance(value, torch.Tensor):
+            setattr(made, name, value.to(DEVICE))
+    made.write = tuple(tensor.to(DEVICE) for tensor in made.write)
+    return made
+
+
+@pytest.mark.parametrize(("variant", "n", "S"), SIZES)
+def test_outputs_and_gradients_are_exact_to_float32(variant: str, n: int, S: int) -> None:
+    one = case(variant, n, S).require_grad()
+    twin = doubled(one).require_grad()
+    with torch.no_grad():
+        results = zip(one.scan(), twin.loop(plastic_reference), strict=True)
+        for got, want in results:
+            assert got.dtype == torch.float32 and relative_error(got.double(), want) < 1e-5
+    grads = backward(one.scan(store_every=2), one.inputs)
+    exact = backward(twin.loop(plastic_reference), twin.inputs)
+    for got, want in zip(grads, exact, strict=True):
+        assert relative_error(got.double(), want) < 1e-5
+
+
+def test_a_loop_of_steps_is_the_scan_and_runs_are_alike() -> None:
+    one = case("base", 12, 2)
+    prepared = _dispatch.prepare(one.alpha, one.kappa, one.beta)
+    with torch.no_grad():
+        for in_place in (False, True):
+            W, ys = one.W.clone(), []
+            for t in range(len(one.x)):
+                fresh = one.new_trial[t][..., None, None]
+                start = one.W0 if one.W0.dim() == 4 else one.W0.unsqueeze(1)
+                W = torch.where(fresh, start, W).mT.contiguous().mT
+                y, new = _dispatch.step_prepared(prepared, W, one.x[t], in_place=in_place)
+                assert (new.data_ptr() == W.data_ptr()) == in_place
+                W = new
+                ys.append(y)
+            for _ in range(2):
+                y, last = one.scan()
+                assert torch.equal(y, torch.stack(ys)) and torch.equal(last, W)
+
+
+def test_gradients_do_not_depend_on_the_segments() -> None:
+    one = case("linear", 6, 2).require_grad()
+    runs = [backward(one.scan(store_every=k), one.inputs) for k in (1, 3, 5)]
+    for grads in runs[1:]:
+        for got, want in zip(grads, runs[0], strict=True):
+            assert relative_error(got, want) < 1e-6
+
+
+FENCED = """
+import os, sys
+os.environ["TRITON_INTERPRET"] = "1"
+import torch
+from fences import fenced
+from test_kernel_gpu import case
+from test_kernels import backward
+from esmeta.kernels import _dispatch, _gpu, _triton_code
+from esmeta.kernels._scan import Code
+
+one = case("linear", 5, 2, T=3).require_grad()
+_dispatch._code = lambda folded: Code(_gpu.forward(folded), _gpu.back)
+want = backward(one.scan(store_every=2), one.inputs)
+more = int(sys.argv[1])
+
+class Fencing:
+    # Launches a kernel with all tensors between pages that may not be touched.
+    def __init__(self, kernel, at_end):
+        self.kernel, self.at_end = kernel, at_end
+
+    def __getitem__(self, grid):
+        def launch(*arguments, **options):
+            near = [
+                fenced(a.detach(), self.at_end) if isinstance(a, torch.Tensor) else a
+                for a in arguments
+            ]
+            self.kernel[(grid[0] + more,)](*near, **options)
+            for a, b in zip(arguments, near):
+                if isinstance(a, torch.Tensor):
+                    a.detach().copy_(b)
+        return launch
+
+forward, back = _triton_code.forward, _triton_code.backward
+for at_end in (True, False):
+    _triton_code.forward, _triton_code.backward = Fencing(forward, at_end), Fencing(back, at_end)
+    got = backward(one.scan(store_every=2), one.inputs)
+    assert all(map(torch.equal, got, want))
+print("inside")
+"""
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="the fences are pages of the host's memory")
+def test_nothing_is_read_or_written_out_of_bounds() -> None:
+    def run(more: int) -> subprocess.CompletedProcess[str]:
+        env = environment({"PYTHONPATH": os.pathsep.join(sys.path)})
+        command = [sys.executable, "-c", FENCED, str(more)]
+        return subprocess.run(command, env=env, capture_output=True, text=True)
+
+    done = run(0)
+    assert done.stdout == "inside\n", done.stderr
+    # A program for one trial too many is stopped by the fence.
+    assert run(1).returncode == -signal.SIGSEGV
