@@ -17,6 +17,8 @@ from esmeta.kernels._adjoint import Adjoints, Carried, Segment
 from esmeta.kernels._recurrence import Folded
 from esmeta.kernels._scan import Forward, Kept, Plan
 
+_KERNELS: Any = _triton_code  # their types are the language's own
+
 
 def forward(folded: Folded) -> Forward:
     """The forward pass with these parameters."""
@@ -35,7 +37,7 @@ def forward(folded: Folded) -> Forward:
             reads = x.new_empty(steps, depth, population, batch, neurons)
             checkpoints = first.new_empty(-(-steps // plan.every), *first.shape)
         start, mask = _restarts(plan.mask, start_t, first)
-        _triton_code.forward[(population * batch,)](
+        _KERNELS.forward[(population * batch,)](
             first, x, start, mask, _or(alpha, first), kappa, composite, _or(write, first),
             y, last, reads, checkpoints,
             steps, population * batch, batch, start.shape[1], plan.every,
@@ -76,7 +78,7 @@ def back(segment: Segment, carried: Carried) -> tuple[Adjoints, Carried]:
     outs = [torch.empty_like(posts) for _ in range(5)]
     grad_x = torch.empty_like(grad_y, memory_format=torch.contiguous_format)
     carried = Carried(*(tensor.clone(memory_format=torch.contiguous_format) for tensor in carried))
-    _triton_code.backward[(trials,)](
+    _KERNELS.backward[(trials,)](
         posts, pres, slopes, responses, first, start, marks, _or(alpha, first),
         folded.kappa.contiguous(), folded.composite.contiguous(), _or(write, first),
         grad_y.contiguous(),

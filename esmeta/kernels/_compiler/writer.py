@@ -91,7 +91,7 @@ class Writer:
 
     def room(self, kind: Any, count: int = 1) -> Any:
         """The address of new memory on the stack."""
-        place = self.b.alloca(kind, count)
+        place: Any = self.b.alloca(kind, count)
         place.align, place.type = 64, PTR
         return place
 
