@@ -278,13 +278,53 @@ print("inside")
 """
 
 
+FENCED_BACK = """
+import sys
+import torch
+from fences import fenced
+from test_kernels import Case, backward
+from esmeta.kernels import _cpu, _cpu_build
+from esmeta.kernels._adjoint import Carried
+
+variant, n, S, more = sys.argv[1], *map(int, sys.argv[2:])
+case = Case(variant, 2, 5, n, S, T=4, dtype=torch.float32, per_trial=True).require_grad()
+case.new_trial[:] = False
+case.new_trial[1, 0, 4] = True
+want = backward(case.scan(store_every=3), case.inputs)
+pack, plain, back = _cpu.pack, _cpu.plain, _cpu.back
+
+def near(leaf, at_end):
+    if isinstance(leaf, list):
+        return [near(one, at_end) for one in leaf]
+    return leaf if leaf is None else fenced(leaf, at_end)
+
+for at_end in (True, False):
+    def fenced_back(segment, carried):
+        function = _cpu_build.function
+        _cpu.pack = lambda s: type(p := pack(s))(*(near(leaf, at_end) for leaf in p))
+        _cpu.plain = lambda t: fenced(plain(t), at_end)
+        _cpu_build.function = lambda *size: (
+            lambda table, low, high: function(*size)(table, low, high + more)
+        )
+        done = back(segment, Carried(*(near(c, at_end) for c in carried)))
+        _cpu.pack, _cpu.plain, _cpu_build.function = pack, plain, function
+        return done
+
+    _cpu.back = fenced_back
+    got = backward(case.scan(store_every=3), case.inputs)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+print("inside")
+"""
+
+
+@pytest.mark.parametrize("code", [FENCED, FENCED_BACK], ids=["forward", "backward"])
 @pytest.mark.parametrize(
     ("variant", "n", "S"), [("base", 5, 2), ("linear", 9, 3), ("no-alpha", 20, 1), ("base", 64, 2)]
 )
-def test_nothing_is_read_or_written_out_of_bounds(variant, n, S, tmp_path):
+def test_nothing_is_read_or_written_out_of_bounds(variant, n, S, code, tmp_path):
     def run(more):
         return subprocess.run(
-            [sys.executable, "-c", FENCED, variant, str(n), str(S), str(more)],
+            [sys.executable, "-c", code, variant, str(n), str(S), str(more)],
             env=environment({"PYTHONPATH": os.pathsep.join(sys.path)}),
             cwd=tmp_path,
             capture_output=True,

@@ -72,10 +72,11 @@ class Adjoints(NamedTuple):
 
 
 class Carried(NamedTuple):
-    """What goes from a segment to the one before it, ``[P, B, n, n]``, transposed.
+    """What goes from a segment to the one before it, which may overwrite it.
 
-    ``w`` dJ/dW; ``start`` dJ/dW0, ``alpha`` G times the write before alpha and ``decay`` G * W are
-    sums over the steps behind.
+    Transposed and contiguous ``[P, B, n, n]``: ``w`` dJ/dW, and sums over the steps behind:
+    ``start`` dJ/dW0 and ``alpha``, G times the write before alpha. ``decay`` ``[P, B]`` is the sum
+    of G * W.
     """
 
     w: Tensor
@@ -109,7 +110,8 @@ class Sweep:
         self.k = constants(folded)
         self.folded = folded
         self.start_t = start_t
-        self.carried = Carried(grad_w, *(torch.zeros_like(grad_w) for _ in range(3)))
+        zeros = torch.zeros_like(grad_w)
+        self.carried = Carried(grad_w, zeros, zeros.clone(), grad_w.new_zeros(grad_w.shape[:2]))
         self._kappa = torch.zeros_like(folded.kappa)
         self._composite = torch.zeros_like(folded.composite)
         self._alpha = None if folded.alpha_t is None else torch.zeros_like(folded.alpha_t)
@@ -138,7 +140,7 @@ class Sweep:
 
     def parameter_gradients(self) -> tuple[Tensor | None, ...]:
         """Gradients of kappa, composite, alpha_t and the write tensors."""
-        self._composite[:, -1, 0] += self.carried.decay.sum((1, 2, 3))
+        self._composite[:, -1, 0] += self.carried.decay.sum(1)
         alpha = None if self._alpha is None else self._alpha + self.carried.alpha.sum(1)
         return self._kappa, self._composite, alpha, *self._write
 
@@ -187,7 +189,7 @@ def back(segment: Segment, carried: Carried) -> tuple[Adjoints, Carried]:
     trace: list[_Step] = []
     for i in reversed(range(len(steps))):
         alpha = torch.addcmul(alpha, grad_w, change[i])
-        decay = torch.addcmul(decay, grad_w, weights[i])
+        decay = decay + (grad_w * weights[i]).sum((2, 3))
         step, grad_w = _step_back(k, steps[i], weights[i], grad_w, grad_y[i])
         trace.append(step)
         mask = masks[i]

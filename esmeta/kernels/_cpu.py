@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 
 from esmeta.kernels import _cpu_build
+from esmeta.kernels._adjoint import Adjoints, Carried, Segment
 from esmeta.kernels._cpu_run import CONSTANTS, LANES, TOGETHER, address, plain, run_blocks
+from esmeta.kernels._segments import pack, unpack
 
 
 class Rule(NamedTuple):
@@ -126,3 +128,24 @@ def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     for size in reversed(shape[1:-1]):
         strides.append(strides[-1] * size)
     return tuple(reversed(strides))
+
+
+def back(segment: Segment, carried: Carried) -> tuple[Adjoints, Carried]:
+    """Go back through a segment, as ``_adjoint.back``."""
+    folded, packed = segment.folded, pack(segment)
+    alpha, linear = folded.alpha_t, folded.write[0] if folded.write else None
+    alpha_t = None if alpha is None else plain(alpha)
+    alpha = None if alpha is None else plain(alpha.mT)
+    linear = None if linear is None else plain(linear.mT)
+    kappa, composite = plain(folded.kappa), plain(folded.composite)
+    steps, population, batch, neurons = packed.grad_y.shape
+    depth = packed.posts.shape[2]
+    read = (packed.posts, packed.pres, packed.slopes, packed.responses, packed.first)
+    table = array("q", map(address, (*read, packed.start, packed.mask)))
+    table.extend(map(address, (alpha_t, alpha, kappa, composite, linear, packed.grad_y)))
+    table.extend(map(address, (packed.weights, *carried, *packed.outs, packed.grad_x)))
+    table.extend((steps, population, batch, packed.starts))
+    size = neurons, depth, alpha is not None, linear is not None
+    work = steps * population * batch * neurons**2 * (4 * depth + 2)
+    run_blocks(_cpu_build.function("backward", *size), table, population * batch, work)
+    return unpack(packed), carried

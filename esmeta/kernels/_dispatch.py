@@ -151,7 +151,9 @@ def _code(folded: Folded) -> Code:
         from esmeta.kernels import _gpu
 
         return Code(_gpu.forward(folded), _gpu.back)
-    return Code(_forward_on_cpu(folded), back)
+    from esmeta.kernels import _cpu
+
+    return Code(_forward_on_cpu(folded), _cpu.back)
 
 
 def _forward_on_cpu(folded: Folded) -> Forward:
@@ -226,7 +228,7 @@ def explain(
     code = f"torch operations {size}: {why}" if why else f"{fused} {size}"
     if not requires_grad:
         return f"{code}; no gradient is asked for, so nothing is kept"
-    sweep = "fused" if device.type == "cuda" and not why else "in torch operations"
+    sweep = "in torch operations" if why else "fused"
     return f"{code}; gradients by the hand-written checkpointed adjoint, {sweep}"
 
 

@@ -16,6 +16,7 @@ from esmeta.kernels import _triton_code
 from esmeta.kernels._adjoint import Adjoints, Carried, Segment
 from esmeta.kernels._recurrence import Folded
 from esmeta.kernels._scan import Forward, Kept, Plan
+from esmeta.kernels._segments import pack, unpack
 
 _KERNELS: Any = _triton_code  # their types are the language's own
 
@@ -53,46 +54,20 @@ def forward(folded: Folded) -> Forward:
 
 def back(segment: Segment, carried: Carried) -> tuple[Adjoints, Carried]:
     """Go back through a segment, as ``_adjoint.back``."""
-    folded, _, rows, w_t, start_t, masks, grad_y = segment
-    steps, population, batch, neurons = grad_y.shape
-    trials, depth = population * batch, len(rows.posts)
+    folded, packed = segment.folded, pack(segment)
     alpha, write = folded.alpha_t, folded.write[0] if folded.write else None
-
-    def by_step(stack: Tensor) -> Tensor:
-        # [P, R, J, n], R = k B with time outermost, to [k, P B, J, n].
-        parts = stack.unflatten(1, (steps, batch)).transpose(0, 1)
-        return parts.reshape(steps, trials, stack.shape[2], neurons)
-
-    posts = by_step(rows.posts_stack)
-    pres = posts if write is None else by_step(rows.pres_stack)
-    slopes = by_step(torch.stack(rows.slopes, 2))
-    flat = [response for row in rows.responses for response in row]
-    flat = [r.expand_as(rows.posts[0]) for r in flat]
-    responses = by_step(torch.stack(flat, 2)) if flat else posts
-    mask = None
-    if any(m is not None for m in masks):
-        none = torch.zeros(population, batch, 1, 1, dtype=torch.bool, device=w_t.device)
-        mask = torch.stack([none if m is None else m for m in masks])
-    first = w_t.contiguous()
-    start, marks = _restarts(mask, start_t, first)
-    outs = [torch.empty_like(posts) for _ in range(5)]
-    grad_x = torch.empty_like(grad_y, memory_format=torch.contiguous_format)
-    carried = Carried(*(tensor.clone(memory_format=torch.contiguous_format) for tensor in carried))
-    _KERNELS.backward[(trials,)](
-        posts, pres, slopes, responses, first, start, marks, _or(alpha, first),
-        folded.kappa.contiguous(), folded.composite.contiguous(), _or(write, first),
-        grad_y.contiguous(),
-        first.new_empty(steps, *first.shape),
-        carried.w, carried.start, carried.alpha, carried.decay, *outs, grad_x,
-        steps, trials, batch, start.shape[1],
-        RESETS=mask is not None, ALPHA=alpha is not None, LINEAR=write is not None,
-        **_sizes(neurons, depth),
+    steps, population, batch, neurons = packed.grad_y.shape
+    like = packed.first
+    _KERNELS.backward[(population * batch,)](
+        packed.posts, packed.pres, packed.slopes, packed.responses, like,
+        _or(packed.start, like), _or(packed.mask, like), _or(alpha, like),
+        folded.kappa.contiguous(), folded.composite.contiguous(), _or(write, like),
+        packed.grad_y, packed.weights, *carried, *packed.outs, packed.grad_x,
+        steps, population * batch, batch, max(1, packed.starts),
+        RESETS=packed.starts > 0, ALPHA=alpha is not None, LINEAR=write is not None,
+        **_sizes(neurons, packed.posts.shape[2]),
     )  # fmt: skip
-    post, drive, pull, pre, written = (
-        out.view(steps, population, batch, depth, neurons).permute(1, 3, 0, 2, 4).flatten(2, 3)
-        for out in outs
-    )
-    return Adjoints(post, drive, pull, pre, written.transpose(1, 2), grad_x), carried
+    return unpack(packed), carried
 
 
 def _restarts(mask: Tensor | None, start_t: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -118,7 +118,12 @@ class CheckpointedScan(torch.autograd.Function):
         count = -(-len(x) // every)
         checkpoints = ctx.saved_tensors[inputs : inputs + count]
         reads = ctx.saved_tensors[inputs + count :]
-        sweep = Sweep(_unpack(tuple(folded)), start_t, grad_w.contiguous(), ctx.back)
+        sweep = Sweep(
+            _unpack(tuple(folded)),
+            start_t,
+            grad_w.clone(memory_format=torch.contiguous_format),
+            ctx.back,
+        )
         grad_x: list[Tensor] = []
         for number in reversed(range(count)):
             low, high = number * every, min((number + 1) * every, len(x))

@@ -119,10 +119,8 @@ def backward(
 ):  # fmt: skip
     """One segment of one trial, from its last step to its first (formulas: ``_adjoint``).
 
-    By step, trial and round ``[k, P B, S, n]``: posts, pres, slopes and all that ends in ``_out``;
-    ``responses`` ``[k, P B, S (S - 1) / 2, n]``; ``grad_y`` and ``grad_x`` ``[k, P B, n]``.
-    ``weights`` ``[k, P B, n, n]`` is room for the fast weights of the segment, which are
-    accumulated again from ``first``. The sums of ``Carried`` are ``[P B, n, n]``.
+    Arguments as in ``_segments.Packed`` and ``_adjoint.Carried``. The fast weights of the segment
+    are accumulated again from ``first``, into ``weights``.
     """
     trial = tl.program_id(0).to(tl.int64)
     p = trial // batch
@@ -155,7 +153,7 @@ def backward(
     G = tl.load(grad_w + trial * n * n + at, inside, 0.0)
     d_alpha = tl.load(grad_alpha + trial * n * n + at, inside, 0.0)
     d_start = tl.zeros([N, N], tl.float32)
-    d_decay = tl.zeros([N, N], tl.float32)
+    d_decay = tl.load(grad_decay + trial)
     gains = tl.load(final + 1 + rounds, rounds < S, 0.0)
     for back in range(steps):
         step = steps - 1 - back
@@ -164,7 +162,7 @@ def backward(
         V = tl.load(posts + here * S * n + rows, known, 0.0)
         U = tl.load(pres + here * S * n + rows, known, 0.0)
         d_alpha += G * _change(V, U, rounds, final, S, N)
-        d_decay += G * w
+        d_decay += tl.sum(G * w)
         D = G
         if ALPHA:
             D = G * tl.load(alpha + p * n * n + at, inside, 0.0)
@@ -230,4 +228,4 @@ def backward(
     tl.store(grad_w + place, G, inside)
     tl.store(grad_alpha + place, d_alpha, inside)
     tl.store(grad_start + place, tl.load(grad_start + place, inside, 0.0) + d_start, inside)
-    tl.store(grad_decay + place, tl.load(grad_decay + place, inside, 0.0) + d_decay, inside)
+    tl.store(grad_decay + trial, d_decay)

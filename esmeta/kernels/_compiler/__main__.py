@@ -1,6 +1,7 @@
 """Writes machine code for this processor, an object file that defines one function.
 
     python _compiler FILE plastic n S ALPHA LINEAR
+    python _compiler FILE backward n S ALPHA LINEAR
     python _compiler FILE dense SQUASH PARTS WIDTH .. WIDTH ..
 
 The widths are those of the parts of the input, then those of the layers.
@@ -13,6 +14,7 @@ from __future__ import annotations
 import sys
 
 import llvmlite.binding as llvm
+from backward import Backward
 from block import Machine
 from dense import Dense
 from forward import Forward
@@ -32,9 +34,10 @@ def machine_code(kind: str, numbers: list[int]) -> bytes:
     module = ir.Module()
     function = ir.Function(module, ir.FunctionType(ir.VoidType(), [PTR, I64, I64]), NAME)
     function.attributes.add("nounwind")
-    if kind == "plastic":
+    if kind in ("plastic", "backward"):
         neurons, depth, alpha, linear = numbers
-        Forward(function, neurons, depth, alpha == 1, linear == 1, on).run()
+        build = Forward if kind == "plastic" else Backward
+        build(function, neurons, depth, alpha == 1, linear == 1, on).run()
     else:
         squash, parts, *widths = numbers
         Dense(function, widths[:parts], widths[parts:], squash == 1, on).run()

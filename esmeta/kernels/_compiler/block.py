@@ -47,7 +47,9 @@ def product(
     take: Callable[[int, int, Any], None],
 ) -> None:
     """Hand ``take`` row, column and value of all vectors of ``rows @ matrix``."""
-    for tile in tiles(pieces(shape.columns, on.lanes), (on.registers - 8) // (2 * len(rows))):
+    for tile in tiles(
+        pieces(shape.columns, on.lanes), max(1, (on.registers - 8) // (2 * len(rows)))
+    ):
         for t, values in enumerate(sums(w, rows, [matrix], shape, tile)):
             for (offset, _), value in zip(tile, values, strict=True):
                 take(t, offset, value)

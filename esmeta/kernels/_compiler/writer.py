@@ -75,6 +75,12 @@ class Writer:
         zeros = ir.Constant(ir.VectorType(_I32, width), None)
         return self.b.shuffle_vector(one, ir.Constant(kind, ir.Undefined), zeros)
 
+    def part(self, vector: Any, low: int, width: int) -> Any:
+        """``width`` numbers of a vector from ``low`` on."""
+        mask = [ir.Constant(_I32, low + k) for k in range(width)]
+        places = ir.Constant(ir.VectorType(_I32, width), mask)
+        return self.b.shuffle_vector(vector, ir.Constant(vector.type, ir.Undefined), places)
+
     def fma(self, a: Any, b: Any, c: Any) -> Any:
         """``a b + c``, rounded once where the machine can."""
         kind = a.type
