@@ -8,7 +8,7 @@ Every contender's results are compared with the float64 reference before the clo
 repeat times all contenders in an order that rotates. Rates are environment steps of single trials
 per second, medians over repeats.
 
-* ``esmeta``: ``plastic_step`` / ``plastic_scan`` as a user calls them.
+* ``esmeta``: prepared steps, in place as a rollout makes them, and ``plastic_scan``.
 * ``torch``: the same shortcut in torch operations (what runs in float64).
 * ``naive``: Algorithm 1 as printed, eager; ``compiled``: the same under ``torch.compile``, which
   needs a C++ compiler; its first call is not timed.
@@ -91,10 +91,10 @@ def inputs(size: Size, steps: int, device: str) -> Inputs:
 
 
 def esmeta_steps(i: Inputs, count: int) -> tuple[Tensor, Tensor]:
-    """A loop of prepared steps, as a rollout makes them."""
+    """A loop of prepared steps, as a rollout makes them: in place from the second one on."""
     prepared, W, y = kernels.prepare(*i[:3]), i.W, i.x[0]
     for t in range(count):
-        y, W = kernels.step_prepared(prepared, W, i.x[t % len(i.x)])
+        y, W = kernels.step_prepared(prepared, W, i.x[t % len(i.x)], in_place=t > 0)
     return y, W
 
 
