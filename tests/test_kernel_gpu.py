@@ -152,3 +152,34 @@ def test_nothing_is_read_or_written_out_of_bounds() -> None:
     assert done.stdout == "inside\n", done.stderr
     # A program for one trial too many is stopped by the fence.
     assert run(1).returncode == -signal.SIGSEGV
+
+
+COMPILE = """
+import sys
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+from esmeta.kernels import _gpu, _triton_code
+
+for kernel in (_triton_code.forward, _triton_code.backward):
+    for linear in (False, True):
+        fixed = {"KEEP": True, "RESETS": True, "ALPHA": not linear, "LINEAR": linear}
+        sizes = _gpu._sizes(20, 2)
+        options = {"num_warps": sizes.pop("num_warps")}
+        fixed = {k: v for k, v in (fixed | sizes).items() if k in kernel.arg_names}
+        kinds = dict.fromkeys(kernel.arg_names, "*fp32") | dict.fromkeys(fixed, "constexpr")
+        kinds |= dict.fromkeys(("steps", "trials", "batch", "starts"), "i32") | {"mask": "*u8"}
+        kinds |= {"every": "i32"} if "every" in kinds else {}
+        values = {(kernel.arg_names.index(name),): value for name, value in fixed.items()}
+        source = ASTSource(fn=kernel, signature=kinds, constexprs=values, attrs={})
+        code = compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+        print(len(code.asm["cubin"]) > 1000)
+"""
+
+
+def test_the_kernels_compile_for_a_gpu(tmp_path: Any) -> None:
+    # The interpreter accepts what the compiler does not; this needs no GPU.
+    env = environment({"TRITON_CACHE_DIR": str(tmp_path)})
+    env.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, "-c", COMPILE]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.stdout == 4 * "True\n", done.stderr

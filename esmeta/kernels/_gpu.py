@@ -85,6 +85,6 @@ def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
 
 def _sizes(neurons: int, depth: int) -> dict[str, Any]:
     wide = max(16, triton.next_power_of_2(neurons))
-    warps = {16: 1, 32: 4, 64: 4, 128: 8}.get(wide, 16)
+    warps = {16: 1, 32: 4, 64: 8}.get(wide, 16)
     rounds = max(2, triton.next_power_of_2(depth + 1))
     return {"n": neurons, "S": depth, "N": wide, "SP": rounds, "num_warps": warps}

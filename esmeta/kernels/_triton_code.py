@@ -75,7 +75,7 @@ def forward(
         v = tl.load(x + here * n + i, real, 0.0)
         posts = tl.where(rounds[:, None] == 0, v[None, :], 0.0)
         pres = posts
-        for s in range(1, S + 1):
+        for s in tl.static_range(1, S + 1):
             if LINEAR:
                 a = tl.load(write + p * n * n + at, inside, 0.0)
                 pre = tl.sum(v[:, None] * a, 0)
@@ -84,7 +84,7 @@ def forward(
                 pres = posts
             row = composite + (s - 1) * (S + 1)
             z = tl.sum(v[:, None] * w, 0) * tl.load(row)
-            for j in range(s - 1):
+            for j in tl.static_range(s - 1):
                 query = _row(pres, rounds, j) * v
                 if ALPHA:
                     a = tl.load(alpha + p * n * n + at, inside, 0.0)
