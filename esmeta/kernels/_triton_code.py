@@ -45,6 +45,22 @@ def _change(posts, pres, rounds, final, S: tl.constexpr, N: tl.constexpr):
 
 
 @triton.jit
+def _corrected(
+    z, v, posts, pres, rounds, row, alpha, at, inside, s: tl.constexpr, ALPHA: tl.constexpr
+):  # fmt: skip
+    # What the writes of this step add to a read; row points to b_{s-1}, c_{s-1,0}, ..
+    for j in tl.static_range(s - 1):
+        query = _row(pres, rounds, j) * v
+        if ALPHA:
+            a = tl.load(alpha + at, inside, 0.0)
+            heard = tl.sum(query[:, None] * a, 0)
+        else:
+            heard = tl.sum(query, 0)
+        z += tl.load(row + 1 + j) * _row(posts, rounds, j) * heard
+    return z
+
+
+@triton.jit
 def forward(
     first, x, start, mask, alpha, kappa, composite, write, y, last, reads, kept,
     steps, trials, batch, starts, every,
@@ -84,14 +100,7 @@ def forward(
                 pres = posts
             row = composite + (s - 1) * (S + 1)
             z = tl.sum(v[:, None] * w, 0) * tl.load(row)
-            for j in tl.static_range(s - 1):
-                query = _row(pres, rounds, j) * v
-                if ALPHA:
-                    a = tl.load(alpha + p * n * n + at, inside, 0.0)
-                    heard = tl.sum(query[:, None] * a, 0)
-                else:
-                    heard = tl.sum(query, 0)
-                z += tl.load(row + 1 + j) * _row(posts, rounds, j) * heard
+            z = _corrected(z, v, posts, pres, rounds, row, alpha + p * n * n, at, inside, s, ALPHA)
             read = _tanh(z)
             if KEEP:
                 tl.store(reads + ((step * S + s - 1) * trials + trial) * n + i, read, real)
@@ -106,6 +115,127 @@ def forward(
             change *= tl.load(alpha + p * n * n + at, inside, 0.0)
         w = tl.load(final) * w + change
     tl.store(last + trial * n * n + at, w, inside)
+
+
+@triton.jit
+def _rebuild(
+    posts, pres, first, start, mask, alpha, final, weights, trial, steps, trials, batch, starts,
+    RESETS: tl.constexpr, ALPHA: tl.constexpr,
+    n: tl.constexpr, S: tl.constexpr, N: tl.constexpr, SP: tl.constexpr,
+):  # fmt: skip
+    # The fast weights before every step of a segment, by accumulation.
+    p = trial // batch
+    i = tl.arange(0, N)
+    rounds = tl.arange(0, SP)
+    inside = (i < n)[:, None] & (i < n)[None, :]
+    rows = rounds[:, None] * n + i[None, :]
+    known = (rounds < S)[:, None] & (i < n)[None, :]
+    at = i[:, None] * n + i[None, :]
+    w = tl.load(first + trial * n * n + at, inside, 0.0)
+    for step in range(steps):
+        here = step * trials + trial
+        if RESETS:
+            if tl.load(mask + here) != 0:
+                own = p * starts + tl.minimum(trial % batch, starts - 1)
+                w = tl.load(start + own * n * n + at, inside, 0.0)
+        tl.store(weights + here * n * n + at, w, inside)
+        if step < steps - 1:
+            V = tl.load(posts + here * S * n + rows, known, 0.0)
+            U = tl.load(pres + here * S * n + rows, known, 0.0)
+            change = _change(V, U, rounds, final, S, N)
+            if ALPHA:
+                change *= tl.load(alpha + p * n * n + at, inside, 0.0)
+            w = tl.load(final) * w + change
+
+
+@triton.jit
+def _through_write(
+    U, V, D, final, rounds,
+    LINEAR: tl.constexpr, S: tl.constexpr, N: tl.constexpr, SP: tl.constexpr,
+):  # fmt: skip
+    # D U_l of all rounds, and the gradients of V_l and U_l by the write.
+    written = tl.zeros([SP, N], tl.float32)
+    heard = tl.zeros([SP, N], tl.float32)
+    for s in range(S):
+        one = tl.sum(_row(U, rounds, s)[:, None] * D, 0)
+        written = tl.where(rounds[:, None] == s, one[None, :], written)
+        one = tl.sum(D * _row(V, rounds, s)[None, :], 1)
+        heard = tl.where(rounds[:, None] == s, one[None, :], heard)
+    gains = tl.load(final + 1 + rounds, rounds < S, 0.0)[:, None]
+    post, pre = gains * written, gains * heard
+    if not LINEAR:
+        # In the base rule U_j is V_j: one table takes both gradients.
+        post += pre
+    return written, post, pre
+
+
+@triton.jit
+def _through_corrections(
+    z, last, post, pre, V, U, rounds, row, responses, alpha, s,
+    ALPHA: tl.constexpr, LINEAR: tl.constexpr, n: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    # What the corrections of round s pass back to earlier rounds, and to the last one.
+    i = tl.arange(0, N)
+    real = i < n
+    extra = tl.zeros([N], tl.float32)
+    for j in range(s - 1):
+        error = z * _row(V, rounds, j)
+        if ALPHA:
+            inside = real[:, None] & real[None, :]
+            a = tl.load(alpha + i[:, None] * n + i[None, :], inside, 0.0)
+            error = tl.sum(a * error[None, :], 1)
+        else:
+            error = tl.where(real, tl.sum(error, 0), 0.0)
+        error *= tl.load(row + 1 + j)
+        own = z * tl.load(responses + j * n + i, real, 0.0)
+        other = error * last
+        extra += error * _row(U, rounds, j)
+        if LINEAR:
+            pre = tl.where(rounds[:, None] == j, pre + other[None, :], pre)
+        else:
+            own += other
+        post = tl.where(rounds[:, None] == j, post + own[None, :], post)
+    return post, pre, extra
+
+
+@triton.jit
+def _through_rounds(
+    grad_y, grad_x, G, post, pre, V, U, w, kappa, composite, alpha, write,
+    slopes, responses, post_out, drive_out, pull_out, here, rounds,
+    ALPHA: tl.constexpr, LINEAR: tl.constexpr, n: tl.constexpr, S: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    # From g_S to g_0 and all that is handed out on the way; G gets what the reads pass to W.
+    i = tl.arange(0, N)
+    real = i < n
+    inside = real[:, None] & real[None, :]
+    at = i[:, None] * n + i[None, :]
+    g = tl.load(grad_y + here * n + i, real, 0.0)
+    G *= tl.load(composite + S * (S + 1))
+    for done in range(S):
+        s = S - done
+        z = g * tl.load(slopes + (here * S + s - 1) * n + i, real, 0.0)
+        line = (here * S + s - 1) * n + i
+        tl.store(post_out + line, g, real)
+        tl.store(drive_out + line, z, real)
+        mixed = tl.load(kappa + (s - 1) * (S + 1) + rounds, rounds < s, 0.0)
+        post += mixed[:, None] * g[None, :]
+        row = composite + (s - 1) * (S + 1)
+        last = _row(V, rounds, s - 1)
+        place = responses + (here * (S * (S - 1) // 2) + (s - 1) * (s - 2) // 2) * n
+        post, pre, extra = _through_corrections(
+            z, last, post, pre, V, U, rounds, row, place, alpha, s,
+            ALPHA, LINEAR, n, N,
+        )  # fmt: skip
+        pull = tl.sum(w * z[None, :], 1)
+        tl.store(pull_out + line, pull, real)
+        b = tl.load(row)
+        g = _row(post, rounds, s - 1) + extra + b * pull
+        if LINEAR:
+            a = tl.load(write + at, inside, 0.0)
+            g += tl.sum(a * _row(pre, rounds, s - 1)[None, :], 1)
+        G += (b * last)[:, None] * z[None, :]
+    tl.store(grad_x + here * n + i, g, real)
+    return G, post, pre
 
 
 @triton.jit
@@ -134,27 +264,14 @@ def backward(
     kappa += p * S * (S + 1)
     composite += p * (S + 1) * (S + 1)
     final = composite + S * (S + 1)
-    fade = tl.load(final)
-    w = tl.load(first + trial * n * n + at, inside, 0.0)
-    for step in range(steps):
-        here = step * trials + trial
-        if RESETS:
-            if tl.load(mask + here) != 0:
-                own = p * starts + tl.minimum(trial % batch, starts - 1)
-                w = tl.load(start + own * n * n + at, inside, 0.0)
-        tl.store(weights + here * n * n + at, w, inside)
-        if step < steps - 1:
-            V = tl.load(posts + here * S * n + rows, known, 0.0)
-            U = tl.load(pres + here * S * n + rows, known, 0.0)
-            change = _change(V, U, rounds, final, S, N)
-            if ALPHA:
-                change *= tl.load(alpha + p * n * n + at, inside, 0.0)
-            w = fade * w + change
-    G = tl.load(grad_w + trial * n * n + at, inside, 0.0)
-    d_alpha = tl.load(grad_alpha + trial * n * n + at, inside, 0.0)
-    d_start = tl.zeros([N, N], tl.float32)
+    _rebuild(
+        posts, pres, first, start, mask, alpha, final, weights,
+        trial, steps, trials, batch, starts, RESETS, ALPHA, n, S, N, SP,
+    )  # fmt: skip
+    place = trial * n * n + at
+    G = tl.load(grad_w + place, inside, 0.0)
+    d_alpha = tl.load(grad_alpha + place, inside, 0.0)
     d_decay = tl.load(grad_decay + trial)
-    gains = tl.load(final + 1 + rounds, rounds < S, 0.0)
     for back in range(steps):
         step = steps - 1 - back
         here = step * trials + trial
@@ -166,66 +283,19 @@ def backward(
         D = G
         if ALPHA:
             D = G * tl.load(alpha + p * n * n + at, inside, 0.0)
-        written = tl.zeros([SP, N], tl.float32)
-        heard = tl.zeros([SP, N], tl.float32)
-        for s in range(S):
-            one = tl.sum(_row(U, rounds, s)[:, None] * D, 0)
-            written = tl.where(rounds[:, None] == s, one[None, :], written)
-            one = tl.sum(D * _row(V, rounds, s)[None, :], 1)
-            heard = tl.where(rounds[:, None] == s, one[None, :], heard)
+        written, post, pre = _through_write(U, V, D, final, rounds, LINEAR, S, N, SP)
         tl.store(written_out + here * S * n + rows, written, known)
-        post = gains[:, None] * written
-        pre = gains[:, None] * heard
-        if not LINEAR:
-            # In the base rule U_j is V_j: one table takes both gradients.
-            post += pre
-        g = tl.load(grad_y + here * n + i, real, 0.0)
-        G = fade * G
-        for done in range(S):
-            s = S - done
-            z = g * tl.load(slopes + (here * S + s - 1) * n + i, real, 0.0)
-            line = (here * S + s - 1) * n + i
-            tl.store(post_out + line, g, real)
-            tl.store(drive_out + line, z, real)
-            mixed = tl.load(kappa + (s - 1) * (S + 1) + rounds, rounds < s, 0.0)
-            post += mixed[:, None] * g[None, :]
-            row = composite + (s - 1) * (S + 1)
-            last = _row(V, rounds, s - 1)
-            extra = tl.zeros([N], tl.float32)
-            for j in range(s - 1):
-                error = z * _row(V, rounds, j)
-                if ALPHA:
-                    a = tl.load(alpha + p * n * n + at, inside, 0.0)
-                    error = tl.sum(a * error[None, :], 1)
-                else:
-                    error = tl.where(real, tl.sum(error, 0), 0.0)
-                error *= tl.load(row + 1 + j)
-                place = here * (S * (S - 1) // 2) + (s - 1) * (s - 2) // 2 + j
-                response = tl.load(responses + place * n + i, real, 0.0)
-                own = z * response
-                other = error * last
-                extra += error * _row(U, rounds, j)
-                if LINEAR:
-                    pre = tl.where(rounds[:, None] == j, pre + other[None, :], pre)
-                else:
-                    own += other
-                post = tl.where(rounds[:, None] == j, post + own[None, :], post)
-            pull = tl.sum(w * z[None, :], 1)
-            tl.store(pull_out + line, pull, real)
-            b = tl.load(row)
-            g = _row(post, rounds, s - 1) + extra + b * pull
-            if LINEAR:
-                a = tl.load(write + p * n * n + at, inside, 0.0)
-                g += tl.sum(a * _row(pre, rounds, s - 1)[None, :], 1)
-            G += (b * last)[:, None] * z[None, :]
-        tl.store(grad_x + here * n + i, g, real)
+        G, post, pre = _through_rounds(
+            grad_y, grad_x, G, post, pre, V, U, w, kappa, composite, alpha + p * n * n, write + p * n * n,
+            slopes, responses, post_out, drive_out, pull_out, here, rounds,
+            ALPHA, LINEAR, n, S, N,
+        )  # fmt: skip
         tl.store(pre_out + here * S * n + rows, pre if LINEAR else post, known)
         if RESETS:
             if tl.load(mask + here) != 0:
-                d_start += G
+                sums = tl.load(grad_start + place, inside, 0.0) + G
+                tl.store(grad_start + place, sums, inside)
                 G = tl.zeros([N, N], tl.float32)
-    place = trial * n * n + at
     tl.store(grad_w + place, G, inside)
     tl.store(grad_alpha + place, d_alpha, inside)
-    tl.store(grad_start + place, tl.load(grad_start + place, inside, 0.0) + d_start, inside)
     tl.store(grad_decay + trial, d_decay)
