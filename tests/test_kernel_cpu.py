@@ -2,6 +2,7 @@
 
 import math
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -223,6 +224,42 @@ def test_code_placed_by_us_and_code_linked_by_llvm_are_the_same(monkeypatch):
     linked = _cpu_build._PROTOTYPE(_cpu_build._linked(code))
     monkeypatch.setattr(_cpu_build, "function", lambda *size: linked)
     assert all(torch.equal(a, b) for a, b in zip(case.scan(), want, strict=True))
+
+
+NARROW = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import importlib.util
+spec = importlib.util.spec_from_file_location("compiler", sys.argv[1] + "/__main__.py")
+compiler = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(compiler)
+kind, *numbers = sys.argv[3:]
+with open(sys.argv[2], "wb") as file:
+    file.write(compiler.machine_code(kind, [int(n) for n in numbers], "haswell"))
+"""
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the other processor is an x86-64")
+@pytest.mark.parametrize(
+    ("variant", "n", "S"), [("base", 20, 2), ("linear", 9, 3), ("base", 70, 1)]
+)
+def test_bits_do_not_depend_on_the_width_of_vectors(variant, n, S, tmp_path, monkeypatch):
+    case = long_case(variant, n, S).require_grad()
+    want = [*case.scan(), *backward(case.scan(), case.inputs)]
+    linear = variant == "linear"
+
+    def narrow(kind, *numbers):
+        path = tmp_path / kind
+        words = [kind, *(str(int(number)) for number in numbers)]
+        folder = str(_cpu_build._SOURCE)
+        subprocess.run([sys.executable, "-c", NARROW, folder, str(path), *words], check=True)
+        return _cpu_build._PROTOTYPE(_cpu_build._placed(_cpu_build._text(path.read_bytes())))
+
+    known = {kind: narrow(kind, n, S, 1, linear) for kind in ("plastic", "backward")}
+    monkeypatch.setattr(_cpu_build, "function", lambda kind, *numbers: known[kind])
+    got = [*case.scan(), *backward(case.scan(), case.inputs)]
+    for index, (a, b) in enumerate(zip(got, want, strict=True)):
+        assert torch.equal(a, b), index
 
 
 def test_code_that_needs_linking_is_recognised():

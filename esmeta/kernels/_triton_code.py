@@ -7,7 +7,8 @@ same bits from run to run and for any batch.
 """
 
 # Tensors of this language are annotated neither here nor, rightly, in triton itself.
-# pyright: basic, reportArgumentType=false, reportIndexIssue=false
+# pyright: basic, reportArgumentType=false, reportIndexIssue=false, reportGeneralTypeIssues=false
+# pyright: reportAttributeAccessIssue=false
 # ruff: noqa: ANN001, ANN201, ANN202
 
 from __future__ import annotations
@@ -286,8 +287,8 @@ def backward(
         written, post, pre = _through_write(U, V, D, final, rounds, LINEAR, S, N, SP)
         tl.store(written_out + here * S * n + rows, written, known)
         G, post, pre = _through_rounds(
-            grad_y, grad_x, G, post, pre, V, U, w, kappa, composite, alpha + p * n * n, write + p * n * n,
-            slopes, responses, post_out, drive_out, pull_out, here, rounds,
+            grad_y, grad_x, G, post, pre, V, U, w, kappa, composite, alpha + p * n * n,
+            write + p * n * n, slopes, responses, post_out, drive_out, pull_out, here, rounds,
             ALPHA, LINEAR, n, S, N,
         )  # fmt: skip
         tl.store(pre_out + here * S * n + rows, pre if LINEAR else post, known)

@@ -24,12 +24,18 @@ from writer import I64, PTR
 NAME = "esmeta_kernel"
 
 
-def machine_code(kind: str, numbers: list[int]) -> bytes:
-    """An object file for this machine that defines ``NAME(table, low, high)``."""
+def machine_code(kind: str, numbers: list[int], processor: str = "") -> bytes:
+    """An object file for this machine that defines ``NAME(table, low, high)``.
+
+    ``processor`` is LLVM's name of another one than this machine's own, without wide vectors.
+    """
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
-    features = llvm.get_host_cpu_features()
-    wide = features.get("avx512f", False)
+    wide, features = False, ""
+    if not processor:
+        own = llvm.get_host_cpu_features()
+        wide = own.get("avx512f", False)
+        features = own.flatten() + (",-prefer-256-bit" if wide else "")
     on = Machine(16, 32) if wide else Machine(8, 16)
     module = ir.Module()
     function = ir.Function(module, ir.FunctionType(ir.VoidType(), [PTR, I64, I64]), NAME)
@@ -44,8 +50,8 @@ def machine_code(kind: str, numbers: list[int]) -> bytes:
     parsed = llvm.parse_assembly(str(module))
     parsed.verify()
     target = llvm.Target.from_default_triple().create_target_machine(
-        cpu=llvm.get_host_cpu_name(),
-        features=features.flatten() + (",-prefer-256-bit" if wide else ""),
+        cpu=processor or llvm.get_host_cpu_name(),
+        features=features,
         opt=3,
         reloc="pic",
         codemodel="default",
