@@ -618,14 +618,17 @@ RANKED = [
 @pytest.mark.parametrize("memory", ["sampled", "gru"])
 def test_ranks_take_the_same_steps_as_one(memory: str, optimizer: Any) -> None:
     objective, theta = setup(memory, trials=7)
+    # In float32 Adam makes whole steps of what rounding left of a gradient near zero.
+    theta = {name: leaf.double() for name, leaf in theta.items()}
     alone, _ = run(optimizer, objective, theta, 3)
+    assert alone.theta.dtype == torch.float64
     moved = float((alone.theta - ravel(theta)[0]).abs().max())
     assert moved > 1e-3
     for size in (2, 3):
         states = on_ranks(size, lambda comm: run(optimizer, objective, theta, 3, comm)[0])
         for state in states:
             assert torch.equal(state.theta, states[0].theta)
-        assert float((states[0].theta - alone.theta).abs().max()) < 1e-5
+        assert float((states[0].theta - alone.theta).abs().max()) < 1e-9
 
 
 def test_ppo_ranks_shuffle_by_themselves_and_agree() -> None:
