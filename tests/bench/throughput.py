@@ -152,10 +152,18 @@ class NaiveMemory:
         return y, {"W": fast}
 
 
+def in_torch(bound: Bound) -> Bound:
+    """The same with all layers in torch operations."""
+    layers = {k: getattr(bound, k)._replace(compiled=None) for k in ("embed", "head", "value")}
+    return bound._replace(**layers)
+
+
 def naive_policy(policy: Policy, compiled: bool = False) -> Policy:
     """``policy`` with Algorithm 1 as printed."""
     naive = copy.copy(policy)
     naive.memory = NaiveMemory(policy.memory)
+    bind = naive.bind
+    naive.bind = lambda params: in_torch(bind(params))
     if compiled:
         plain = naive.step_bound
 
