@@ -152,14 +152,13 @@ class Backward:
         final = w.at(composite, self.depth * (self.depth + 1))
         self._load_rounds(place, final)
         weights, G = self._matrix("weights", place), self._matrix("grad_w", trial)
-        D = self._write_back(p, trial, place, final, weights, G)
+        self._write_back(p, trial, place, final, weights, G)
         w.copy(n, w.at(of["grad_y"], w.mul(place, n)), self.line["g"])
         for s in range(self.depth, 0, -1):
             self._round(s, p, place, kappa, composite, weights)
         w.copy(n, self.line["g"], w.at(of["grad_x"], w.mul(place, n)))
         length = self.depth * n
         w.copy(length, self.rows["pre_"], w.at(of["pre"], w.mul(place, length)))
-        del D
         with w.loop(0, n) as i:
             for at, width in self.columns:
                 index = w.add(w.mul(i, n), at)
@@ -182,7 +181,7 @@ class Backward:
                 w.store(both, start, index)
                 w.store(w.zero(width), G, index)
 
-    def _write_back(self, p: Any, trial: Any, place: Any, final: Any, weights: Any, G: Any) -> Any:
+    def _write_back(self, p: Any, trial: Any, place: Any, final: Any, weights: Any, G: Any) -> None:
         """Through the write: sums over G, D U_l and D^T V_l, and the first gradients of rounds."""
         w, of, n = self.w, self.of, self.n
         alpha, d_alpha = self._matrix("alpha_t", p), self._matrix("grad_alpha", trial)
@@ -221,7 +220,6 @@ class Backward:
                     # In the base rule U_j is V_j: one table takes both gradients.
                     value = w.b.fadd(value, w.load(self._row("post_", s), at, width))
                 w.store(value, self._row("pre_", s), at)
-        return D
 
     def _round(self, s: int, p: Any, place: Any, kappa: Any, composite: Any, weights: Any) -> None:
         """From g_s to g_{s-1}."""
