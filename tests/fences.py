@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import os
+import signal
+import subprocess
+import sys
 
 import torch
+from conftest import environment
 from torch import Tensor
 
 _LIBC = ctypes.CDLL(None)
@@ -26,3 +31,19 @@ def fenced(tensor: Tensor, at_end: bool) -> Tensor:
     offset = mmap.PAGESIZE + (pages * mmap.PAGESIZE - size if at_end else 0)
     flat = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=offset)
     return flat.view(tensor.shape).copy_(tensor)
+
+
+def stays_inside(code: str, *words: object) -> None:
+    """Assert that a script ends by itself, and that a fence ends it when it does one block more.
+
+    Its last word is how many blocks (programs) too many it is to run.
+    """
+    env = environment({"PYTHONPATH": os.pathsep.join(sys.path)})
+
+    def run(more: int) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", code, *map(str, words), str(more)]
+        return subprocess.run(command, env=env, capture_output=True, text=True)
+
+    done = run(0)
+    assert done.stdout == "inside\n", done.stderr
+    assert run(1).returncode == -signal.SIGSEGV
