@@ -1,9 +1,9 @@
 """Ranks: buffer collectives with a time limit, and an end for the whole job when one rank fails.
 
-Every collective is non-blocking and polled, so a rank that hangs or left early becomes a
-``TimeoutError`` on the others instead of a job that never ends. The ranks that wait then call the
-roll, so that the error names the ranks that did not come. mpi4py is imported only when an MPI
-launcher started more than one process.
+No collective blocks: each is polled (:mod:`esmeta.transport`), so a rank that hangs or left early
+becomes a ``TimeoutError`` on the others instead of a job that never ends. The ranks that wait then
+call the roll, so that the error names the ranks that did not come. mpi4py is imported only when an
+MPI launcher started more than one process.
 """
 
 from __future__ import annotations
@@ -19,10 +19,12 @@ from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from esmeta.errors import UserError
+from esmeta.transport import connect
 
 EXIT_USER_ERROR = 2
 EXIT_EXCEPTION = 3
@@ -41,6 +43,7 @@ _SPIN_SECONDS = 1e-3
 _LONGEST_SLEEP = 1e-3
 _ROLL_SECONDS = 1.0
 _ROLL_TAG = 1
+_yield_core = getattr(os, "sched_yield", lambda: time.sleep(0))
 
 
 def _number(env: Mapping[str, str], name: str) -> int | None:
@@ -138,27 +141,28 @@ class MPIComm:
         self.timeout_s = timeout_s
         self.label = "start"
         self.waited_s = 0.0
-        # Of collectives so far: the same on all ranks that wait for the same one.
+        # Of waits so far: the same on all ranks that wait for the same thing.
         self._number = 0
+        self._operation = "start"
         self._present: set[int] = set()
         self._abandoned: list[Any] = []
+        self._transport = connect(MPI, self._world, self._wait)
 
     def gather_rows(self, local: Tensor, counts: list[int]) -> Tensor:
         """Concatenate float64 blocks ``[counts[r], ...]`` of all ranks in rank order."""
         _check_rows(local, counts, self.rank, self.size)
+        self._operation = "gather_rows"
         out = torch.empty((sum(counts), *local.shape[1:]), dtype=torch.float64)
-        width = local.shape[1:].numel()
-        send, receive = _buffer(local), out.numpy()
-        layout = [receive, [count * width for count in counts]]
-        self._wait(self._world.Iallgatherv(send, layout), "gather_rows", send, receive)
+        width = out.element_size() * local.shape[1:].numel()
+        self._transport.gather(_bytes(local), [width * count for count in counts], _bytes(out))
         return _like(out, local)
 
     def sum_exact(self, value: Tensor) -> Tensor:
         """Elementwise int64 sum over ranks: exact, whatever the number of ranks."""
         assert value.dtype == torch.int64, f"sum_exact wants int64, got {value.dtype}"
-        send, out = _buffer(value), torch.empty(value.shape, dtype=torch.int64)
-        request = self._world.Iallreduce(send, out.numpy(), op=self._mpi.SUM)
-        self._wait(request, "sum_exact", send, out)
+        self._operation = "sum_exact"
+        out = torch.empty(value.shape, dtype=torch.int64)
+        self._transport.sum_int64(_flat(value), _flat(out))
         return _like(out, value)
 
     def sum_ordered(self, value: Tensor) -> Tensor:
@@ -166,31 +170,30 @@ class MPIComm:
 
         The bits do depend on the number of ranks; :meth:`sum_exact` is for what must not.
         """
-        send = _buffer(value)
-        rows = torch.empty((self.size, *value.shape), dtype=value.dtype)
-        self._wait(self._world.Iallgather(send, rows.numpy()), "sum_ordered", send, rows)
-        total = rows[0].clone()
-        for row in rows[1:]:
-            total += row
-        return _like(total, value)
+        self._operation = "sum_ordered"
+        out = torch.empty(value.shape, dtype=value.dtype)
+        self._transport.sum_in_order(_flat(value), _flat(out))
+        return _like(out, value)
 
     def bcast(self, value: Tensor) -> Tensor:
         """Rank 0's tensor on every rank (shape and dtype must agree)."""
+        self._operation = "bcast"
         out = value.detach().cpu().contiguous().clone()
-        flat = out.view(-1).view(torch.uint8).numpy()
-        self._wait(self._world.Ibcast(flat, root=0), "bcast", flat)
+        self._transport.bcast(_bytes(out))
         return _like(out, value)
 
     def same(self, digest: bytes) -> bool:
         """Whether all ranks passed the same bytes (compared by their first 32)."""
-        send = bytearray(digest[:32].ljust(32, b"\0"))
-        receive = bytearray(32 * self.size)
-        self._wait(self._world.Iallgather(send, receive), "same", send, receive)
-        return receive == send * self.size
+        self._operation = "same"
+        own = np.frombuffer(digest[:32].ljust(32, b"\0"), np.uint8)
+        everybody = np.empty(32 * self.size, np.uint8)
+        self._transport.gather(own, [32] * self.size, everybody)
+        return everybody.tobytes() == own.tobytes() * self.size
 
     def barrier(self) -> None:
         """Wait until every rank is here."""
-        self._wait(self._world.Ibarrier(), "barrier")
+        self._operation = "barrier"
+        self._transport.barrier()
 
     def abort(self, code: int, message: str) -> NoReturn:
         """Say why on stderr with the rank, and end the whole job with ``code``."""
@@ -206,41 +209,24 @@ class MPIComm:
 
     def meet_to_leave(self, seconds: float) -> bool:
         """Whether all ranks get here within ``seconds``: then each may exit by itself."""
-        return self._poll(self._last_words.Ibarrier(), seconds, lambda: False)
+        request = self._last_words.Ibarrier()
+        self._abandoned.append(request)
+        return _poll(request.Test, seconds, lambda: False)
 
-    def _poll(self, request: Any, seconds: float, given_up: Callable[[], bool]) -> bool:
-        # Spin at first, as most collectives end within microseconds; then leave the core to
-        # others, with naps that grow from 20 us.
-        start = time.monotonic()
-        nap = 2e-5
-        while not request.Test():
-            waited = time.monotonic() - start
-            if waited > seconds or (nap == _LONGEST_SLEEP and given_up()):
-                self._abandoned.append(request)
-                return False
-            if waited < _SPIN_SECONDS:
-                time.sleep(0)
-            else:
-                time.sleep(nap)
-                nap = min(2 * nap, _LONGEST_SLEEP)
-        return True
-
-    def _wait(self, request: Any, operation: str, *buffers: Any) -> None:
+    def _wait(self, ready: Callable[[], bool]) -> None:
         self._number += 1
         start = time.monotonic()
-        done = self._poll(request, self.timeout_s, self._roll_is_called)
+        done = _poll(ready, self.timeout_s, self._roll_is_called)
         waited = time.monotonic() - start
         self.waited_s += waited
         if done:
             return
-        # MPI may still write here: the buffers have to outlive the request.
-        self._abandoned.extend(buffers)
         missing = self._call_the_roll()
         named = f"rank{'s' * (len(missing) > 1)} {_numbers(missing)}" if missing else "other ranks"
         cause = "hangs, is gone or is much slower" if missing else "all of them wait elsewhere"
         raise TimeoutError(
-            f"rank {self.rank} of {self.size}: {operation} waited {waited:.0f} s at {self.label} "
-            f"for {named} ({cause}; the limit is run.rank_timeout)"
+            f"rank {self.rank} of {self.size}: {self._operation} waited {waited:.0f} s at "
+            f"{self.label} for {named} ({cause}; the limit is run.rank_timeout)"
         )
 
     def _roll_is_called(self) -> bool:
@@ -276,8 +262,30 @@ def _numbers(ranks: list[int]) -> str:
     return shown if len(ranks) <= 8 else f"{shown} and {len(ranks) - 8} more"
 
 
-def _buffer(value: Tensor) -> Any:
-    return value.detach().cpu().contiguous().numpy()
+def _poll(ready: Callable[[], bool], seconds: float, given_up: Callable[[], bool]) -> bool:
+    """Whether ``ready`` within ``seconds``; ``given_up`` is asked when it takes long."""
+    # Spin at first, as most collectives end within microseconds, and let whoever else wants the
+    # core go first; then leave it, with naps that grow from 20 us.
+    start = time.monotonic()
+    nap = 2e-5
+    while not ready():
+        waited = time.monotonic() - start
+        if waited > seconds or (nap == _LONGEST_SLEEP and given_up()):
+            return False
+        if waited < _SPIN_SECONDS:
+            _yield_core()
+        else:
+            time.sleep(nap)
+            nap = min(2 * nap, _LONGEST_SLEEP)
+    return True
+
+
+def _flat(value: Tensor) -> np.ndarray:
+    return value.detach().cpu().contiguous().view(-1).numpy()
+
+
+def _bytes(value: Tensor) -> np.ndarray:
+    return _flat(value).view(np.uint8)
 
 
 def _like(result: Tensor, model: Tensor) -> Tensor:

@@ -45,8 +45,9 @@ def mpirun(ranks: int, script: str, *arguments: str) -> tuple[int, str, str, flo
 @pytest.mark.mpi
 @needs_mpirun
 @pytest.mark.parametrize("ranks", [2, 3, 4])
-def test_collectives(ranks: int) -> None:
-    code, out, err, _ = mpirun(ranks, "collectives.py", str(ranks))
+@pytest.mark.parametrize("transport", ["SharedMemory", "Messages"])
+def test_collectives(ranks: int, transport: str) -> None:
+    code, out, err, _ = mpirun(ranks, "collectives.py", str(ranks), transport)
     assert code == 0, err
     assert out.startswith(f"ok {ranks} "), out
 
@@ -83,9 +84,12 @@ def test_an_exception_on_one_rank_ends_the_job_at_once() -> None:
 
 @pytest.mark.mpi
 @needs_mpirun
-@pytest.mark.parametrize("mode", ["hang", "exit"])
-def test_a_rank_that_does_not_come_is_a_timeout(mode: str) -> None:
-    code, out, err, seconds = mpirun(3, "failure.py", mode, "2")
+@pytest.mark.parametrize(
+    ("mode", "transport"),
+    [("hang", "SharedMemory"), ("exit", "SharedMemory"), ("hang", "Messages")],
+)
+def test_a_rank_that_does_not_come_is_a_timeout(mode: str, transport: str) -> None:
+    code, out, err, seconds = mpirun(3, "failure.py", mode, "2", transport)
     assert code == comm_module.EXIT_EXCEPTION and "finished" not in out
     # The rank that did not come is named, once, and not the other one that waits.
     assert "TimeoutError: rank 0 of 3: gather_rows waited 2 s at generation 12 for rank 2 (" in err

@@ -16,7 +16,7 @@ MAX_FUNCTION_LINES = 60
 LAYERS = [
     {"types", "rng", "tree", "config", "errors"},
     {"kernels"},
-    {"policy", "comm", "wire"},
+    {"policy", "comm", "transport", "wire"},
     {"envs", "tasks", "returns"},
     {"rollout"},
     {"evaluator", "lives", "learners"},

@@ -3,11 +3,12 @@
     python tests/bench/collectives.py --json collectives.json
     python tests/bench/collectives.py --ranks 2 --members 4096 --trials 4 --parameters 60000
 
-Collectives are those of a generation of evolution: the returns of all members, two exact sums over
-all parameters, the comparison of hashes, and the decision to go on. Seconds are those of rank 0
-from a start that all ranks share; more ranks than cores wait for each other's turn, and so does
-every rank on a busy machine: the tenth percentile tells what the collectives take. Bytes are
-counted in real runs of two presets and held against 8 N K + 16 D + 9 N + 256.
+Both transports are timed: memory that the ranks share, and MPI's messages. Collectives are those
+of a generation of evolution: the returns of all members, two exact sums over all parameters, the
+comparison of hashes, and the decision to go on. Seconds are those of rank 0 from a start that all
+ranks share; more ranks than cores wait for each other's turn, and so does every rank on a busy
+machine: the tenth percentile tells what the collectives take. Bytes are counted in real runs of
+three presets, sent as messages, and held against 8 N K + 16 D + 9 N + 256.
 """
 
 from __future__ import annotations
@@ -34,12 +35,15 @@ RUNS = (
 )
 
 
-def measure(members: int, trials: int, parameters: int, repeats: int) -> int:
+def measure(members: int, trials: int, parameters: int, repeats: int, *, messages: bool) -> int:
     """Time the collectives; runs on every rank, rank 0 prints one JSON object."""
     import torch
 
+    from esmeta import transport
     from esmeta.comm import install_excepthook, make_comm
 
+    if messages:
+        transport.SharedMemory = transport.Messages  # type: ignore[misc, assignment]
     comm = make_comm(60.0)
     install_excepthook(comm)
     counts = [len(range(rank, members, comm.size)) for rank in range(comm.size)]
@@ -88,24 +92,31 @@ def mpirun(ranks: int, *words: object) -> str:
 
 def seconds(args: argparse.Namespace) -> list[dict[str, Any]]:
     """The table of times."""
-    sizes = (args.members, args.trials, args.parameters, args.repeats)
-    print(f"{'ranks':>5}  {'collective':<36} {'p10 us':>7} {'median us':>9} {'p99 us':>7}")
+    sizes = [str(n) for n in (args.members, args.trials, args.parameters, args.repeats)]
+    print(
+        f"{'ranks':>5} {'by':<8}  {'collective':<36} {'p10 us':>7} {'median us':>9} {'p99 us':>7}"
+    )
     rows = []
     for ranks in args.ranks:
-        found = json.loads(mpirun(ranks, Path(__file__).resolve(), "--child", *sizes))
-        total = least = 0.0
-        for name, times in found.items():
-            median = statistics.median(times)
-            p10, p99 = (sorted(times)[int(share * len(times))] for share in (0.1, 0.99))
-            total, least = total + median, least + p10
-            row = {"p10_us": p10, "median_us": median, "p99_us": p99}
-            rows.append({"ranks": ranks, "collective": name, **row})
-            print(f"{ranks:>5}  {name:<36} {p10:>7.0f} {median:>9.0f} {p99:>7.0f}", flush=True)
-        budget = BUDGET_MS.get(ranks)
-        held = f" (budget {budget} ms on idle cores)" if budget else ""
-        print(
-            f"{ranks:>5}  {'all of a generation':<36} {least:>7.0f} {total:>9.0f}{held}", flush=True
-        )
+        totals = {}
+        for by in ("memory", "messages"):
+            script = Path(__file__).resolve()
+            found = json.loads(mpirun(ranks, script, "--child", by, *sizes))
+            total = least = 0.0
+            for name, times in found.items():
+                median = statistics.median(times)
+                p10, p99 = (sorted(times)[int(share * len(times))] for share in (0.1, 0.99))
+                total, least = total + median, least + p10
+                row = {"p10_us": p10, "median_us": median, "p99_us": p99}
+                rows.append({"ranks": ranks, "by": by, "collective": name, **row})
+                times_us = f"{p10:>7.0f} {median:>9.0f} {p99:>7.0f}"
+                print(f"{ranks:>5} {by:<8}  {name:<36} {times_us}", flush=True)
+            totals[by] = total
+            budget = BUDGET_MS.get(ranks)
+            held = f" (budget {budget} ms on idle cores)" if budget else ""
+            whole = f"{'all of a generation':<36} {least:>7.0f} {total:>9.0f}{held}"
+            print(f"{ranks:>5} {by:<8}  {whole}", flush=True)
+        print(f"{ranks:>5} memory against messages: {totals['messages'] / totals['memory']:.1f} x")
     return rows
 
 
@@ -119,7 +130,7 @@ def traffic() -> list[dict[str, Any]]:
                 f"optimizer.popsize={members}",
                 f"task.trials={trials}",
                 "budget.generations=3",
-                "run.evaluate_every=0",
+                "run.evaluate_every=1000",
             )
             words = [word for pair in sets for word in ("--set", pair)]
             script = ROOT / "tests" / "mpi" / "traffic.py"
@@ -148,10 +159,11 @@ def main() -> int:
     parser.add_argument("--parameters", type=int, default=60_000, help="D (60000)")
     parser.add_argument("--repeats", type=int, default=1000, help="of each collective (1000)")
     parser.add_argument("--json", type=Path, help="write all figures here")
-    parser.add_argument("--child", type=int, nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs=5, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        return measure(*args.child)
+        by, *sizes = args.child
+        return measure(*map(int, sizes), messages=by == "messages")
     print(f"load {os.getloadavg()}, {os.cpu_count()} cores")
     report = {"load": os.getloadavg(), "seconds": seconds(args), "traffic": traffic()}
     if args.json:

@@ -1,4 +1,7 @@
-"""Every collective against values that any rank can compute by itself. Run under mpirun."""
+"""Every collective against values that any rank can compute by itself. Run under mpirun.
+
+Arguments: the number of ranks, and the transport that is expected or enforced.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import time
 
 import torch
 
+from esmeta import transport
 from esmeta.comm import MPIComm, install_excepthook, local_rank, make_comm
 from esmeta.wire import share
 
@@ -39,6 +43,33 @@ def check_sums(comm: MPIComm) -> None:
             expected_sum += row
         got = comm.sum_ordered(rows[comm.rank].requires_grad_(dtype == torch.float32))
         assert torch.equal(got, expected_sum) and not got.requires_grad
+
+
+def check_large(comm: MPIComm) -> None:
+    """More than fits into the slot of a rank, and in the end more pieces than slots."""
+    for length in (2**17 - 1, 2**17 + 3, 700_001):
+        counts = [max(0, length - 50_000 * rank) for rank in range(comm.size)]
+        rows = torch.arange(counts[comm.rank], dtype=torch.float64)[:, None] + comm.rank
+        got = comm.gather_rows(rows, counts)[:, 0]
+        assert torch.equal(
+            got, torch.cat([torch.arange(n, dtype=torch.float64) + r for r, n in enumerate(counts)])
+        )
+        value = torch.arange(length, dtype=torch.int64)
+        total = comm.size * (comm.size - 1) // 2
+        assert torch.equal(comm.sum_exact(value + comm.rank), value * comm.size + total)
+        assert torch.equal(comm.bcast(value + comm.rank), value)
+
+
+def check_turns(comm: MPIComm) -> None:
+    """Nobody reads what a faster rank has written for a later turn."""
+    for turn in range(300):
+        if (turn + comm.rank) % 7 == 0:
+            time.sleep(0.0005)
+        rows = torch.full((2, 1), float(turn * 10 + comm.rank), dtype=torch.float64)
+        want = [turn * 10 + rank for rank in range(comm.size) for _ in range(2)]
+        assert comm.gather_rows(rows, [2] * comm.size)[:, 0].tolist() == want
+        assert comm.sum_exact(torch.tensor([turn, comm.rank])).tolist()[0] == turn * comm.size
+        assert comm.bcast(torch.tensor(turn + comm.rank)).item() == turn
 
 
 def check_bcast_and_same(comm: MPIComm) -> None:
@@ -80,12 +111,21 @@ def latency(comm: MPIComm) -> float:
 
 
 def main() -> None:
+    if sys.argv[2] == "Messages":
+        # As on several machines.
+        transport.SharedMemory = transport.Messages  # type: ignore[misc, assignment]
     comm = make_comm(timeout_s=20)
     install_excepthook(comm)
     assert isinstance(comm, MPIComm) and comm.size == int(sys.argv[1])
-    assert local_rank() == comm.rank
+    assert type(comm._transport).__name__ == sys.argv[2]
+    # Launchers number the ranks of a machine as they like, but all of them.
+    own = torch.tensor([[float(local_rank())]], dtype=torch.float64)
+    local = comm.gather_rows(own, [1] * comm.size).flatten().tolist()
+    assert sorted(local) == list(range(comm.size)), local
     check_gather(comm)
     check_sums(comm)
+    check_large(comm)
+    check_turns(comm)
     check_bcast_and_same(comm)
     check_share(comm)
     median = latency(comm)

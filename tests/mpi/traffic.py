@@ -10,6 +10,7 @@ import torch
 
 from esmeta import comm as comm_module
 from esmeta import train
+from esmeta.transport import Messages
 
 
 class Spy:
@@ -24,7 +25,7 @@ class Spy:
 
 
 class CountingComm(comm_module.MPIComm):
-    """``bytes`` of every collective since :meth:`clear`, by operation.
+    """``bytes`` of every collective since :meth:`clear`, by operation, sent as messages.
 
     Bytes are those of the result: all rows that are gathered, one vector that is summed.
     """
@@ -32,7 +33,7 @@ class CountingComm(comm_module.MPIComm):
     def __init__(self, timeout_s: float = 60.0) -> None:
         super().__init__(timeout_s)
         self.calls: Counter[str] = Counter()
-        self._world = Spy(self._world, self.calls)
+        self._transport = Messages(self._mpi, Spy(self._world, self.calls), self._wait)
         self._last_words = Spy(self._last_words, self.calls)
         self.clear()
 
@@ -45,12 +46,25 @@ class CountingComm(comm_module.MPIComm):
         """mpi4py's methods in lower case are those that pickle."""
         return sorted(name for name in self.calls if name[0].islower())
 
-    def _wait(self, request: Any, operation: str, *buffers: Any) -> None:
-        super()._wait(request, operation, *buffers)
-        # The last buffer is the one that holds the result.
-        if buffers:
-            result = buffers[-1]
-            self.bytes[operation] += result.nbytes if hasattr(result, "nbytes") else len(result)
+    def gather_rows(self, local: torch.Tensor, counts: list[int]) -> torch.Tensor:
+        return self._count("gather_rows", super().gather_rows(local, counts))
+
+    def sum_exact(self, value: torch.Tensor) -> torch.Tensor:
+        return self._count("sum_exact", super().sum_exact(value))
+
+    def sum_ordered(self, value: torch.Tensor) -> torch.Tensor:
+        return self._count("sum_ordered", super().sum_ordered(value))
+
+    def bcast(self, value: torch.Tensor) -> torch.Tensor:
+        return self._count("bcast", super().bcast(value))
+
+    def same(self, digest: bytes) -> bool:
+        self.bytes["same"] += 32 * self.size
+        return super().same(digest)
+
+    def _count(self, operation: str, result: torch.Tensor) -> torch.Tensor:
+        self.bytes[operation] += result.nbytes
+        return result
 
 
 def count(argv: list[str]) -> tuple[CountingComm, list[dict[str, int]]]:
@@ -84,7 +98,7 @@ def main() -> None:
     import esmeta
 
     # Held-out scores come now and then, and are shared out as a generation is.
-    sent, generations = count([*sys.argv[1:], "--set", "run.evaluate_every=0"])
+    sent, generations = count([*sys.argv[1:], "--set", "run.evaluate_every=1000"])
     assert all(one == generations[0] for one in generations), generations
     if sent.rank == 0:
         out = sys.argv[sys.argv.index("--out") + 1]
