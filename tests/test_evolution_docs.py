@@ -8,7 +8,7 @@ from importlib import import_module
 
 import pytest
 from conftest import ROOT
-from test_openes import Objective, run, solo, sphere, start
+from searches import Objective, run, solo, sphere, start
 from tiny_runs import run_here, write_preset
 
 from esmeta import config

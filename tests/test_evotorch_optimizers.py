@@ -1,4 +1,4 @@
-"""EvoTorch's searchers behind the optimizer contract."""
+"""EvoTorch's searchers behind the optimizer contract: what only they have."""
 
 import math
 import subprocess
@@ -6,19 +6,16 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from test_openes import (
+from searches import (
+    EVOTORCH,
     Objective,
     RankComm,
     digest,
-    ellipsoid,
-    failing,
     flat_theta,
     on_ranks,
     run,
-    same_saved,
     solo,
     sphere,
     start,
@@ -32,36 +29,10 @@ from esmeta.rng import Rng
 
 torch.set_num_threads(1)
 
-# popsize 50 is not a multiple of 3 or 4 ranks; sigma and rates suit a start one unit away.
-MAKE: dict[str, Callable[..., Any]] = {
-    "pgpe": lambda **o: evotorch_pgpe.Optimizer(
-        **{"popsize": 50, "sigma": 0.1, "learning_rate": 0.05} | o
-    ),
-    "pgpe-clipup": lambda **o: evotorch_pgpe.Optimizer(
-        **{"popsize": 50, "sigma": 0.1, "optimizer": "clipup"} | o
-    ),
-    "snes": lambda **o: evotorch_snes.Optimizer(**{"popsize": 50, "sigma": 0.3} | o),
-    "cem": lambda **o: cem.Optimizer(**{"popsize": 50, "sigma": 0.5, "stdev_max_change": 0.05} | o),
-    "xnes": lambda **o: xnes.Optimizer(**{"popsize": 50, "sigma": 0.3} | o),
-    "cmaes": lambda **o: cmaes.Optimizer(**{"popsize": 50, "sigma": 0.3} | o),
-    "sepcmaes": lambda **o: cmaes.Optimizer(**{"popsize": 50, "sigma": 0.3, "separable": True} | o),
-}
 MODULES = (evotorch_pgpe, evotorch_snes, cem, xnes, cmaes)
-every = pytest.mark.parametrize("make", list(MAKE.values()), ids=list(MAKE))
 
 
-@every
-@pytest.mark.parametrize("value", [sphere, ellipsoid])
-def test_reaches_the_optimum(make: Callable[..., Any], value: Callable[[Tensor], Tensor]) -> None:
-    optimizer = make()
-    begin = value(torch.zeros(1, 10, dtype=torch.float64)).item()
-    state, _ = run(optimizer, Objective(value), start(10), 250)
-    end = value(flat_theta(optimizer, state).double()[None]).item()
-    # ClipUp's steps have a fixed length and hover around the optimum.
-    assert end > begin * (0.01 if make is MAKE["pgpe-clipup"] else 1e-3)
-
-
-@every
+@pytest.mark.parametrize("make", list(EVOTORCH.values()), ids=list(EVOTORCH))
 def test_weight_decay_takes_a_share_of_the_centre(make: Callable[..., Any]) -> None:
     plain, decayed = make(), make(weight_decay=0.25)
     free, held = (run(o, Objective(sphere), start(10, 2.0), 1)[0] for o in (plain, decayed))
@@ -72,70 +43,7 @@ def test_weight_decay_takes_a_share_of_the_centre(make: Callable[..., Any]) -> N
         make(weight_decay=1.0)
 
 
-@every
-@pytest.mark.parametrize("constant", [0.25, math.nan])
-def test_flat_generations_change_nothing(make: Callable[..., Any], constant: float) -> None:
-    optimizer = make(weight_decay=0.1)
-    moved, _ = run(optimizer, Objective(sphere), start(6), 3)
-    before = optimizer.state_dict(moved)
-    nothing = Objective(lambda x: torch.full((len(x),), constant, dtype=torch.float64))
-    state, log = run(optimizer, nothing, {}, 100, state=moved)
-    after = optimizer.state_dict(state)
-    assert after.pop("generation") == 103 and before.pop("generation") == 3
-    assert same_saved(before, after)
-    assert all(m["flat"] == 1.0 and m["update_norm"] == 0.0 for m in log)
-
-
-@every
-def test_nan_is_as_bad_as_minus_1e30(make: Callable[..., Any]) -> None:
-    ends = []
-    for bad in (math.nan, -1e30):
-        optimizer = make()
-        state, _ = run(optimizer, Objective(failing(bad)), start(10), 60)
-        ends.append(sphere(flat_theta(optimizer, state).double()[None]).item())
-    assert ends[0] == pytest.approx(ends[1], rel=0.02)
-
-
-@every
-def test_200_generations_of_random_failures_stay_finite(make: Callable[..., Any]) -> None:
-    draws = np.random.Generator(np.random.PCG64(0))
-
-    def value(x: Tensor) -> Tensor:
-        bad = torch.tensor([math.nan, math.inf, -math.inf, 0.0, 1.0], dtype=torch.float64)
-        return bad[torch.from_numpy(draws.integers(0, 5, len(x)))]
-
-    optimizer = make(popsize=8, sigma=0.01)
-    state, _ = run(optimizer, Objective(value), start(4), 200)
-    assert torch.isfinite(flat_theta(optimizer, state)).all()
-
-
-@every
-def test_same_bits_for_any_number_of_ranks(make: Callable[..., Any]) -> None:
-    hashes = set()
-    for size in (1, 2, 3, 4):
-        objectives = [Objective(sphere) for _ in range(size)]
-
-        def work(comm: RankComm, objectives: list[Objective] = objectives) -> tuple[Any, ...]:
-            optimizer = make()
-            state, log = run(optimizer, objectives[comm.rank], start(7), 8, comm)
-            return digest(optimizer, state), log[-1]["env_steps"], log[-1]["resync"]
-
-        results = on_ranks(size, work)
-        assert len(set(results)) == 1 and results[0][1:] == (50 * 15.0, 0.0)
-        assert sum(o.rows for o in objectives) == 8 * 50
-        hashes |= {r[0] for r in results}
-    assert len(hashes) == 1
-
-
-def test_fewer_members_than_ranks() -> None:
-    def work(comm: RankComm) -> str:
-        optimizer = evotorch_snes.Optimizer(popsize=2)
-        return digest(optimizer, run(optimizer, Objective(sphere), start(5), 4, comm)[0])
-
-    assert set(on_ranks(4, work)) == set(on_ranks(1, work))
-
-
-@every
+@pytest.mark.parametrize("make", list(EVOTORCH.values()), ids=list(EVOTORCH))
 def test_a_rank_that_drifted_is_brought_back(make: Callable[..., Any]) -> None:
     def work(comm: RankComm) -> tuple[list[float], str]:
         optimizer = make()
@@ -147,43 +55,6 @@ def test_a_rank_that_drifted_is_brought_back(make: Callable[..., Any]) -> None:
 
     (log, hash_0), (_, hash_1) = on_ranks(2, work)
     assert log == [1.0, 0.0, 0.0] and hash_0 == hash_1
-
-
-@every
-def test_resume_is_exact_and_small(make: Callable[..., Any]) -> None:
-    optimizer = make()
-    whole, _ = run(optimizer, Objective(sphere), start(9), 12)
-    half, _ = run(optimizer, Objective(sphere), start(9), 6)
-    saved = optimizer.state_dict(half)
-    run(optimizer, Objective(sphere), {}, 3, state=half)  # must not write to what was saved
-    loaded = make().load_state_dict(saved, start(9))
-    resumed, _ = run(make(), Objective(sphere), {}, 6, state=loaded)
-    assert same_saved(optimizer.state_dict(resumed), optimizer.state_dict(whole))
-    assert all(isinstance(v, Tensor | int) for v in saved.values())
-    assert all(v.numel() <= 81 for v in saved.values() if isinstance(v, Tensor))
-
-
-@every
-def test_a_state_can_be_stepped_twice(make: Callable[..., Any]) -> None:
-    optimizer = make()
-    state, _ = run(optimizer, Objective(sphere), start(6), 4)
-    once, _ = optimizer.step(state, Objective(sphere), solo(), Rng(0))
-    again, _ = optimizer.step(state, Objective(sphere), solo(), Rng(0))
-    assert same_saved(optimizer.state_dict(once), optimizer.state_dict(again))
-
-
-@every
-def test_global_generators_are_neither_read_nor_moved(make: Callable[..., Any]) -> None:
-    hashes = set()
-    for poison in (1, 2):
-        optimizer = make()
-        torch.manual_seed(poison)
-        np.random.seed(poison)
-        before = torch.get_rng_state(), np.random.get_state()[1]
-        hashes.add(digest(optimizer, run(optimizer, Objective(sphere), start(5), 5)[0]))
-        assert torch.equal(torch.get_rng_state(), before[0])
-        assert (np.random.get_state()[1] == before[1]).all()
-    assert len(hashes) == 1
 
 
 # --- against EvoTorch itself ----------------------------------------------------------------
@@ -211,12 +82,12 @@ def native(name: str, problem: Any, center: Tensor) -> Any:
         "cmaes": lambda: CMAES(problem, **kw, stdev_init=0.3),
         "sepcmaes": lambda: CMAES(problem, **kw, stdev_init=0.3, separable=True),
     }
-    return makers[name.split("-")[0]]()
+    return makers[name.removeprefix("evotorch_").split("-")[0]]()
 
 
-@pytest.mark.parametrize("name", MAKE)
+@pytest.mark.parametrize("name", EVOTORCH)
 def test_matches_evotorch_where_nothing_fails(name: str) -> None:
-    optimizer, center = MAKE[name](), torch.zeros(10)
+    optimizer, center = EVOTORCH[name](), torch.zeros(10)
     state, _ = run(optimizer, Objective(sphere), start(10), 10)
 
     problem = _evotorch.new_problem(10)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT, RunFunction, environment
-from test_openes import Objective, RankComm, on_ranks, solo, sphere
+from searches import Objective, RankComm, on_ranks, solo, sphere
 from torch import Tensor
 
 import esmeta

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_openes import Ranks, digest, flat_theta, on_ranks, same_saved, solo
+from searches import Ranks, digest, flat_theta, on_ranks, same_saved, solo
 from tiny_runs import final_hash, overrides, run_here, summary, write_preset
 from torch import Tensor
 

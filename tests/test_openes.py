@@ -1,156 +1,32 @@
-"""OpenAI-ES: its gradient, its bits over ranks, and what must not move it."""
+"""OpenAI-ES: its gradient, its schedules and its units."""
 
-import hashlib
 import math
-import threading
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from searches import (
+    Objective,
+    RankComm,
+    ellipsoid,
+    failing,
+    flat_theta,
+    on_ranks,
+    run,
+    same_saved,
+    sphere,
+    start,
+)
 from torch import Tensor
 
 from esmeta.optimizers import openes
 from esmeta.optimizers._noise import Noise, pair_noise
 from esmeta.optimizers._population import Sample, partial_sums
 from esmeta.rng import Rng
-from esmeta.types import Fitness, Metrics, Params
 
 torch.set_num_threads(1)
-
-
-class Objective:
-    """Scores vectors by ``value`` on 3 trials that differ by a constant; 5 steps per trial."""
-
-    def __init__(self, value: Callable[[Tensor], Tensor]) -> None:
-        self.value = value
-        self.rows = 0
-
-    def fitness(self, params: Params | Tensor, step: int) -> Fitness:
-        assert isinstance(params, Tensor) and params.dtype == torch.float32
-        self.rows += len(params)
-        value = self.value(params.double()).unsqueeze(1)
-        returns = value + torch.tensor([0.0, 1.0, -1.0], dtype=torch.float64)
-        return Fitness(returns, torch.full(returns.shape, 5))
-
-
-class Ranks:
-    """Ranks as threads of this process, with the semantics of a real communicator."""
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self.barrier = threading.Barrier(size)
-        self.slots: list[Any] = [None] * size
-
-    def comm(self, rank: int) -> "RankComm":
-        return RankComm(self, rank)
-
-
-class RankComm:
-    def __init__(self, ranks: Ranks, rank: int) -> None:
-        self.ranks, self.rank, self.size = ranks, rank, ranks.size
-
-    def _all(self, value: Any) -> list[Any]:
-        self.ranks.slots[self.rank] = value
-        self.ranks.barrier.wait(30)
-        values = list(self.ranks.slots)
-        self.ranks.barrier.wait(30)
-        return values
-
-    def gather_rows(self, local: Tensor, counts: list[int]) -> Tensor:
-        assert local.dtype == torch.float64 and local.shape[0] == counts[self.rank]
-        return torch.cat([part.clone() for part in self._all(local)])
-
-    def sum_exact(self, value: Tensor) -> Tensor:
-        assert value.dtype == torch.int64
-        return torch.stack(self._all(value)).sum(dim=0)
-
-    def bcast(self, value: Tensor) -> Tensor:
-        values = self._all(value.clone())
-        assert all(v.shape == values[0].shape and v.dtype == values[0].dtype for v in values)
-        return values[0].clone()
-
-    def same(self, digest: bytes) -> bool:
-        return len(set(self._all(digest))) == 1
-
-    def abort(self, code: int, message: str) -> None:
-        self.ranks.barrier.abort()
-
-
-def on_ranks(size: int, work: Callable[[RankComm], Any]) -> list[Any]:
-    """The results of ``work`` on every rank; the first exception is raised."""
-    ranks, results, errors = Ranks(size), [None] * size, []
-
-    def main(rank: int) -> None:
-        try:
-            results[rank] = work(ranks.comm(rank))
-        except BaseException as error:
-            errors.append(error)
-            ranks.barrier.abort()
-
-    threads = [threading.Thread(target=main, args=(r,)) for r in range(size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if errors:
-        raise min(errors, key=lambda e: isinstance(e, threading.BrokenBarrierError))
-    return results
-
-
-def solo() -> RankComm:
-    return Ranks(1).comm(0)
-
-
-def start(size: int, value: float = 0.0) -> Params:
-    half = size // 2
-    return {"a": torch.full((1, half), value), "b": torch.full((1, 1, size - half), value)}
-
-
-def target(size: int) -> Tensor:
-    return torch.linspace(-1, 1, size, dtype=torch.float64)
-
-
-def sphere(x: Tensor) -> Tensor:
-    return -((x - target(x.shape[1])) ** 2).sum(dim=1)
-
-
-def ellipsoid(x: Tensor) -> Tensor:
-    weights = torch.logspace(0, 2, x.shape[1], dtype=torch.float64)
-    return -(weights * (x - target(x.shape[1])) ** 2).sum(dim=1)
-
-
-def run(
-    optimizer: Any,
-    objective: Objective,
-    theta: Params,
-    generations: int,
-    comm: RankComm | None = None,
-    seed: int = 0,
-    state: Any = None,
-) -> tuple[Any, list[Metrics]]:
-    comm = comm or solo()
-    state = optimizer.init(theta, Rng(seed)) if state is None else state
-    log = []
-    for _ in range(generations):
-        state, metrics = optimizer.step(state, objective, comm, Rng(seed))
-        log.append(metrics)
-    return state, log
-
-
-def flat_theta(optimizer: Any, state: Any) -> Tensor:
-    return torch.cat([leaf.reshape(-1) for leaf in optimizer.theta(state).values()])
-
-
-def digest(optimizer: Any, state: Any) -> str:
-    return hashlib.sha256(flat_theta(optimizer, state).numpy().tobytes()).hexdigest()
-
-
-def same_saved(one: dict[str, Any], two: dict[str, Any]) -> bool:
-    return one.keys() == two.keys() and all(
-        torch.equal(v, two[k]) if isinstance(v, Tensor) else v == two[k] for k, v in one.items()
-    )
 
 
 # --- the gradient ---------------------------------------------------------------------------
@@ -232,38 +108,6 @@ def test_reaches_the_optimum(value: Callable[[Tensor], Tensor]) -> None:
     assert value(flat_theta(optimizer, state).double()[None]).item() > -1e-2
 
 
-@pytest.mark.parametrize("constant", [0.3, math.nan, math.inf])
-def test_flat_generations_change_nothing(constant: float) -> None:
-    optimizer = openes.Optimizer(popsize=20, weight_decay=0.1)
-    moved, _ = run(optimizer, Objective(sphere), start(6, 1.0), 3)
-    before = optimizer.state_dict(moved)
-    nothing = Objective(lambda x: torch.full((len(x),), constant, dtype=torch.float64))
-    state, log = run(optimizer, nothing, {}, 100, state=moved)
-    after = optimizer.state_dict(state)
-    assert after.pop("generation") == 103 and before.pop("generation") == 3
-    assert same_saved(before, after)
-    assert all(m["flat"] == 1.0 and m["update_norm"] == 0.0 for m in log)
-
-
-def failing(bad: float) -> Callable[[Tensor], Tensor]:
-    def value(x: Tensor) -> Tensor:
-        plain = sphere(x)
-        worst = plain.argsort()[: max(1, len(plain) // 10)]
-        return plain.index_fill(0, worst, bad)
-
-    return value
-
-
-def test_nan_is_as_bad_as_minus_1e30() -> None:
-    optimizer = openes.Optimizer(popsize=50)
-    ends = []
-    for bad in (math.nan, -1e30):
-        state, log = run(optimizer, Objective(failing(bad)), start(10), 60)
-        ends.append(sphere(flat_theta(optimizer, state).double()[None]).item())
-    assert ends[0] == pytest.approx(ends[1], rel=0.02)
-    assert log[0]["nan_members"] == 0.0
-
-
 def test_metrics_of_a_generation() -> None:
     objective = Objective(failing(math.nan))
     _, (metrics,) = run(openes.Optimizer(popsize=50), objective, start(10), 1)
@@ -309,24 +153,6 @@ def test_sigma_blocks_scale_noise_and_step_per_leaf() -> None:
 # --- ranks, resume, global state ------------------------------------------------------------
 
 
-@pytest.mark.parametrize("popsize", [2, 50, 64])
-def test_same_bits_for_any_number_of_ranks(popsize: int) -> None:
-    optimizer = openes.Optimizer(popsize=popsize)
-    hashes = set()
-    for size in (1, 2, 3, 4):
-        objectives = [Objective(sphere) for _ in range(size)]
-
-        def work(comm: RankComm, objectives: list[Objective] = objectives) -> tuple[str, float]:
-            state, log = run(optimizer, objectives[comm.rank], start(11), 12, comm)
-            return digest(optimizer, state), log[-1]["env_steps"]
-
-        results = on_ranks(size, work)
-        hashes |= {h for h, _ in results}
-        assert {steps for _, steps in results} == {popsize * 15.0}
-        assert sum(o.rows for o in objectives) == 12 * popsize
-    assert len(hashes) == 1
-
-
 def test_disagreeing_ranks_raise_and_name_the_generation() -> None:
     optimizer = openes.Optimizer(popsize=32)
 
@@ -348,18 +174,6 @@ def test_resume_is_exact() -> None:
     assert same_saved(optimizer.state_dict(resumed), optimizer.state_dict(whole))
     with pytest.raises(ValueError, match="9 parameters.*has 10"):
         optimizer.load_state_dict(saved, start(10))
-
-
-def test_global_generators_are_neither_read_nor_moved() -> None:
-    optimizer, states = openes.Optimizer(popsize=32), []
-    for poison in (1, 2):
-        torch.manual_seed(poison)
-        np.random.seed(poison)
-        before = torch.get_rng_state(), np.random.get_state()[1]
-        states.append(digest(optimizer, run(optimizer, Objective(sphere), start(5), 5)[0]))
-        assert torch.equal(torch.get_rng_state(), before[0])
-        assert (np.random.get_state()[1] == before[1]).all()
-    assert states[0] == states[1]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The sliced searches against EvoTorch's, on any number of ranks, with failures and options."""
+"""The sliced searches against EvoTorch's; failures and options."""
 
 import math
 import subprocess
@@ -11,7 +11,8 @@ import pytest
 import torch
 from conftest import environment
 from numpy._core import _multiarray_umath as umath
-from test_openes import (
+from searches import (
+    SLICED,
     Objective,
     RankComm,
     digest,
@@ -20,9 +21,9 @@ from test_openes import (
     flat_theta,
     on_ranks,
     run,
-    same_saved,
     solo,
     sphere,
+    start,
 )
 from torch import Tensor
 
@@ -35,29 +36,6 @@ from esmeta.rng import Rng
 from esmeta.types import Fitness, Params
 
 torch.set_num_threads(1)
-
-MAKE: dict[str, Callable[..., Any]] = {
-    "openes": lambda **o: openes.Optimizer(
-        **{"popsize": 50, "sigma": 0.1, "learning_rate": 0.05} | o
-    ),
-    "lowrank": lambda **o: openes.Optimizer(
-        **{"popsize": 50, "sigma": 0.1, "learning_rate": 0.05, "noise": "lowrank:1"} | o
-    ),
-    "pgpe": lambda **o: pgpe.Optimizer(**{"popsize": 50, "sigma": 0.1, "learning_rate": 0.05} | o),
-    "snes": lambda **o: snes.Optimizer(**{"popsize": 50, "sigma": 0.3} | o),
-    "sepcma": lambda **o: sepcma.Optimizer(**{"popsize": 50, "sigma": 0.3} | o),
-}
-
-
-def start(size: int, value: float = 0.0) -> Params:
-    """One matrix, for which low-rank noise is smaller than full noise."""
-    rows = next(n for n in (5, 3, 2) if size % n == 0)
-    theta = {"a": torch.full((1, rows, size // rows), value)}
-    assert Noise({"a": theta["a"].shape[1:]}, 1).width < size
-    return theta
-
-
-every = pytest.mark.parametrize("make", list(MAKE.values()), ids=list(MAKE))
 
 
 # --- agreement with EvoTorch -----------------------------------------------------------------
@@ -163,69 +141,6 @@ def test_ascents_by_hand() -> None:
 # --- what they reach, and what must not move them ---------------------------------------------
 
 
-@every
-@pytest.mark.parametrize("value", [sphere, ellipsoid])
-def test_reaches_the_optimum(make: Callable[..., Any], value: Callable[[Tensor], Tensor]) -> None:
-    optimizer = make()
-    begin = value(torch.zeros(1, 10, dtype=torch.float64)).item()
-    state, _ = run(optimizer, Objective(value), start(10), 250)
-    assert value(flat_theta(optimizer, state).double()[None]).item() > begin * 1e-2
-
-
-@every
-@pytest.mark.parametrize("constant", [0.25, math.nan])
-def test_flat_generations_change_nothing(make: Callable[..., Any], constant: float) -> None:
-    optimizer = make()
-    moved, _ = run(optimizer, Objective(sphere), start(6), 3)
-    before = optimizer.state_dict(moved)
-    nothing = Objective(lambda x: torch.full((len(x),), constant, dtype=torch.float64))
-    state, log = run(optimizer, nothing, {}, 100, state=moved)
-    after = optimizer.state_dict(state)
-    assert after.pop("generation") == 103 and before.pop("generation") == 3
-    assert same_saved(before, after)
-    assert all(m["flat"] == 1.0 and m["update_norm"] == 0.0 for m in log)
-
-
-@every
-def test_nan_is_as_bad_as_minus_1e30(make: Callable[..., Any]) -> None:
-    ends = []
-    for bad in (math.nan, -1e30):
-        optimizer = make()
-        state, _ = run(optimizer, Objective(failing(bad)), start(10), 60)
-        ends.append(sphere(flat_theta(optimizer, state).double()[None]).item())
-    assert ends[0] == pytest.approx(ends[1], rel=0.02)
-
-
-@every
-@pytest.mark.parametrize("popsize", [2, 50])
-def test_same_bits_for_any_number_of_ranks(make: Callable[..., Any], popsize: int) -> None:
-    hashes = set()
-    for size in (1, 2, 3, 4):
-        objectives = [Objective(sphere) for _ in range(size)]
-
-        def work(comm: RankComm, objectives: list[Objective] = objectives) -> tuple[Any, ...]:
-            optimizer = make(popsize=popsize)
-            state, log = run(optimizer, objectives[comm.rank], start(40), 12, comm)
-            return digest(optimizer, state), log[-1]["env_steps"]
-
-        results = on_ranks(size, work)
-        assert len(set(results)) == 1 and results[0][1] == popsize * 15.0
-        assert sum(o.rows for o in objectives) == 12 * popsize
-        hashes |= {r[0] for r in results}
-    assert len(hashes) == 1
-
-
-@every
-def test_resume_is_exact(make: Callable[..., Any]) -> None:
-    optimizer = make()
-    whole, _ = run(optimizer, Objective(sphere), start(9), 20)
-    half, _ = run(optimizer, Objective(sphere), start(9), 10)
-    saved = optimizer.state_dict(half)
-    loaded = optimizer.load_state_dict(saved, start(9))
-    resumed, _ = run(optimizer, Objective(sphere), {}, 10, state=loaded)
-    assert same_saved(optimizer.state_dict(resumed), optimizer.state_dict(whole))
-
-
 # --- low rank ---------------------------------------------------------------------------------
 
 
@@ -327,7 +242,9 @@ def test_dropped_pairs_have_no_weight() -> None:
 
 
 @pytest.mark.parametrize(
-    "make", [MAKE["openes"], MAKE["snes"], evotorch_snes.Optimizer], ids=["openes", "snes", "evo"]
+    "make",
+    [SLICED["openes"], SLICED["snes"], evotorch_snes.Optimizer],
+    ids=["openes", "snes", "evo"],
 )
 def test_failed_members_may_end_the_run(make: Callable[..., Any]) -> None:
     optimizer = make(failed="raise", popsize=50)
@@ -348,7 +265,7 @@ def explosive(limit: float) -> Callable[[Tensor], Tensor]:
 
 
 @pytest.mark.parametrize(
-    "make", [MAKE["openes"], evotorch_snes.Optimizer], ids=["openes", "evotorch"]
+    "make", [SLICED["openes"], evotorch_snes.Optimizer], ids=["openes", "evotorch"]
 )
 def test_a_member_that_raises_is_marked_and_the_others_count(
     make: Callable[..., Any], capsys: pytest.CaptureFixture[str]
@@ -372,7 +289,7 @@ def test_a_member_that_raises_is_marked_and_the_others_count(
 @pytest.mark.parametrize(("limit", "error"), [(0.0, RuntimeError), (-9.0, ArithmeticError)])
 def test_many_members_that_raise_are_a_mistake(limit: float, error: type[Exception]) -> None:
     with pytest.raises(error, match="generation 0.* of 50 members|exploded"):
-        run(MAKE["openes"](), Objective(explosive(limit)), start(6), 1)
+        run(SLICED["openes"](), Objective(explosive(limit)), start(6), 1)
 
 
 @pytest.mark.parametrize(
@@ -395,7 +312,7 @@ def test_many_members_that_raise_are_a_mistake(limit: float, error: type[Excepti
 )
 def test_bad_options_are_refused(make: str, options: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        MAKE[make](**options)
+        SLICED[make](**options)
 
 
 HASHES = """
