@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from esmeta import rollout as loop
+from esmeta.capture import Captured
 from esmeta.policy import Policy, unravel
 from esmeta.policy import _heads as heads
 from esmeta.rng import Rng
@@ -15,6 +18,8 @@ from esmeta.types import Fitness, Params, Task, Tasks
 _CACHE_FLOATS = 800_000
 _GPU_FLOATS = 1 << 30
 _TRIAL_TILE = 8
+
+_Scores = tuple[Tensor, Tensor, dict[str, Tensor]]
 
 
 class PopulationEvaluator:
@@ -31,6 +36,8 @@ class PopulationEvaluator:
         trials: tasks per evaluation, the axis B.
         device: where to run, e.g. ``"cpu"`` or ``"cuda:0"``.
         chunk: members per batch; ``None`` chooses by the size of the policy.
+        capture: whether rollouts are recorded as CUDA graphs and replayed, for tasks whose
+            environment runs on the GPU.
     """
 
     def __init__(
@@ -40,6 +47,7 @@ class PopulationEvaluator:
         trials: int = 16,
         device: str | torch.device = "cpu",
         chunk: int | None = None,
+        capture: bool = False,
     ) -> None:
         if trials < 1:
             raise ValueError(f"trials = {trials}: must be at least 1; write for example trials=16")
@@ -58,6 +66,7 @@ class PopulationEvaluator:
         self.trials = trials
         self.device = torch.device(device)
         self.chunk = chunk
+        self.captured = Captured(self.device) if capture else None
         self.env = task.make_env(self.device)
 
     @property
@@ -157,10 +166,22 @@ class PopulationEvaluator:
         intervene: loop.Intervention | None,
     ) -> Fitness:
         begin = loop.start(self.policy, params, self.env, tasks, rng)
+        if self.captured is None or act is not heads.sample or intervene is not None:
+            scores = self._whole(begin, act=act, intervene=intervene)
+        else:
+            scores = self.captured("score", self._again, params, *begin[1:5])
+        returns, steps, metrics = scores
+        metrics = {name: leaf.double().cpu() for name, leaf in metrics.items()}
+        return Fitness(returns.cpu(), steps.cpu(), metrics)
+
+    def _again(self, params: Params, *first: Any) -> _Scores:
+        return self._whole(loop.Start(self.policy.bind(params), *first), ask=False)
+
+    def _whole(self, begin: loop.Start, **how: Any) -> _Scores:
+        """Returns, steps and metrics of whole trials, each ``[P, B]``."""
         collector = loop.Returns(*begin.ts.reward.shape, device=self.device)
-        end = loop.rollout(self.policy, self.env, begin, collector, act=act, intervene=intervene)
-        metrics = {k: v.double().cpu() for k, v in self.env.metrics(end.env_state).items()}
-        return Fitness(collector.returns.cpu(), collector.steps.cpu(), metrics)
+        end = loop.rollout(self.policy, self.env, begin, collector, **how)
+        return collector.returns, collector.steps, self.env.metrics(end.env_state)
 
 
 def _rows(tasks: Tasks, members: Tensor) -> Tasks:

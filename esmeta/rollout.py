@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -78,8 +77,7 @@ class Returns:
         self.steps += active
 
 
-@dataclass(frozen=True)
-class Trajectory:
+class Trajectory(NamedTuple):
     """A recorded rollout, leaves ``[T, P, B, ...]``."""
 
     start: State
@@ -170,6 +168,7 @@ def rollout(
     collector: Collector,
     *,
     until: int | None = None,
+    ask: bool = True,
     act: Act = heads.sample,
     intervene: Intervention | None = None,
     watch: Callable[[Any], None] | None = None,
@@ -178,6 +177,9 @@ def rollout(
 
     A trial that is run in windows (see :func:`go_on`) is the trial run at once, bit for bit, as
     long as the parameters stay the same.
+
+    ``ask`` says to look now and then whether all trials have ended, which waits for a GPU; without
+    it finished trials go on to the last step, and earn nothing.
 
     ``act`` turns heads and noise into actions. ``intervene`` may change memory or inputs before
     each step, for lesion controls. ``watch`` sees the environment's state before the first step
@@ -192,7 +194,7 @@ def rollout(
     last = policy.spec.horizon if until is None else min(until, policy.spec.horizon)
     while t < last:
         # Asked by the step's own number, so that windows stop where the whole trial would.
-        if t > 0 and t % _CHECK_EVERY == 0 and not active.any():
+        if ask and t > 0 and t % _CHECK_EVERY == 0 and not active.any():
             break
         if intervene is not None:
             state, ts = intervene(state, ts)

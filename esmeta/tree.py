@@ -56,9 +56,11 @@ def theta_sha256(params: Params) -> str:
 
 
 def leaves_of(tree: Any) -> list[Tensor]:
-    """All tensors of nested tuples, lists and dicts, in order."""
+    """All tensors of nested tuples, lists and dicts, in order; None is skipped."""
     if isinstance(tree, Tensor):
         return [tree]
+    if tree is None:
+        return []
     if isinstance(tree, Mapping):
         tree = tree.values()
     elif not isinstance(tree, tuple | list):
@@ -73,6 +75,8 @@ def with_leaves(tree: Any, leaves: Sequence[Tensor]) -> Any:
     def build(item: Any) -> Any:
         if isinstance(item, Tensor):
             return next(rest)
+        if item is None:
+            return None
         if isinstance(item, Mapping):
             return {name: build(value) for name, value in item.items()}
         parts = [build(value) for value in item]

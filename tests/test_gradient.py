@@ -173,9 +173,9 @@ class Spy:
         self.rates: list[float] = []
         gradient_step, adam = pg.gradient_step, pg._adam
 
-        def noted_step(config: Any, state: Any, policy: Any, batch: pg.Batch, *rest: Any) -> Any:
+        def noted_step(config: Any, state: Any, objective: Any, batch: pg.Batch, *rest: Any) -> Any:
             self.batches.append(batch)
-            sums, norm = gradient_step(config, state, policy, batch, *rest)
+            sums, norm = gradient_step(config, state, objective, batch, *rest)
             self.sums.append(sums.tolist())
             return sums, norm
 
@@ -273,7 +273,7 @@ def test_ppo_loss_by_hand() -> None:
         torch.tensor([0.0, 2, 4, 4]).view(4, 1, 1),
         active,
     )
-    loss, sums = optimizer._loss(batch, out, 4.0, 0.1)
+    loss, sums = optimizer._loss(batch, out, torch.tensor(4.0), torch.tensor(0.1))
     gain = 1.2 * 1 + 1.5 * -1 + 0.8 * -1 + 1.1 * 2  # min of the clipped and the free
     entropy = float(-(p * p.log() + (1 - p) * (1 - p).log()).sum())
     value = 1.0 + 0 + 1 + 0

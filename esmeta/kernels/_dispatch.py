@@ -16,6 +16,8 @@ from esmeta.kernels._scan import CheckpointedScan, Code, Forward, Kept, Plan, ru
 from esmeta.kernels._shapes import VARIANTS, Rule, as_rule, check_state
 
 _MOST_ON_GPU = 256
+LOOKS = ("cpu",)
+"""Devices where it is cheap to see which steps begin a trial; elsewhere every step may."""
 _STEP = Plan(1, None, [False])
 _STEP_IN_PLACE = _STEP._replace(in_place=True)
 
@@ -257,7 +259,8 @@ def _check_sequence(
                 f"new_trial is {new_trial.dtype} {tuple(new_trial.shape)}, but bool [T, P, B] = "
                 f"{tuple(x.shape[:3])} is needed"
             )
-        resets = new_trial.flatten(1).any(1).tolist()
+        look = new_trial.device.type in LOOKS or W0 is None
+        resets = new_trial.flatten(1).any(1).tolist() if look else [True] * steps
     if W0 is None and any(resets):
         raise ValueError(
             "new_trial is set somewhere but W0 is None: pass the fast weights that a trial starts "

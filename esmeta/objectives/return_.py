@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,16 +16,26 @@ from esmeta.policy._plastic import composite_decay
 from esmeta.rng import Rng
 from esmeta.types import Fitness, Metrics, Params, State, Task
 
+_Recorded = tuple[loop.Trajectory, Tensor, State, dict[str, Tensor]]
+
 
 @dataclass(frozen=True)
 class Objective:
-    """The objective ``return`` has no options."""
+    """Options of the return.
+
+    Attributes:
+        capture: whether rollouts and gradients are recorded as CUDA graphs and replayed.
+    """
+
+    capture: bool = False
 
     def make(
         self, policy: Policy, task: Task, *, trials: int, seed: int, device: str | torch.device
     ) -> ReturnObjective:
         """Tie the objective to a policy and a task distribution."""
-        return ReturnObjective(policy, task, trials=trials, seed=seed, device=device)
+        return ReturnObjective(
+            policy, task, trials=trials, seed=seed, device=device, capture=self.capture
+        )
 
 
 class ReturnObjective:
@@ -37,14 +48,23 @@ class ReturnObjective:
     """
 
     def __init__(
-        self, policy: Policy, task: Task, *, trials: int, seed: int, device: str | torch.device
+        self,
+        policy: Policy,
+        task: Task,
+        *,
+        trials: int,
+        seed: int,
+        device: str | torch.device,
+        capture: bool = False,
     ) -> None:
         self.policy = policy
         self.task = task
         self.trials = trials
         self.seed = seed
         self.device = torch.device(device)
-        self.evaluator = PopulationEvaluator(policy, task, trials=trials, device=device)
+        self.evaluator = PopulationEvaluator(
+            policy, task, trials=trials, device=device, capture=capture
+        )
         self._env = task.make_env(self.device)
         self._lives = TrialLives(self.evaluator, seed)
 
@@ -97,12 +117,25 @@ class ReturnObjective:
         tasks = self.evaluator.place(tasks)
         rng = Rng(self.seed).fold("trials", "train")
         begin = loop.start(self.policy, params, self._env, tasks, rng)
+        captured = self.evaluator.captured
+        if captured is None:
+            recorded = self._record(begin)
+        else:
+            recorded = captured("record", self._again, params, *begin[1:5])
+        trajectory, last, state, scores = recorded
+        metrics = {name: float(score.nanmean()) for name, score in scores.items()}
+        return trajectory, last, metrics | _memory_metrics(params, state)
+
+    def _again(self, params: Params, *first: Any) -> _Recorded:
+        return self._record(loop.Start(self.policy.bind(params), *first), ask=False)
+
+    def _record(self, begin: loop.Start, *, ask: bool = True) -> _Recorded:
+        """The trajectory, the value of what follows, the memory after it, the task's metrics."""
         recorder = loop.Recorder(begin.state)
-        end = loop.rollout(self.policy, self._env, begin, recorder)
+        end = loop.rollout(self.policy, self._env, begin, recorder, ask=ask)
         out, _ = self.policy.step_bound(begin.bound, end.state, end.ts, self.policy.spec.horizon)
         last = torch.zeros_like(end.ts.reward) if out.value is None else out.value
-        metrics = {k: float(v.nanmean()) for k, v in self._env.metrics(end.env_state).items()}
-        return recorder.trajectory(), last, metrics | _memory_metrics(params, end.state)
+        return recorder.trajectory(), last, end.state, self._env.metrics(end.env_state)
 
 
 def _memory_metrics(params: Params, state: State) -> Metrics:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -184,7 +185,7 @@ def _normalized(advantage: Tensor, active: Tensor, comm: Comm) -> Tensor:
     return ((advantage - mean) / (deviation + 1e-8) * active).to(active.dtype)
 
 
-Loss = Callable[[Batch, PolicyOut, float, float], tuple[Tensor, Tensor]]
+Loss = Callable[[Batch, PolicyOut, Tensor, Tensor], tuple[Tensor, Tensor]]
 """(batch, heads' outputs, number of active steps over all ranks, entropy weight) to the loss and
 a vector of sums over steps that is logged."""
 
@@ -192,7 +193,7 @@ a vector of sums over steps that is logged."""
 def gradient_step(
     config: GradientConfig,
     state: GradientState,
-    policy: Policy,
+    objective: ReturnObjective,
     batch: Batch,
     loss_fn: Loss,
     comm: Comm,
@@ -202,20 +203,14 @@ def gradient_step(
     Changes ``state`` in place. Returns the logged sums divided by the number of active steps, and
     the norm of the gradient before clipping.
     """
-    count = float(comm.sum_ordered(batch.active.sum().double().reshape(1)))
-    leaves = {k: v.detach().requires_grad_() for k, v in state.params().items()}
-    out, _ = policy.unroll(leaves, _restart(policy, leaves, batch.start), batch.ts)
-    entropy_coef = config.at(state.update, config.entropy_coef, config.entropy_final)
-    loss, sums = loss_fn(batch, out, count, entropy_coef)
-    grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
-    flat = torch.cat(
-        [
-            (torch.zeros_like(leaf) if grad is None else grad).reshape(-1)
-            for leaf, grad in zip(leaves.values(), grads, strict=True)
-        ]
-    )
-    joint = comm.sum_ordered(torch.cat([flat, sums.to(flat.dtype)]))
-    flat, sums = joint[: flat.numel()], joint[flat.numel() :]
+    count = comm.sum_ordered(batch.active.sum().double())
+    coef = config.at(state.update, config.entropy_coef, config.entropy_final)
+    weights = count, torch.full_like(count, coef)
+    differentiate = functools.partial(_gradient, objective.policy, loss_fn)
+    captured, given = objective.evaluator.captured, (state.params(), batch, *weights)
+    own = differentiate(*given) if captured is None else captured("loss", differentiate, *given)
+    joint = comm.sum_ordered(own)
+    flat, sums = joint[: len(state.theta)], joint[len(state.theta) :]
     norm = float(flat.norm())
     if not math.isfinite(norm):
         raise FloatingPointError(
@@ -227,6 +222,21 @@ def gradient_step(
     rate = config.at(state.update, config.learning_rate, config.learning_rate_final)
     _adam(state, flat, rate, config.adam_eps)
     return sums / count, norm
+
+
+def _gradient(
+    policy: Policy, loss_fn: Loss, params: Params, batch: Batch, count: Tensor, coef: Tensor
+) -> Tensor:
+    """The gradient by every parameter, and behind it the logged sums, flat."""
+    leaves = {k: v.detach().requires_grad_() for k, v in params.items()}
+    out, _ = policy.unroll(leaves, _restart(policy, leaves, batch.start), batch.ts)
+    loss, sums = loss_fn(batch, out, count, coef)
+    grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+    flat = [
+        (torch.zeros_like(leaf) if grad is None else grad).reshape(-1)
+        for leaf, grad in zip(leaves.values(), grads, strict=True)
+    ]
+    return torch.cat([*flat, sums.to(flat[0].dtype)])
 
 
 def _restart(policy: Policy, leaves: Params, recorded: State) -> State:

@@ -42,13 +42,13 @@ class Optimizer(pg.GradientConfig):
     ) -> tuple[pg.GradientState, Metrics]:
         """Record ``trials`` trials, take one Adam step."""
         batch, metrics = pg.collect(self, state, objective, comm)
-        sums, norm = pg.gradient_step(self, state, objective.policy, batch, self._loss, comm)
+        sums, norm = pg.gradient_step(self, state, objective, batch, self._loss, comm)
         state.update += 1
         losses = dict(zip(("policy_loss", "value_loss", "entropy"), sums.tolist(), strict=True))
         return state, metrics | losses | {"gradient_norm": norm}
 
     def _loss(
-        self, batch: pg.Batch, out: PolicyOut, count: float, entropy_coef: float
+        self, batch: pg.Batch, out: PolicyOut, count: Tensor, entropy_coef: Tensor
     ) -> tuple[Tensor, Tensor]:
         assert out.value is not None
         active = batch.active

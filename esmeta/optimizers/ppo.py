@@ -78,9 +78,7 @@ class Optimizer(pg.GradientConfig):
             order = torch.from_numpy(order.permutation(trials)).to(batch.active.device)
             for chosen in order.tensor_split(self.minibatches):
                 part = batch if self.minibatches == 1 else batch.trials(chosen)
-                logged, norm = pg.gradient_step(
-                    self, state, objective.policy, part, self._loss, comm
-                )
+                logged, norm = pg.gradient_step(self, state, objective, part, self._loss, comm)
                 sums.append(logged)
                 norms.append(norm)
             if self.target_kl > 0.0 and float(sums[-1][3]) > self.target_kl:
@@ -92,7 +90,7 @@ class Optimizer(pg.GradientConfig):
         return state, metrics | losses | {"gradient_norm": sum(norms) / len(norms)}
 
     def _loss(
-        self, batch: pg.Batch, out: PolicyOut, count: float, entropy_coef: float
+        self, batch: pg.Batch, out: PolicyOut, count: Tensor, entropy_coef: Tensor
     ) -> tuple[Tensor, Tensor]:
         assert out.value is not None
         active = batch.active

@@ -147,7 +147,8 @@ class Policy:
         if self.config.extra == "bias":
             parts.append(torch.ones_like(parts[2]))
         elif self.config.extra == "time":
-            time = torch.as_tensor(t, dtype=ts.obs.dtype, device=ts.obs.device)
+            # Filled there, because a number that comes from the host cannot be captured.
+            time = t.to(ts.obs) if isinstance(t, Tensor) else ts.obs.new_full((), t)
             time = time.reshape(time.shape + (1,) * (reward.ndim + 1 - time.ndim))
             parts.append((time / self.spec.horizon).expand_as(parts[2]))
         return [part.to(like.dtype) for part in parts]
