@@ -203,7 +203,7 @@ def gradient_step(
     Changes ``state`` in place. Returns the logged sums divided by the number of active steps, and
     the norm of the gradient before clipping.
     """
-    count = comm.sum_ordered(batch.active.sum().double())
+    count = comm.sum_ordered(batch.active.sum().double()).to(state.theta.dtype)
     coef = config.at(state.update, config.entropy_coef, config.entropy_final)
     weights = count, torch.full_like(count, coef)
     differentiate = functools.partial(_gradient, objective.policy, loss_fn)
