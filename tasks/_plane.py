@@ -8,9 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from esmeta import errors
 from esmeta.rng import Rng
-from esmeta.tasks import check_int
 from esmeta.types import Reference, Tasks, TimeStep
 
 _WALKS = 16_384
@@ -57,18 +55,6 @@ class State(NamedTuple):
     returns: Tensor
     goal: Tensor
     starts: Tensor
-
-
-def episode_steps(horizon: int, episodes: int) -> int:
-    """Steps of each of the ``episodes`` that share the ``horizon`` of a trial evenly."""
-    check_int("episodes", episodes, 1, 1000)
-    check_int("horizon", horizon, 1, 100_000)
-    if horizon % episodes:
-        raise errors.UserError(
-            f"horizon is {horizon} (steps per trial), which {episodes} episodes cannot share "
-            f"evenly: write horizon={episodes * max(1, horizon // episodes)}"
-        )
-    return horizon // episodes
 
 
 class PlaneEnv:

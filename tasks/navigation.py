@@ -20,6 +20,7 @@ from esmeta.rng import Rng
 from esmeta.tasks import (
     _plane,  # pyright: ignore[reportAttributeAccessIssue]  # see esmeta.tasks
     check_split,
+    episode_steps,
     task_numbers,
 )
 from esmeta.types import Continuous, Reference, Spec, Tasks
@@ -55,7 +56,7 @@ class Task:
             raise errors.UserError(
                 f"terminate is {self.terminate!r}; it must be true or false: write terminate=true"
             )
-        _plane.episode_steps(self.horizon, self.episodes)
+        episode_steps(self.horizon, self.episodes)
 
     @property
     def spec(self) -> Spec:
@@ -82,7 +83,7 @@ class Task:
         return _plane.Rules(
             reward=functools.partial(_reward, self.reward),
             step_size=_STEP,
-            steps=_plane.episode_steps(self.horizon, self.episodes),
+            steps=episode_steps(self.horizon, self.episodes),
             episodes=self.episodes,
             near=_ARRIVAL * 2**0.5,
             arrival=_ARRIVAL if self.terminate else 0.0,

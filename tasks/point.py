@@ -26,6 +26,7 @@ from esmeta.rng import Rng
 from esmeta.tasks import (
     _plane,  # pyright: ignore[reportAttributeAccessIssue]  # see esmeta.tasks
     check_split,
+    episode_steps,
     task_numbers,
 )
 from esmeta.types import Continuous, Reference, Spec, Tasks
@@ -74,7 +75,7 @@ class Task:
         errors.finite_positive("tolerance", self.tolerance, example=0.2)
         errors.finite_positive("step_size", self.step_size, example=0.1)
         errors.non_negative_int("train_goals", self.train_goals, example=100)
-        _plane.episode_steps(self.horizon, self.episodes)
+        episode_steps(self.horizon, self.episodes)
 
     @property
     def spec(self) -> Spec:
@@ -107,7 +108,7 @@ class Task:
         return _plane.Rules(
             reward=functools.partial(_reward, self.reward, self.tolerance),
             step_size=self.step_size,
-            steps=_plane.episode_steps(self.horizon, self.episodes),
+            steps=episode_steps(self.horizon, self.episodes),
             episodes=self.episodes,
             near=self.tolerance,
             start_width=self.radius if self.start == "square" else 0.0,
