@@ -12,7 +12,7 @@ from esmeta.capture import Captured
 from esmeta.policy import Policy, unravel
 from esmeta.policy import _heads as heads
 from esmeta.rng import Rng
-from esmeta.types import Fitness, Params, Task, Tasks
+from esmeta.types import Fitness, Hosted, Params, Task, Tasks
 
 # Members per batch: enough to hide the cost of calling an operation, few enough for the cache.
 _CACHE_FLOATS = 800_000
@@ -77,6 +77,8 @@ class PopulationEvaluator:
     def _members_per_batch(self, batch: int) -> int:
         if self.chunk is not None:
             return self.chunk
+        if isinstance(self.env, Hosted):
+            return max(2, self.env.most_worlds // batch)
         limit = _CACHE_FLOATS if self.device.type == "cpu" else _GPU_FLOATS
         return max(2, limit // (batch * max(self.policy.config.neurons**2, 1)))
 

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from esmeta import rollout as loop
+from esmeta.errors import UserError
 from esmeta.evaluator import PopulationEvaluator, join
 from esmeta.tree import leaves_of, with_leaves
-from esmeta.types import Fitness, Params, State, TimeStep
+from esmeta.types import Fitness, Hosted, Params, State, TimeStep
 
 
 class _Part(NamedTuple):
@@ -52,6 +53,11 @@ class TrialLives:
     @property
     def steps(self) -> int:
         """Steps of a whole life: the horizon of the task."""
+        if isinstance(self.evaluator.env, Hosted):
+            raise UserError(
+                f"worlds of {type(self.evaluator.env).__name__} cannot be left and gone back to, "
+                "as lives in windows are: write optimizer.name = 'openes', or another task"
+            )
         return self.evaluator.policy.spec.horizon
 
     @torch.no_grad()

@@ -125,6 +125,18 @@ class BatchedEnv(Protocol):
         ...
 
 
+@runtime_checkable
+class Hosted(Protocol):
+    """A :class:`BatchedEnv` whose worlds live outside the state it returns.
+
+    Simulators of another library, or on other ranks, cannot be copied: only the state that was
+    returned last can be stepped, so that trials can neither be stored nor run by turns. An
+    evaluator asks for at most ``most_worlds`` of them at a time, P x B, if it can.
+    """
+
+    most_worlds: int
+
+
 class Task(Protocol):
     """A distribution of tasks. Implementations are frozen dataclasses; fields are options."""
 

@@ -31,6 +31,7 @@ MAY_CHOOSE_DEVICE = {
     "esmeta/train.py",
     "esmeta/evaluate.py",
     "esmeta/evaluator.py",
+    "esmeta/envs/gym.py",
     "esmeta/envs/host.py",
     "esmeta/envs/remote.py",
 }

@@ -1,0 +1,154 @@
+"""Any environment that is registered with Gymnasium, by its id.
+
+Gymnasium: Towers et al. 2024, https://arxiv.org/abs/2407.17032. An environment of its own becomes
+a task for meta-learning by drawing what differs between tasks from ``options[task_key]`` in its
+``reset``: all episodes of a trial are given the same number there.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from esmeta import errors
+from esmeta.envs.gym import GymEnv, Interface, interface
+from esmeta.rng import Rng
+from esmeta.tasks import check_int, check_split, episode_steps, task_numbers
+from esmeta.types import Discrete, Reference, Spec, Tasks
+
+# Random play is measured until it is known to 2 % or so many steps were taken.
+_MEASURED_STEPS = 20_000
+_MEASURED_TRIALS = 8
+_PRECISION = 0.02
+
+
+@dataclass(frozen=True)
+class Task:
+    """A Gymnasium environment. Observation: its own, flattened; discrete parts one-hot.
+
+    Discrete actions count from 0; a Box is scaled to -1 .. 1, and actions beyond are clipped.
+    Every episode is reset with a seed of its own.
+
+    Args:
+        id: in Gymnasium's registry; ``"package.module:Name-v0"`` imports the module first.
+        kwargs: arguments for ``gymnasium.make``, e.g. ``{"continuous": True}``.
+        horizon: steps per trial, shared evenly by its episodes, each of which is truncated at its
+            share; 0 takes the registered limit of an episode.
+        episodes: per trial. The trial is over when all have ended, early or not.
+        task_key: name of the option of ``reset`` that gets the number of the task; empty: tasks
+            are nothing but seeds.
+        most_worlds: simulators to keep at a time; a population is evaluated in batches of as many.
+    """
+
+    id: str = "CartPole-v1"
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    horizon: int = 0
+    episodes: int = 1
+    task_key: str = ""
+    most_worlds: int = 256
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.kwargs, dict):
+            raise errors.UserError(
+                f"kwargs is {self.kwargs!r}; it must be a table: write kwargs = {{continuous=true}}"
+            )
+        try:
+            json.dumps(self.kwargs)
+        except TypeError as error:
+            raise errors.UserError(
+                f"kwargs is {self.kwargs!r}: {error}; numbers, text, lists and tables can be kept "
+                "in a file: register an environment of your own for more"
+            ) from error
+        check_int("episodes", self.episodes, 1, 1000)
+        check_int("horizon", self.horizon, 0, 10_000_000)
+        check_int("most_worlds", self.most_worlds, 2, 1_000_000)
+        if self.horizon:
+            episode_steps(self.horizon, self.episodes)
+        if self._interface.limit is None and not self.horizon:
+            raise errors.UserError(
+                f"horizon is 0, but {self.id} has no registered limit of steps: write horizon=1000"
+            )
+
+    @property
+    def _interface(self) -> Interface:
+        return interface(self.id, json.dumps(self.kwargs, sort_keys=True))
+
+    @property
+    def _limit(self) -> int:
+        """Steps per episode."""
+        return self.horizon // self.episodes or int(self._interface.limit or 0)
+
+    @property
+    def spec(self) -> Spec:
+        """Sizes as the environment says."""
+        found = self._interface
+        return Spec(found.obs_size, found.action, self._limit * self.episodes, self.episodes)
+
+    @property
+    def reference(self) -> Reference:
+        """Random: measured when first asked for. Best: the registered threshold; NaN if none."""
+        key = json.dumps({**vars(self), "most_worlds": _MEASURED_TRIALS}, sort_keys=True)
+        return _reference(key)
+
+    def sample(self, batch: int | Tensor, split: str, rng: Rng) -> Tasks:
+        """Tasks by number. Data: ``seed`` int64 ``[1, B]``, the number given to ``reset``.
+
+        Seeds of ``train`` and ``test`` are different streams of 31 bits.
+        """
+        check_split(split)
+        index = task_numbers(batch)
+        seed = rng.fold("gym", split).integers(index, 1, 2**31).squeeze(-1)
+        return Tasks(index, {"seed": seed})
+
+    def make_env(self, device: torch.device | str) -> GymEnv:
+        """Simulators in this process, tensors on ``device``."""
+        return GymEnv(
+            self.id,
+            self.kwargs,
+            episodes=self.episodes,
+            limit=self._limit,
+            task_key=self.task_key,
+            most_worlds=self.most_worlds,
+            device=device,
+        )
+
+
+@functools.cache
+def _reference(key: str) -> Reference:
+    task = Task(**json.loads(key))
+    spec, env = task.spec, task.make_env("cpu")
+    returns = torch.empty(0, dtype=torch.float64)
+    steps, error = 0, math.inf
+    while steps < _MEASURED_STEPS and not 0 < error <= _PRECISION * abs(float(returns.mean())):
+        index = len(returns) + torch.arange(_MEASURED_TRIALS)
+        rng = Rng(0).fold("reference")
+        state, ts = env.reset(task.sample(index, "train", rng), rng)
+        total = torch.zeros(_MEASURED_TRIALS, dtype=torch.float64)
+        for t in range(spec.horizon):
+            draw = rng.fold("action", t)
+            if isinstance(spec.action, Discrete):
+                action = draw.integers(index, 1, spec.action.n).squeeze(-1)
+            else:
+                action = 2.0 * draw.uniform(index, spec.action.size) - 1.0
+            state, ts = env.step(state, action.unsqueeze(0))
+            total += ts.reward[0]
+            if bool(ts.new_trial.all()):
+                break
+        steps += int(env.metrics(state)["length"].sum())
+        returns = torch.cat([returns, total])
+        error = float(returns.std()) / len(returns) ** 0.5
+    env.close()
+    threshold = interface(task.id, json.dumps(task.kwargs, sort_keys=True)).threshold
+    best = math.nan if threshold is None else threshold * task.episodes
+    return Reference(
+        float(returns.mean()),
+        best,
+        f"random: measured over {len(returns)} trials (s.e. {error:.2g}); best: the return at "
+        "which its makers count it as solved, if they say so",
+    )
