@@ -1,0 +1,1 @@
+"""Hosts of batched environments; see :class:`esmeta.types.BatchedEnv`."""
