@@ -204,8 +204,14 @@ def module_names(package: str) -> list[str]:
     return sorted(_modules(package))
 
 
+def canonical(name: Any) -> Any:
+    """The name of a module: ``cheetah-dir`` is ``cheetah_dir``, as module names have no hyphens."""
+    return name.replace("-", "_") if isinstance(name, str) and ":" not in name else name
+
+
 def load_class(kind: str, name: str) -> type:
     """The dataclass that ``name`` stands for; ``package.module:Name`` loads one from outside."""
+    name = canonical(name)
     package, class_name = KINDS[kind]
     if ":" in name:
         module_name, _, class_name = name.partition(":")
@@ -281,8 +287,11 @@ def merge(raw: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Table]:
         if not isinstance(table, Mapping):
             raise UserError(f"{name} = {table!r}: must be a section; write a line [{name}]")
         tables[name] = copy.deepcopy(dict(table))
+        if name in KINDS and "name" in table:
+            tables[name]["name"] = canonical(table["name"])
     tables["objective"].setdefault("name", "return")
     parsed = [parse_override(text) for text in overrides]
+    parsed = [(s, k, canonical(v) if s in KINDS and k == "name" else v) for s, k, v in parsed]
     for section, key, value in parsed:
         if key == "name" and section in KINDS and value != tables[section].get("name"):
             kept = {k: v for k, v in tables[section].items() if (section, k) == ("task", "trials")}

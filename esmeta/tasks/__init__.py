@@ -36,8 +36,8 @@ def task_names() -> list[str]:
 def make_task(name: str, **options: object) -> Task:
     """Build the task ``name`` with ``options``, the fields of its ``Task`` dataclass.
 
-    ``"package.module:Name"`` loads a class from outside esmeta. A wrong name, option or value
-    raises ``ValueError``.
+    A hyphen in ``name`` counts as an underscore. ``"package.module:Name"`` loads a class from
+    outside esmeta. A wrong name, option or value raises ``ValueError``.
     """
     cls = _task_class(name)
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
@@ -59,6 +59,7 @@ def make_task(name: str, **options: object) -> Task:
 def _task_class(name: str) -> Any:  # noqa: ANN401 - a class from a module that is found by name
     module_name, _, class_name = name.partition(":")
     if not class_name:
+        name = name.replace("-", "_")
         if name not in task_names():
             raise ValueError(
                 f"there is no task {name!r}{_nearest(name, task_names())}; there are: "

@@ -1,0 +1,291 @@
+"""MuJoCo on the CPU: P x B worlds of one body in lockstep, as rows of state.
+
+A step copies the rows into the engine, steps the worlds whose trials go on, and copies them out,
+so that an environment's state is plain tensors and a step changes none of them. Physics is
+float64; what an agent sees is float32, and goes to the agent's device in one transfer.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from esmeta.envs import _mujoco_engines as engines
+from esmeta.envs import _mujoco_model as models
+from esmeta.envs.bodies import Body, Data, Definition, Snapshot
+from esmeta.rng import Rng
+from esmeta.tasks import check_int
+from esmeta.types import Tasks, TimeStep
+
+_HUGE = 1e10  # mjMAXVAL: MuJoCo calls positions and velocities beyond it unstable
+_CHANGES = (*models.FACTORS, "gravity")
+_KEPT_SIZES = 4  # engines that are kept for batches of other sizes
+
+
+class State(NamedTuple):
+    """P x B trials; all on the CPU, leaves ``[P, B, ...]`` unless said otherwise.
+
+    ``rows`` float64 ``[.., S]`` are MuJoCo's states, ``place`` float64 where the body was,
+    ``time`` int64 the steps of the present episode, ``episode`` int64 its number, ``over`` bool
+    whether the trial has ended, ``unstable`` bool whether because MuJoCo lost it, ``phases``
+    float64 ``[.., K, 2]`` sums of reward and of steps in each phase, ``starts`` float64
+    ``[Q, B, episodes, nq + nv]``, ``data`` and ``changes`` the tasks' ``[Q, B, ...]``.
+    """
+
+    rows: Tensor
+    place: Tensor
+    time: Tensor
+    episode: Tensor
+    over: Tensor
+    unstable: Tensor
+    phases: Tensor
+    starts: Tensor
+    data: Data
+    changes: Data
+
+
+class _Worlds:
+    """An engine for N worlds, and torch views of its memory."""
+
+    def __init__(self, model: Any, engine: engines.Engine) -> None:
+        mujoco = models.import_mujoco()
+        component = mujoco.mjtState
+        self.engine = engine
+        self.rows = torch.from_numpy(engine.rows)
+        self.qpos, self.qvel, self.ctrl, self.act = (
+            self.rows[:, models.slice_of(model, part)]
+            for part in (
+                component.mjSTATE_QPOS,
+                component.mjSTATE_QVEL,
+                component.mjSTATE_CTRL,
+                component.mjSTATE_ACT,
+            )
+        )
+        self.outputs = {name: torch.from_numpy(a) for name, a in engine.outputs.items()}
+        self.changes: Data | None = None
+
+    def snapshot(self, shape: torch.Size) -> Snapshot:
+        """Views ``[P, B, ...]`` of what the engine holds."""
+
+        def seen(leaf: Tensor) -> Tensor:
+            return leaf.unflatten(0, shape)
+
+        empty = self.rows.new_empty(0)
+        derived = (
+            seen(self.outputs[name]) if name in self.outputs else empty
+            for name in Snapshot._fields[2:]
+        )
+        return Snapshot(seen(self.qpos), seen(self.qvel), *derived)
+
+    def stable(self) -> Tensor:
+        """Whether all positions and velocities are finite and not huge, bool ``[N]``."""
+        # amax hands on NaN, and NaN is not below anything.
+        top = torch.maximum(self.qpos.abs().amax(-1), self.qvel.abs().amax(-1))
+        return top < _HUGE
+
+
+class MujocoEnv:
+    """Batched environment of one :class:`Definition` on one body.
+
+    A trial is ``episodes`` episodes of at most ``horizon`` control steps on the same task. Where an
+    episode ends before the last, the world starts the next one in the same step: the time step
+    carries the last reward and the new first observation. A trial that has ended costs no physics.
+
+    Worlds that MuJoCo cannot go on with (NaN, huge values, errors) end their trial at once,
+    terminated with reward 0, and count in the metric ``unstable``.
+
+    What the tasks' data hold under ``mass``, ``inertia``, ``friction``, ``damping``, ``gear``,
+    ``size`` (factors) or ``gravity`` changes the model of each world; see
+    :func:`esmeta.envs._mujoco_model.world_fields` for shapes.
+
+    Where they hold ``start`` (int64 ``[Q, B]``), the noise at the start is addressed by that
+    instead of the tasks' numbers.
+
+    Args:
+        body: what is simulated.
+        definition: what is seen, paid and ended.
+        horizon: control steps of an episode at most.
+        episodes: episodes of a trial.
+        engine: ``"auto"``, ``"batch"`` or ``"rows"``: the same bits.
+        threads: threads that step worlds; the same bits for any number.
+        device: where actions come from and time steps go to.
+    """
+
+    def __init__(
+        self,
+        body: Body,
+        definition: Definition,
+        *,
+        horizon: int,
+        episodes: int = 1,
+        engine: str = "auto",
+        threads: int = 1,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        check_int("threads", threads, 1, 1024)
+        mujoco = models.import_mujoco()
+        self._engine = engines.choose_engine(engine, definition.reads)
+        self.model = model = models.build_model(body)
+        self._definition = definition
+        self._horizon, self._episodes = horizon, episodes
+        self._substeps, self._threads = body.frame_skip, threads
+        self.seconds = float(model.opt.timestep) * body.frame_skip
+        self._like = torch.empty(0, dtype=torch.float32, device=device)
+        data, spec = mujoco.MjData(model), mujoco.mjtState.mjSTATE_INTEGRATION
+        blank = np.empty(mujoco.mj_stateSize(model, spec))
+        mujoco.mj_getState(model, data, blank, spec)
+        self._blank = torch.from_numpy(blank)
+        self._pose = torch.from_numpy(np.concatenate([data.qpos, data.qvel]))
+        limits = torch.from_numpy(model.actuator_ctrlrange.copy())
+        self._centre, self._reach = limits.mean(-1), (limits[:, 1] - limits[:, 0]) / 2
+        self._phase = _phase_table(definition, horizon)
+        self._worlds: dict[int, _Worlds] = {}
+
+    def reset(self, tasks: Tasks, rng: Rng, population: int = 1) -> tuple[State, TimeStep]:
+        """Start the first episode of every trial; the starts of all episodes are drawn here."""
+        index = tasks.index.cpu()
+        data = {name: leaf.cpu() for name, leaf in tasks.data.items()}
+        changes = {name: leaf.double() for name, leaf in data.items() if name in _CHANGES}
+        model, definition = self.model, self._definition
+        address = data.get("start", index)
+        noise = definition.noise.draw(rng, address, self._episodes, model.nq, model.nv)
+        starts = self._pose + noise
+        shape = torch.Size((population, index.shape[1]))
+        worlds = self._at(shape, changes)
+        first = starts[:, :, 0].expand(*shape, -1)
+        self._restart(worlds, first.flatten(0, 1), None)
+        now = worlds.snapshot(shape)
+        none = torch.zeros(shape, dtype=torch.float64)
+        no = torch.zeros(shape, dtype=torch.bool)
+        zero = torch.zeros(shape, dtype=torch.int64)
+        phases = none.new_zeros(*shape, self._phase.shape[1], 2)
+        rows, place = worlds.rows.clone().unflatten(0, shape), definition.place(now).clone()
+        state = State(rows, place, zero, zero, no, no, phases, starts, data, changes)
+        action = none.unsqueeze(-1).expand(*shape, model.nu)
+        begun = torch.ones_like(no)
+        return state, self._time_step(now, action, none, no, no, begun, begun, no)
+
+    def step(self, state: State, action: Tensor) -> tuple[State, TimeStep]:
+        """One control step of every world whose trial goes on; actions are clipped to -1..1."""
+        definition, shape = self._definition, state.over.shape
+        worlds = self._at(shape, state.changes)
+        action = action.detach().cpu().double().clamp(-1.0, 1.0)
+        worlds.rows.copy_(state.rows.flatten(0, 1))
+        worlds.ctrl.copy_(torch.addcmul(self._centre, action, self._reach).flatten(0, 1))
+        going = ~state.over
+        chosen = None if not state.over.any() else going.flatten().nonzero().squeeze(-1).numpy()
+        lost = worlds.engine.step(chosen, self._substeps)
+        bad = ~worlds.stable()
+        bad[torch.from_numpy(lost)] = True
+        bad = bad.unflatten(0, shape) & going
+        now = worlds.snapshot(shape)
+        place = definition.place(now)
+        velocity = (place - state.place) / self.seconds
+        reward = definition.reward(now, velocity, action, state.data)
+        reward = reward.masked_fill(state.over | bad, 0.0)
+        time = state.time + going
+        ended = bad if definition.healthy is None else (~definition.healthy(now) & going) | bad
+        truncated = (time >= self._horizon) & going & ~ended
+        terminated, ended = ended, ended | truncated
+        episode = state.episode + ended
+        over = state.over | bad | (episode >= self._episodes)
+        again = ended & ~over
+        phases = state.phases + self._shares(time, reward, going)
+        rows, place = worlds.rows, place.clone()
+        if self._episodes > 1 and again.any():
+            self._next_episode(worlds, state.starts, episode, again)
+            place = torch.where(again.unsqueeze(-1), definition.place(now), place)
+            time = time.masked_fill(again, 0)
+        unstable = state.unstable | bad
+        rows = rows.clone().unflatten(0, shape)
+        hidden = state.over | bad
+        step = self._time_step(
+            now, action, reward, terminated, truncated, over, again | over, hidden
+        )
+        later = State(rows, place, time, episode, over, unstable, phases, *state[7:])
+        return later, step
+
+    def metrics(self, state: State) -> dict[str, Tensor]:
+        """Scores of each trial so far, float32 ``[P, B]``.
+
+        ``unstable``: 1 where MuJoCo lost the world. The definition's phases: mean reward per step
+        in that span of the episodes; NaN where no episode came so far.
+        """
+        scores = {"unstable": state.unstable}
+        means = state.phases[..., 0] / state.phases[..., 1]
+        scores |= dict(zip(self._definition.phases, means.unbind(-1), strict=True))
+        return {name: score.to(self._like) for name, score in scores.items()}
+
+    def _at(self, shape: torch.Size, changes: Data) -> _Worlds:
+        """The engine for so many worlds, with these changes to their models."""
+        count = shape.numel()
+        worlds = self._worlds.pop(count, None)
+        if worlds is None or (worlds.changes and not changes):
+            engine = engines.make_engine(
+                self._engine, self.model, count, self._threads, self._definition.reads
+            )
+            worlds = _Worlds(self.model, engine)
+        self._worlds[count] = worlds  # the youngest comes last
+        if len(self._worlds) > _KEPT_SIZES:
+            del self._worlds[next(iter(self._worlds))]
+        if changes and worlds.changes is not changes:
+            each = {
+                name: leaf.expand(*shape, *leaf.shape[2:]).flatten(0, 1).numpy()
+                for name, leaf in changes.items()
+            }
+            worlds.engine.vary(models.world_fields(self.model, each))
+            worlds.changes = changes
+        return worlds
+
+    def _restart(self, worlds: _Worlds, starts: Tensor, chosen: Tensor | None) -> None:
+        """Put worlds at ``starts [n, nq + nv]``."""
+        rows = slice(None) if chosen is None else chosen
+        worlds.rows[rows] = self._blank
+        worlds.qpos[rows] = starts[:, : self.model.nq]
+        worlds.qvel[rows] = starts[:, self.model.nq :]
+        worlds.engine.forward(None if chosen is None else chosen.numpy())
+
+    def _next_episode(
+        self, worlds: _Worlds, starts: Tensor, episode: Tensor, again: Tensor
+    ) -> None:
+        member, trial = again.nonzero(as_tuple=True)
+        source = member if starts.shape[0] > 1 else torch.zeros_like(member)
+        first = starts[source, trial, episode[member, trial]]
+        self._restart(worlds, first, member * again.shape[1] + trial)
+
+    def _shares(self, time: Tensor, reward: Tensor, going: Tensor) -> Tensor:
+        """What this step adds to the sums of the phases, ``[P, B, K, 2]``."""
+        inside = torch.embedding(self._phase, time) * going.unsqueeze(-1)
+        return torch.stack([inside * reward.unsqueeze(-1), inside], dim=-1)
+
+    def _time_step(
+        self,
+        now: Snapshot,
+        action: Tensor,
+        reward: Tensor,
+        terminated: Tensor,
+        truncated: Tensor,
+        over: Tensor,
+        fresh: Tensor,
+        hidden: Tensor,
+    ) -> TimeStep:
+        """What the agent sees, packed for one transfer to its device."""
+        obs = self._definition.observe(now).masked_fill(hidden.unsqueeze(-1), 0.0)
+        flags = torch.stack([reward, terminated, truncated, fresh, over], dim=-1)
+        seen = torch.cat([obs, action, flags], dim=-1).to(self._like)
+        sizes = (obs.shape[-1], action.shape[-1], 5)
+        obs, prev_action, flags = seen.split(sizes, dim=-1)
+        reward, *marks = flags.unbind(-1)
+        return TimeStep(obs, prev_action, reward, *(mark.bool() for mark in marks))
+
+
+def _phase_table(definition: Definition, horizon: int) -> Tensor:
+    """1 where step t of an episode is in a phase, float64 ``[horizon + 1, K]``."""
+    step = torch.arange(horizon + 1)
+    inside = [(step >= first) & (step <= last) for first, last in definition.phases.values()]
+    if not inside:
+        return torch.zeros(horizon + 1, 0, dtype=torch.float64)
+    return torch.stack(inside, dim=-1).double()

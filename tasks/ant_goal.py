@@ -1,0 +1,93 @@
+"""Ant that must find out from reward where to walk to.
+
+PEARL (Rakelly et al. 2019, arXiv 1903.08254) and variBAD (Zintgraf et al. 2020, arXiv 1910.08348):
+reward -|xy - goal|_1 - 0.1 |a|^2 - 0.0005 |clip(f)|^2, goals in a disc of radius 3 m, never
+terminated; observation 113 (``obs_set="gym"``: here x and y are shown). MAML's code has a variant
+``goals="square"``: goals in -3..3 m squared, and ``bonus=4`` per step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from esmeta import errors
+from esmeta.envs.bodies import Data, Definition, Snapshot
+from esmeta.rng import Rng
+from esmeta.tasks import (
+    _ant as ant,  # pyright: ignore[reportAttributeAccessIssue]  # see esmeta.tasks
+)
+from esmeta.tasks import (
+    _locomotion as walk,  # pyright: ignore[reportAttributeAccessIssue]  # see esmeta.tasks
+)
+from esmeta.tasks import check_split, task_numbers
+from esmeta.types import Reference, Tasks
+
+GOALS = ("disc", "square")
+
+
+@dataclass(frozen=True)
+class Task(ant.Ant):
+    """Walk to an unknown point. Options: :class:`esmeta.tasks._ant.Ant`.
+
+    Args:
+        goals: ``"disc"``: radius ``reach * sqrt(U)`` at a uniform angle; ``"square"``: both
+            coordinates uniform in -reach..reach.
+        reach: in m.
+        bonus: reward per step, on top of ``alive_bonus``.
+    """
+
+    obs_set: str = "gym"
+    ctrl_cost: float = 0.1
+    alive_bonus: float = 0.0
+    terminate: bool = False
+    goals: str = "disc"
+    reach: float = 3.0
+    bonus: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        errors.one_of("goals", self.goals, GOALS)
+        errors.finite_positive("reach", self.reach, example=3.0)
+        errors.finite("bonus", self.bonus)
+
+    def hidden(self) -> int:
+        """The x and y are shown: 113 and 29 numbers."""
+        return 0
+
+    def sample(self, batch: int | Tensor, split: str, rng: Rng) -> Tasks:
+        """Goals ``goal`` float64 ``[1, B, 2]`` in m; the splits are different draws."""
+        check_split(split)
+        index = task_numbers(batch)
+        u, v = rng.fold("goal", split).uniform(index, 2).unbind(-1)
+        if self.goals == "square":
+            goal = torch.stack([2.0 * u - 1.0, 2.0 * v - 1.0], dim=-1)
+        else:
+            angle = 2.0 * torch.pi * v
+            goal = u.sqrt().unsqueeze(-1) * torch.stack([angle.cos(), angle.sin()], dim=-1)
+        return Tasks(index, {"goal": self.reach * goal})
+
+    def definition(self) -> Definition:
+        """Reward ``bonus - |xy - goal|_1`` minus costs."""
+
+        def reward(now: Snapshot, velocity: Tensor, action: Tensor, data: Data) -> Tensor:
+            distance = (self.place(now) - data["goal"]).abs().sum(-1)
+            return self.bonus - distance + self.upkeep(now, action)
+
+        return Definition(
+            self.place,
+            self.observe,
+            reward,
+            self.healthy(),
+            self.noise(),
+            self.reads(),
+            walk.LEARNING,
+        )
+
+    @property
+    def reference(self) -> Reference:
+        """Uniform actions; nothing gets above the bonuses."""
+        best = (self.bonus + self.alive_bonus) * self.horizon * self.episodes
+        return self.scores(best, "best: a bound that no body reaches")

@@ -1,0 +1,62 @@
+"""Half-cheetah that must find out from reward which way to run: forwards or backwards.
+
+Finn, Abbeel & Levine 2017 (MAML, arXiv 1703.03400), section 5.3, and all that followed it: reward
+dir * dx/dt - 0.05 |a|^2, never terminated. As MetODS has it by default: one episode of 200 steps
+per trial, observation 20, so that a policy sees 27 numbers (with action and reward).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from esmeta.envs.bodies import Data, Definition, Snapshot
+from esmeta.rng import Rng
+from esmeta.tasks import (
+    _cheetah as cheetah,  # pyright: ignore[reportAttributeAccessIssue]  # see esmeta.tasks
+)
+from esmeta.tasks import (
+    _locomotion as walk,  # pyright: ignore[reportAttributeAccessIssue]  # see esmeta.tasks
+)
+from esmeta.types import Reference, Tasks
+
+
+@dataclass(frozen=True)
+class Task(cheetah.Cheetah):
+    """Run forwards or backwards. Options: :class:`esmeta.tasks._cheetah.Cheetah`.
+
+    Args:
+        mirrored: tasks 2k and 2k + 1 have opposite directions, so that the luck of a policy that
+            only runs one way cancels.
+    """
+
+    mirrored: bool = False
+
+    def sample(self, batch: int | Tensor, split: str, rng: Rng) -> Tasks:
+        """Directions (1, 0) and (-1, 0), see :func:`esmeta.tasks._locomotion.directions`."""
+        return walk.directions(batch, split, rng, "binary", mirrored=self.mirrored)
+
+    def definition(self) -> Definition:
+        """Reward ``dir * v - ctrl_cost |a|^2``."""
+
+        def reward(now: Snapshot, velocity: Tensor, action: Tensor, data: Data) -> Tensor:
+            return data["direction"][..., 0] * velocity[..., 0] - self.effort(action)
+
+        return Definition(
+            self.place,
+            self.observe,
+            reward,
+            None,
+            self.noise(),
+            self.reads(),
+            walk.LEARNING,
+        )
+
+    @property
+    def reference(self) -> Reference:
+        """Uniform actions, exact by symmetry; the speed that TD3 reaches on the standard task."""
+        steps = self.horizon * self.episodes
+        note = "random: exact; best: at the speed of TD3 on HalfCheetah (9637 in 1000 steps)"
+        # A uniform action on -1..1 has a mean square of 1/3.
+        return Reference(-self.ctrl_cost * 6 / 3 * steps, walk.TD3["half_cheetah"] * steps, note)

@@ -1,0 +1,53 @@
+"""HalfCheetah as gymnasium's HalfCheetah-v5 has it (Wawrzynski 2009; Towers et al. 2024)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from esmeta.envs.bodies import Body, Data, Definition, Snapshot
+from esmeta.tasks import (
+    _locomotion as walk,  # pyright: ignore[reportAttributeAccessIssue]  # see esmeta.tasks
+)
+from esmeta.tasks import (
+    _standard as standard,  # pyright: ignore[reportAttributeAccessIssue]  # see esmeta.tasks
+)
+from esmeta.types import Reference, Spec
+
+
+@dataclass(frozen=True)
+class Task(standard.Standard):
+    """Run forwards. Observation 17, six joints, five steps of 0.01 s per control step."""
+
+    def body(self) -> Body:
+        """Gymnasium's half_cheetah.xml."""
+        return Body("half_cheetah.xml", 5, None, self.integrator, self.contact_rule)
+
+    @property
+    def spec(self) -> Spec:
+        """Seventeen numbers, six joints."""
+        return self.trial(17, 6)
+
+    def definition(self) -> Definition:
+        """Reward ``v - 0.1 |a|^2``; never terminated."""
+        return Definition(_place, _observe, _reward, None, walk.GYM_NOISE)
+
+    @property
+    def reference(self) -> Reference:
+        """Uniform actions; TD3."""
+        best = walk.TD3["half_cheetah"] * self.horizon * self.episodes
+        return self.scores(best, "best: TD3 (2018)")
+
+
+def _place(now: Snapshot) -> Tensor:
+    return now.qpos[..., :1]
+
+
+def _observe(now: Snapshot) -> Tensor:
+    return torch.cat([now.qpos[..., 1:], now.qvel], dim=-1)
+
+
+def _reward(now: Snapshot, velocity: Tensor, action: Tensor, data: Data) -> Tensor:
+    return velocity[..., 0] - 0.1 * action.square().sum(-1)

@@ -1,0 +1,47 @@
+"""Hopper as gymnasium's Hopper-v5 has it (Erez, Tassa & Todorov 2011; Towers et al. 2024)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from esmeta.envs.bodies import Body, Definition, Snapshot
+from esmeta.tasks import (
+    _locomotion as walk,  # pyright: ignore[reportAttributeAccessIssue]  # see esmeta.tasks
+)
+from esmeta.tasks import (
+    _standard as standard,  # pyright: ignore[reportAttributeAccessIssue]  # see esmeta.tasks
+)
+from esmeta.types import Reference, Spec
+
+
+@dataclass(frozen=True)
+class Task(standard.Standard):
+    """Hop forwards. Observation 11, three joints, four steps of 0.002 s per control step."""
+
+    def body(self) -> Body:
+        """Gymnasium's hopper.xml."""
+        return Body("hopper.xml", 4, None, self.integrator, self.contact_rule)
+
+    @property
+    def spec(self) -> Spec:
+        """Eleven numbers, three joints."""
+        return self.trial(11, 3)
+
+    def definition(self) -> Definition:
+        """Ends when it falls below 0.7 m, leans by 0.2 rad, or a number leaves -100..100."""
+        return standard.planar_definition(_healthy)
+
+    @property
+    def reference(self) -> Reference:
+        """Uniform actions; TD3."""
+        best = walk.TD3["hopper"] * self.horizon * self.episodes
+        return self.scores(best, "best: TD3 (2018)")
+
+
+def _healthy(now: Snapshot) -> Tensor:
+    z, angle = now.qpos[..., 1], now.qpos[..., 2]
+    # Gymnasium asks this of all but the first two positions.
+    calm = (now.qpos[..., 2:].abs() < 100.0).all(-1) & (now.qvel.abs() < 100.0).all(-1)
+    return calm & (z > 0.7) & (angle.abs() < 0.2)

@@ -1,0 +1,45 @@
+"""Walker2d as gymnasium's Walker2d-v5 has it (Erez, Tassa & Todorov 2011; Towers et al. 2024)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from esmeta.envs.bodies import Body, Definition, Snapshot
+from esmeta.tasks import (
+    _locomotion as walk,  # pyright: ignore[reportAttributeAccessIssue]  # see esmeta.tasks
+)
+from esmeta.tasks import (
+    _standard as standard,  # pyright: ignore[reportAttributeAccessIssue]  # see esmeta.tasks
+)
+from esmeta.types import Reference, Spec
+
+
+@dataclass(frozen=True)
+class Task(standard.Standard):
+    """Walk forwards. Observation 17, six joints, four steps of 0.002 s per control step."""
+
+    def body(self) -> Body:
+        """Gymnasium's walker2d_v5.xml (both feet with friction 1.9)."""
+        return Body("walker2d_v5.xml", 4, None, self.integrator, self.contact_rule)
+
+    @property
+    def spec(self) -> Spec:
+        """Seventeen numbers, six joints."""
+        return self.trial(17, 6)
+
+    def definition(self) -> Definition:
+        """Ends when its height leaves 0.8..2 m or it leans by 1 rad."""
+        return standard.planar_definition(_healthy)
+
+    @property
+    def reference(self) -> Reference:
+        """Uniform actions; TD3."""
+        best = walk.TD3["walker2d"] * self.horizon * self.episodes
+        return self.scores(best, "best: TD3 (2018)")
+
+
+def _healthy(now: Snapshot) -> Tensor:
+    z, angle = now.qpos[..., 1], now.qpos[..., 2]
+    return (z > 0.8) & (z < 2.0) & (angle.abs() < 1.0)
