@@ -88,7 +88,7 @@ class PopulationEvaluator:
     def members(self, params: Params | Tensor) -> Params:
         """A tree or flat vectors ``[P, D]`` as a tree on this evaluator's device."""
         tree = unravel(params, self.policy) if isinstance(params, Tensor) else params
-        return {name: leaf.to(self.device) for name, leaf in tree.items()}
+        return on_device(tree, self.device)
 
     def trial_set(self, index: Tensor, seed: int, split: str) -> tuple[Tasks, Rng]:
         """The tasks number ``index [B]`` (or ``[P, B]``) here, and the stream of their trials.
@@ -145,8 +145,7 @@ class PopulationEvaluator:
 
     def place(self, tasks: Tasks) -> Tasks:
         """The same tasks on this evaluator's device."""
-        data = {name: leaf.to(self.device) for name, leaf in tasks.data.items()}
-        return Tasks(tasks.index.to(self.device), data)
+        return place_tasks(tasks, self.device)
 
     def _score(
         self,
@@ -161,6 +160,16 @@ class PopulationEvaluator:
         end = loop.rollout(self.policy, self.env, begin, collector, act=act, intervene=intervene)
         metrics = {k: v.double().cpu() for k, v in self.env.metrics(end.env_state).items()}
         return Fitness(collector.returns.cpu(), collector.steps.cpu(), metrics)
+
+
+def on_device(leaves: Params, device: torch.device) -> Params:
+    """The same leaves on ``device``."""
+    return {name: leaf.to(device) for name, leaf in leaves.items()}
+
+
+def place_tasks(tasks: Tasks, device: torch.device) -> Tasks:
+    """The same tasks on ``device``."""
+    return Tasks(tasks.index.to(device), on_device(tasks.data, device))
 
 
 def _rows(tasks: Tasks, members: Tensor) -> Tasks:
