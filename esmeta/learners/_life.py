@@ -43,6 +43,10 @@ class Learner(Protocol):
         """Leaves ``[P, ...]`` that :class:`Agent` acts with."""
         ...
 
+    def act(self, state: Any) -> loop.Act:
+        """How heads and noise become actions now."""
+        ...
+
     def update(self, state: Any, new: Experience, loss: Loss, rng: Rng) -> Any:
         """The state after learning from the ``period`` steps ``new [P, period, ...]``."""
         ...
@@ -134,7 +138,8 @@ class Lives:
         begin = loop.go_on(learner.agent, acting, life.end, life.noise)
         keep = Keep(learner.agent.spec)
         with torch.no_grad():
-            end = loop.rollout(learner.agent, env, begin, keep, until=life.end.t + learner.period)
+            until, act = life.end.t + learner.period, learner.act(life.state)
+            end = loop.rollout(learner.agent, env, begin, keep, until=until, act=act)
         new = keep.experience()
         state = learner.update(life.state, new, loss, self._rng(split))
         return life._replace(state=state, end=end), new
@@ -153,7 +158,8 @@ class Lives:
         env = self.task.make_env(self.device)
         begin = loop.start(agent, acting, env, Tasks(index, data), rng)
         kept = EpisodeReturns(*begin.ts.reward.shape, device=self.device)
-        loop.rollout(agent, env, begin, kept, until=self.test_steps)
+        act = self.learner.act(life.state)
+        loop.rollout(agent, env, begin, kept, until=self.test_steps, act=act)
         return kept.returns.mean(dim=1), kept.steps.sum(dim=1)
 
     def tasks(self, index: Tensor, split: str) -> Tasks:

@@ -11,8 +11,10 @@ from torch import Tensor
 from esmeta.learners._agent import Agent
 from esmeta.learners._experience import Experience, nothing
 from esmeta.learners._loss import Batch, Loss
-from esmeta.learners._state import Adam, Statistics, adam_step
+from esmeta.learners._state import Adam, Statistics, adam_step, clip_norm
+from esmeta.policy import _heads as heads
 from esmeta.rng import Rng
+from esmeta.rollout import Act
 from esmeta.types import Params
 
 
@@ -40,15 +42,26 @@ def descend(
     params: Params,
     adam: Adam,
     rate: float,
+    *,
+    only: tuple[str, ...] = (),
+    clip: float = 0.0,
 ) -> tuple[Params, Adam]:
-    """One Adam step of every agent on its own loss; leaves that it does not depend on stay."""
-    leaves = {name: leaf.detach().requires_grad_() for name, leaf in params.items()}
+    """One Adam step of every agent on its own loss; leaves that it does not depend on stay.
+
+    ``only`` names the networks that may move (default: all); ``clip`` limits the global norm of
+    each agent's gradient (0: no limit).
+    """
+    leaves = {
+        name: leaf.detach().requires_grad_()
+        for name, leaf in params.items()
+        if not only or name.partition(".")[0] in only
+    }
     with torch.enable_grad():
         # Agents share no parameter, so the gradient of the sum is each agent's own.
-        total = loss(agent, leaves, batch, prepared, rows).sum()
+        total = loss(agent, {**params, **leaves}, batch, prepared, rows).sum()
     found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
     gradients = {n: g for n, g in zip(leaves, found, strict=True) if g is not None}
-    return adam_step(adam, params, gradients, rate)
+    return adam_step(adam, params, clip_norm(gradients, clip), rate)
 
 
 @dataclass(frozen=True)
@@ -97,6 +110,10 @@ class SegmentLearner:
         mean, std = state.statistics.mean_std()
         size = self.agent.spec.obs_size
         return {**params, "norm.mean": mean[:, :size], "norm.std": std[:, :size]}
+
+    def act(self, state: Segments) -> Act:
+        """Actions are sampled, and clipped by the environment only."""
+        return heads.sample
 
     @torch.no_grad()
     def update(self, state: Segments, new: Experience, loss: Loss, rng: Rng) -> Segments:
