@@ -55,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
         help="openes nres pes pgpe snes sepcma, EvoTorch's evotorch_pgpe evotorch_snes cem xnes "
         "cmaes, a2c ppo, or package.module:Class",
     )
-    p.add_argument("--objective", help="what theta is worth: return, or package.module:Class")
+    p.add_argument("--objective", help="what theta is worth: return, epg, or package.module:Class")
     p.add_argument(
         "--set",
         action="append",

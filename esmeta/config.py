@@ -34,6 +34,8 @@ KINDS = {
     "optimizer": ("esmeta.optimizers", "Optimizer"),
 }
 SECTIONS = (*KINDS, "budget", "run")
+NO_POLICY = "none"
+"""``policy.name`` of runs whose objective trains agents of its own."""
 DEFAULT_TRIALS = 16
 # Keys that do not change what is computed, only where, how long, or what is written down.
 NOT_IN_DIGEST = {
@@ -130,7 +132,8 @@ class Run:
 class Section:
     """A named choice with all its options, defaults included.
 
-    ``instance`` is the checked dataclass of the named module, built from ``options``.
+    ``instance`` is the checked dataclass of the named module, built from ``options``; None for
+    ``policy.name = "none"``.
     """
 
     name: str
@@ -307,6 +310,13 @@ def merge(raw: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Table]:
 
 def _section(kind: str, table: Table) -> Section:
     name = table.pop("name", None)
+    if (kind, name) == ("policy", NO_POLICY):
+        if table:
+            raise UserError(
+                f"policy.{next(iter(table))}: policy.name = {NO_POLICY!r} takes no options; the "
+                "agents of such an objective are described in [objective]"
+            )
+        return Section(NO_POLICY, {}, None)
     if not isinstance(name, str) or not name:
         given = "is missing" if name is None else f"= {name!r} is not a name"
         raise UserError(

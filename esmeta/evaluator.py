@@ -99,7 +99,7 @@ class PopulationEvaluator:
     def members(self, params: Params | Tensor) -> Params:
         """A tree or flat vectors ``[P, D]`` as a tree on this evaluator's device."""
         tree = unravel(params, self.policy) if isinstance(params, Tensor) else params
-        return {name: leaf.to(self.device) for name, leaf in tree.items()}
+        return on_device(tree, self.device)
 
     def trial_set(self, index: Tensor, seed: int, split: str) -> tuple[Tasks, Rng]:
         """The tasks number ``index [B]`` (or ``[P, B]``) here, and the stream of their trials.
@@ -156,8 +156,7 @@ class PopulationEvaluator:
 
     def place(self, tasks: Tasks) -> Tasks:
         """The same tasks on this evaluator's device."""
-        data = {name: leaf.to(self.device) for name, leaf in tasks.data.items()}
-        return Tasks(tasks.index.to(self.device), data)
+        return place_tasks(tasks, self.device)
 
     def _score(
         self,
@@ -184,6 +183,16 @@ class PopulationEvaluator:
         collector = loop.Returns(*begin.ts.reward.shape, device=self.device)
         end = loop.rollout(self.policy, self.env, begin, collector, **how)
         return collector.returns, collector.steps, self.env.metrics(end.env_state)
+
+
+def on_device(leaves: Params, device: torch.device) -> Params:
+    """The same leaves on ``device``."""
+    return {name: leaf.to(device) for name, leaf in leaves.items()}
+
+
+def place_tasks(tasks: Tasks, device: torch.device) -> Tasks:
+    """The same tasks on ``device``."""
+    return Tasks(tasks.index.to(device), on_device(tasks.data, device))
 
 
 def _rows(tasks: Tasks, members: Tensor) -> Tasks:

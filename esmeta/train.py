@@ -18,11 +18,10 @@ from esmeta.cli import configuration, parser, prepare_process
 
 if TYPE_CHECKING:
     from esmeta.comm import MPIComm, SelfComm
-    from esmeta.objectives.return_ import ReturnObjective
     from esmeta.policy import Policy
     from esmeta.record import NullRun, RunDir
     from esmeta.rng import Rng
-    from esmeta.types import Comm, Metrics, Optimizer, Params, Task
+    from esmeta.types import Comm, Metrics, Optimizer, Params, RunObjective, Task
     from esmeta.watch import Stop
 
 EXIT_STOPPED = 75
@@ -35,8 +34,8 @@ class Parts:
 
     config: configs.Config
     task: Task
-    policy: Policy
-    objective: ReturnObjective
+    policy: Policy | None
+    objective: RunObjective
     optimizer: Optimizer
     theta: Params
     rng: Rng
@@ -55,13 +54,16 @@ def build(config: configs.Config, ranks: int = 1) -> Parts:
     device = _device(config.run.device)
     task: Task = config.task.instance
     optimizer: Optimizer = config.optimizer.instance
-    policy = build_policy(task.spec, config.policy.instance, value=optimizer.gradient)
-    objective = config.objective.instance.make(
+    policy = None
+    if config.policy.instance is not None:
+        policy = build_policy(task.spec, config.policy.instance, value=optimizer.gradient)
+    objective: RunObjective = config.objective.instance.make(
         policy, task, trials=config.trials, seed=config.run.seed, device=device
     )
     optimizer.check(objective, ranks)
-    theta = {k: v.to(device) for k, v in policy.init(seed=config.run.seed).items()}
-    policy.bind(theta)  # kernels for sizes that are new here are compiled before clocks run
+    theta = {k: v.to(device) for k, v in objective.init(config.run.seed).items()}
+    if policy is not None:
+        policy.bind(theta)  # kernels for sizes that are new here are compiled before clocks run
     rng = Rng(config.run.seed).fold("optimizer")
     state = optimizer.init(theta, rng)
     return Parts(config, task, policy, objective, optimizer, theta, rng, state)
@@ -167,7 +169,7 @@ class Trainer:
         count.restarts += 1
         count.peak, count.peak_step = -math.inf, count.step
         self.rng = parts.rng.fold("restart", count.restarts)
-        theta = parts.policy.init(seed=self.rng.key)
+        theta = parts.objective.init(self.rng.key)
         theta = {name: leaf.to(parts.config.run.device) for name, leaf in theta.items()}
         self.state = parts.optimizer.init(theta, self.rng)
 
@@ -259,7 +261,7 @@ class Trainer:
 
 
 def heldout(
-    objective: ReturnObjective, theta: Params, trials: int, comm: Comm | None = None
+    objective: RunObjective, theta: Params, trials: int, comm: Comm | None = None
 ) -> Metrics:
     """Mean scores of theta on held-out tasks, with the standard error of the return.
 
@@ -290,7 +292,7 @@ def report(parts: Parts, trainer: Trainer, reason: str, out: Path) -> None:
     theta = parts.optimizer.theta(trainer.state)
     trials = max(256, parts.config.run.evaluate_trials)
     scores = heldout(parts.objective, theta, trials)
-    reference = parts.task.reference
+    reference = parts.config.objective.instance.reference(parts.task)
     picture = learning_curve([out], out / "curve.png", reference)
     count = trainer.count
     print(
@@ -318,9 +320,9 @@ def run(args: argparse.Namespace, comm: SelfComm | MPIComm, stop: Stop) -> int:
     from esmeta.record import NullRun, RunDir
 
     folder = RunDir.create(out, config, resume=resume) if comm.rank == 0 else NullRun()
-    memory = parts.policy.memory.explain(config.run.device, parts.optimizer.gradient)
+    memory = parts.objective.explain(parts.optimizer.gradient)
     if comm.rank == 0:
-        print(f"memory: {memory}", flush=True)
+        print(f"runs: {memory}" if parts.policy is None else f"memory: {memory}", flush=True)
     trainer = Trainer(parts, comm, folder, stop)
     reason = trainer.train()
     idle = trainer.idle.by_rank()

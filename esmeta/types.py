@@ -265,6 +265,29 @@ class Objective(Protocol):
         ...
 
 
+class RunObjective(Objective, Protocol):
+    """An objective that a run is built around: theta is whatever it says."""
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Leaves of theta, without the axis P."""
+        ...
+
+    def init(self, seed: int) -> Params:
+        """Fresh theta, leaves ``[1, ...]``."""
+        ...
+
+    def heldout(
+        self, params: Params | Tensor, trials: int, seed: int | None = None, first: int = 0
+    ) -> Fitness:
+        """Scores ``[1, trials - first]`` on the held-out tasks ``first`` .. ``trials`` - 1."""
+        ...
+
+    def explain(self, gradient: bool) -> str:
+        """In one line, what runs there."""
+        ...
+
+
 @runtime_checkable
 class Lifetimes(Protocol):
     """An objective whose inner lifetimes can be run in windows, as nres and pes do.

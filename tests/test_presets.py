@@ -14,11 +14,11 @@ from conftest import ROOT
 from esmeta import config as configs
 from esmeta import train
 from esmeta.comm import SelfComm
-from esmeta.tree import ravel
+from esmeta.tree import ravel, size_of
 
 PRESETS = sorted(path.stem for path in (ROOT / "runs" / "presets").glob("*.toml"))
 OPTIMIZERS = configs.module_names("esmeta.optimizers")
-NAME = re.compile(rf"([a-z0-9-]+?)-(gru-)?({'|'.join(OPTIMIZERS)})")
+NAME = re.compile(rf"([a-z0-9-]+?)-(gru-)?({'|'.join([*OPTIMIZERS, 'epg'])})")
 
 
 def test_there_are_presets_and_names_agree() -> None:
@@ -30,16 +30,19 @@ def test_there_are_presets_and_names_agree() -> None:
 def test_a_preset_builds_and_its_name_is_true(name: str) -> None:
     config = configs.resolve(configs.load(name))
     match = NAME.fullmatch(name)
-    assert match, f"{name}: name presets <task>-<optimizer> or <task>-gru-<optimizer>"
-    assert match[1] == config.task.name and match[3] == config.optimizer.name
-    assert config.policy.name == ("rl2" if match[2] else "metods")
+    assert match, f"{name}: name presets <task>-<optimizer>, <task>-gru-<optimizer> or <task>-epg"
+    learned = config.objective.name != "return"
+    last = config.objective.name if learned else config.optimizer.name
+    assert match[1] == config.task.name and match[3] == last
+    assert config.policy.name == ("none" if learned else "rl2" if match[2] else "metods")
     again = configs.resolve(configs.load(name), [])
     assert configs.digest(again) == configs.digest(config)
     text = (ROOT / "runs" / "presets" / f"{name}.toml").read_text(encoding="utf-8")
     assert text.startswith("#"), f"{name}: the first line says what it is"
     parts = train.build(config)
-    assert ravel(parts.theta).shape == (1, parts.policy.size)
-    assert parts.policy.has_value == parts.optimizer.gradient  # type: ignore[attr-defined]
+    assert ravel(parts.theta).shape == (1, size_of(parts.objective.shapes))
+    if parts.policy is not None:
+        assert parts.policy.has_value == parts.optimizer.gradient  # type: ignore[attr-defined]
     assert torch.equal(ravel(parts.optimizer.theta(parts.state)), ravel(parts.theta))
     minibatches = getattr(parts.optimizer, "minibatches", 1)
     assert minibatches <= config.trials, "one process must be able to run it"
@@ -51,6 +54,11 @@ def tiny(name: str) -> configs.Config:
     small: dict[str, Any] = {
         "task.trials": 8,
         "task.horizon": 6,
+        "objective.period": 3,
+        "objective.buffer": 21,
+        "objective.minibatch": 3,
+        "objective.hidden": [4],
+        "objective.test_steps": 6,
         "policy.neurons": 5,
         "policy.hidden": [4],
         "policy.head_hidden": 4,
@@ -58,8 +66,9 @@ def tiny(name: str) -> configs.Config:
         "optimizer.window": 2,
         "run.tensorboard": "false",
     }
-    for section in ("task", "policy", "optimizer"):
-        known = {f.name for f in dataclasses.fields(getattr(config, section).instance)}
+    for section in ("task", "policy", "objective", "optimizer"):
+        instance = getattr(config, section).instance
+        known = {f.name for f in dataclasses.fields(instance)} if instance else set()
         for key in [key for key in small if key.startswith(f"{section}.")]:
             if key.partition(".")[2] not in known | {"trials"}:
                 del small[key]

@@ -171,7 +171,7 @@ def test_bad_requests_are_refused(task: Task) -> None:
 
 
 def test_names_are_the_modules_of_the_folder() -> None:
-    assert {"bandit", "harlow", "maze"} <= set(task_names())
+    assert {"bandit", "displacement", "harlow", "maze"} <= set(task_names())
     assert not any(name.startswith("_") for name in task_names())
 
 
@@ -192,6 +192,8 @@ def test_names_are_the_modules_of_the_folder() -> None:
         ("bandit", {"reward_probability": 0.5}, ["0.5", "at most 1", "reward_probability=0.8"]),
         ("bandit", {"arms": 4}, ["4 arms", "reward_probability=1.0"]),
         ("bandit", {"arms": 1}, ["arms is 1", "2 to 100", "arms=2"]),
+        ("displacement", {"train": "up"}, ["'up'", "right, left, all", "train='right'"]),
+        ("displacement", {"episode_steps": 0}, ["episode_steps is 0", "episode_steps=1"]),
         ("no_such_package.tasks:Mine", {}, ["cannot load", "package.module:Name"]),
         ("esmeta.rng:nothing", {}, ["cannot load", "nothing"]),
         ("math:floor", {}, ["dataclass"]),

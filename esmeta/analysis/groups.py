@@ -133,7 +133,9 @@ def _flat(run: RunData) -> dict[str, Any]:
 
 def _base_label(run: RunData) -> str:
     names = [run.tables[kind]["name"] for kind in ("task", "policy", "objective", "optimizer")]
-    return " ".join(name for k, name in enumerate(names) if k != 2 or name != "return")
+    return " ".join(
+        name for k, name in enumerate(names) if (k, name) not in ((1, "none"), (2, "return"))
+    )
 
 
 def _labels(runs: Sequence[RunData]) -> list[str]:
@@ -154,7 +156,8 @@ def _labels(runs: Sequence[RunData]) -> list[str]:
 def _reference(run: RunData) -> Reference:
     """Reference scores of a run's task; unknown if the task cannot be built here any more."""
     try:
-        return configs.resolve(run.tables).task.instance.reference
+        config = configs.resolve(run.tables)
+        return config.objective.instance.reference(config.task.instance)
     except UserError as error:
         return Reference(math.nan, math.nan, str(error))
 

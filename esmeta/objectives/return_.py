@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from esmeta import rollout as loop
+from esmeta.errors import UserError
 from esmeta.evaluator import PopulationEvaluator
 from esmeta.lives import Lives, TrialLives
 from esmeta.policy import Policy
 from esmeta.policy._plastic import composite_decay
 from esmeta.rng import Rng
-from esmeta.types import Fitness, Metrics, Params, State, Task
+from esmeta.types import Fitness, Metrics, Params, Reference, State, Task
 
 _Recorded = tuple[loop.Trajectory, Tensor, State, dict[str, Tensor]]
 
@@ -29,10 +30,25 @@ class Objective:
 
     capture: bool = False
 
+    def reference(self, task: Task) -> Reference:
+        """What its scores are read against: the task's own."""
+        return task.reference
+
     def make(
-        self, policy: Policy, task: Task, *, trials: int, seed: int, device: str | torch.device
+        self,
+        policy: Policy | None,
+        task: Task,
+        *,
+        trials: int,
+        seed: int,
+        device: str | torch.device,
     ) -> ReturnObjective:
         """Tie the objective to a policy and a task distribution."""
+        if policy is None:
+            raise UserError(
+                "policy.name = 'none': objective 'return' scores a policy; write for example "
+                'policy.name = "metods"'
+            )
         return ReturnObjective(
             policy, task, trials=trials, seed=seed, device=device, capture=self.capture
         )
@@ -67,6 +83,19 @@ class ReturnObjective:
         )
         self._env = task.make_env(self.device)
         self._lives = TrialLives(self.evaluator, seed)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Leaves of theta, without the axis P: the policy's."""
+        return self.policy.shapes
+
+    def init(self, seed: int) -> Params:
+        """A fresh policy, leaves ``[1, ...]``."""
+        return self.policy.init(seed=seed)
+
+    def explain(self, gradient: bool) -> str:
+        """In one line, which code runs the memory."""
+        return self.policy.memory.explain(str(self.device), gradient)
 
     def fitness(self, params: Params | Tensor, step: int | Tensor) -> Fitness:
         """Returns of members on the tasks of ``step`` (int64 ``[P]``: of each its own)."""

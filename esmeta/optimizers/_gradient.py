@@ -62,7 +62,12 @@ class GradientConfig:
         errors.non_negative("entropy_final", self.entropy_final)
 
     def check(self, objective: ReturnObjective, ranks: int) -> None:
-        """Refuse fewer trials per update than ranks, which share them out evenly."""
+        """Refuse fewer trials per update than ranks, and what is no return of a policy."""
+        if not isinstance(objective, ReturnObjective):
+            raise errors.UserError(
+                f"{type(objective).__name__} is not the return of one policy, which a2c and ppo "
+                "differentiate; write optimizer.name = 'openes', or objective.name = 'return'"
+            )
         trials = objective.trials
         if trials < ranks:
             raise errors.UserError(

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from esmeta.errors import finite_positive, non_negative, one_of
+from esmeta.errors import finite_positive, non_negative, non_negative_int, one_of
 from esmeta.optimizers import _ascent
 from esmeta.optimizers._generation import Scores
 from esmeta.optimizers._noise import Noise, noise_rank
@@ -44,6 +44,8 @@ class Optimizer(SlicedOptimizer):
         sigma_min: floor of sigma.
         learning_rate_decay: factor on the learning rate per generation.
         learning_rate_min: floor of the learning rate.
+        learning_rate_generations: generations over which the learning rate falls in a straight
+            line to ``learning_rate_min``; 0: only by its factor.
         noise: ``full``, or ``lowrank:r``: matrices are perturbed by matrices of rank r.
     """
 
@@ -58,6 +60,7 @@ class Optimizer(SlicedOptimizer):
     sigma_min: float = 0.0
     learning_rate_decay: float = 1.0
     learning_rate_min: float = 0.0
+    learning_rate_generations: int = 0
     noise: str = "full"
 
     def __post_init__(self) -> None:
@@ -71,6 +74,7 @@ class Optimizer(SlicedOptimizer):
             in_range(name, getattr(self, name), low_open=False, high_open=True, example=0.9)
         for name in ("sigma_decay", "learning_rate_decay"):
             in_range(name, getattr(self, name), low_open=True, high_open=False, example=0.999)
+        non_negative_int("learning_rate_generations", self.learning_rate_generations, example=500)
         one_of("shaping", self.shaping, SHAPINGS)
         noise_rank(self.noise)
 
@@ -95,6 +99,12 @@ class Optimizer(SlicedOptimizer):
         total, _ = draws.sums(shaped[0::2] - shaped[1::2])
         return self._ascend(state, total / (len(shaped) * self._sigma(state.generation)))
 
+    def _rate(self, generation: int) -> float:
+        low, rate = self.learning_rate_min, self.learning_rate
+        if self.learning_rate_generations:
+            rate -= (rate - low) * min(1.0, generation / self.learning_rate_generations)
+        return max(low, rate * self.learning_rate_decay**generation)
+
     def _ascend(self, state: SearchState, gradient: np.ndarray) -> tuple[np.ndarray, Arrays]:
         theta = state.theta.astype(np.float64)
         if self.weight_decay:
@@ -102,6 +112,5 @@ class Optimizer(SlicedOptimizer):
         step, moments = _ascent.follow(
             self.optimizer, state.arrays, gradient, beta1=self.beta1, beta2=self.beta2, eps=self.eps
         )
-        rate = self.learning_rate * self.learning_rate_decay**state.generation
-        rate = max(self.learning_rate_min, rate)
+        rate = self._rate(state.generation)
         return theta + rate * state.unit * step, moments

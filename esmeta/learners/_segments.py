@@ -1,0 +1,157 @@
+"""Learning from the newest steps: every M environment steps, some passes over them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from esmeta.learners._agent import Agent
+from esmeta.learners._experience import Experience, nothing
+from esmeta.learners._loss import Batch, Loss
+from esmeta.learners._state import Adam, Statistics, adam_step, clip_norm
+from esmeta.policy import _heads as heads
+from esmeta.rng import Rng
+from esmeta.rollout import Act
+from esmeta.types import Params
+
+
+class Segments(NamedTuple):
+    """State of P agents that learn by :class:`SegmentLearner`, leaves ``[P, ...]``.
+
+    ``params`` their networks; ``buffer`` the newest steps, zeros where there are none yet;
+    ``index`` int64 ``[P]`` the numbers that address their randomness; ``updates`` int64 ``[P]``.
+    """
+
+    params: Params
+    adam: Adam
+    statistics: Statistics
+    buffer: Experience
+    index: Tensor
+    updates: Tensor
+
+
+def descend(
+    agent: Agent,
+    loss: Loss,
+    batch: Batch,
+    prepared: Params,
+    rows: Tensor,
+    params: Params,
+    adam: Adam,
+    rate: float,
+    *,
+    only: tuple[str, ...] = (),
+    clip: float = 0.0,
+) -> tuple[Params, Adam]:
+    """One Adam step of every agent on its own loss; leaves that it does not depend on stay.
+
+    ``only`` names the networks that may move (default: all); ``clip`` limits the global norm of
+    each agent's gradient (0: no limit).
+    """
+    leaves = {
+        name: leaf.detach().requires_grad_()
+        for name, leaf in params.items()
+        if not only or name.partition(".")[0] in only
+    }
+    with torch.enable_grad():
+        # Agents share no parameter, so the gradient of the sum is each agent's own.
+        total = loss(agent, {**params, **leaves}, batch, prepared, rows).sum()
+    found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+    gradients = {n: g for n, g in zip(leaves, found, strict=True) if g is not None}
+    return adam_step(adam, params, clip_norm(gradients, clip), rate)
+
+
+@dataclass(frozen=True)
+class SegmentLearner:
+    """Every ``period`` steps ``epochs`` passes over them in minibatches, one Adam step each.
+
+    Attributes:
+        agent: the networks.
+        period: environment steps between updates, M.
+        context: steps that the loss may look back, N; at least M.
+        epochs: passes over the newest M steps.
+        minibatch: steps per gradient; the last ones of a pass that do not fill one are left out.
+        learning_rate: of Adam.
+        normalize: inputs of the networks are measured in units of what the agent has seen.
+        value_epochs: passes of V alone afterwards, for a loss that has ``value_only``.
+    """
+
+    agent: Agent
+    period: int
+    context: int
+    epochs: int = 1
+    minibatch: int = 32
+    learning_rate: float = 1e-3
+    normalize: bool = True
+
+    def init(self, rng: Rng, index: Tensor) -> Segments:
+        """Fresh agents with the numbers ``index`` int64 ``[P]``: nothing learned, nothing seen."""
+        spec, device = self.agent.spec, index.device
+        params = self.agent.init(rng.fold("agent"), index)
+        width = spec.obs_size + spec.action.size
+        return Segments(
+            params,
+            Adam.zeros(params),
+            Statistics.fresh(len(index), width, device),
+            nothing(len(index), self.context, spec, device),
+            index,
+            torch.zeros_like(index),
+        )
+
+    def acting(self, state: Segments) -> Params:
+        """What the rollout needs of the agents: the policy and the statistics of observations."""
+        names = ("policy", "log_std")
+        params = {k: v for k, v in state.params.items() if k.partition(".")[0] in names}
+        if not self.normalize:
+            return params
+        mean, std = state.statistics.mean_std()
+        size = self.agent.spec.obs_size
+        return {**params, "norm.mean": mean[:, :size], "norm.std": std[:, :size]}
+
+    def act(self, state: Segments) -> Act:
+        """Actions are sampled, and clipped by the environment only."""
+        return heads.sample
+
+    @torch.no_grad()
+    def update(self, state: Segments, new: Experience, loss: Loss, rng: Rng) -> Segments:
+        """The agents after learning from ``new``, their last ``period`` steps ``[P, M, ...]``."""
+        width = torch.cat([new.obs, new.action], dim=-1)
+        statistics = state.statistics.add(width)
+        buffer = state.buffer.then(new).last(self.context)
+        updates = state.updates + 1
+        batch = self.batch(buffer, statistics, updates)
+        params, adam = state.params, state.adam
+        prepared = loss.prepare(self.agent, params, batch)
+        for epoch in range(self.epochs):
+            order = self._order(state, rng.fold("rows", int(updates[0]), epoch))
+            for rows in order.split(self.minibatch, dim=1):
+                if rows.shape[1] == min(self.minibatch, self.period):
+                    params, adam = descend(
+                        self.agent, loss, batch, prepared, rows, params, adam, self.learning_rate
+                    )
+        return Segments(params, adam, statistics, buffer, state.index, updates)
+
+    def _order(self, state: Segments, rng: Rng) -> Tensor:
+        if self.minibatch >= self.period:
+            rows = torch.arange(self.period, device=state.index.device)
+            return rows.expand(len(state.index), -1)
+        return rng.uniform(state.index, self.period).argsort(dim=1, stable=True)
+
+    def batch(self, buffer: Experience, statistics: Statistics, updates: Tensor) -> Batch:
+        """The buffer as losses see it: scaled where it is filled, zeros elsewhere."""
+        steps, count = self.context, updates[:, None] * self.period
+        place = torch.arange(steps, device=count.device)
+        inside = place >= steps - count.clamp_max(steps)
+        mean, std = (x.unsqueeze(1) for x in statistics.mean_std())
+        size = self.agent.spec.obs_size
+        filled = inside.unsqueeze(-1)
+        action = (buffer.action - mean[..., size:]) / std[..., size:] * filled
+        if self.normalize:
+            mean, std = mean[..., :size], std[..., :size]
+            obs = (buffer.obs - mean) / std * filled
+            following = (buffer.next_obs - mean) / std * filled
+            buffer = buffer._replace(obs=obs, next_obs=following)
+        return Batch(buffer, action, inside, self.period)

@@ -1,0 +1,176 @@
+"""EPG's loss network: what an agent has lived through and its policy, to one number.
+
+Houthooft, Chen, Isola, Stadie, Wolski, Ho & Abbeel, "Evolved Policy Gradients", NeurIPS 2018,
+https://arxiv.org/abs/1802.04821; layer sizes as in the released code (the paper's appendix prints
+others). Three known defects of the release are not repeated: rewards and ends are written to the
+rows that are filled, the loss reads the newest M steps and not the oldest of the buffer, and the
+running statistics see every step once.
+
+What differs besides: ``aux``, in the release an exploration bonus that is never fitted and hence
+constant, is 1 here for every step lived through (there it passes the normaliser and is about 0).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import leaky_relu
+
+from esmeta.errors import UserError
+from esmeta.learners._agent import MEMORY, Agent, Head
+from esmeta.learners._loss import Batch, pick
+from esmeta.rng import Rng
+from esmeta.types import Discrete, Params, Spec
+
+_KERNELS = ((6, 5), (4, 2))
+"""Width and stride of both convolutions over time."""
+_CHANNELS = (16, 32)
+_CONTEXT = 32
+_HIDDEN = 16
+_SLOPE = 0.2
+
+
+@dataclass(frozen=True)
+class LossNetwork:
+    """The network for agents of one task; its parameters are eta.
+
+    Features of a step: scaled observation and action, reward (unless ``reward`` is off: then 0),
+    aux, end of an episode, policy statistics (mean and log-std) and the memory unit.
+
+    Attributes:
+        spec: of the task.
+        buffer: steps that it reads, N.
+        reward: whether it sees rewards.
+        memory: whether the memory unit may learn; else its first values are constant inputs.
+    """
+
+    spec: Spec
+    buffer: int
+    reward: bool = True
+    memory: bool = False
+
+    def __post_init__(self) -> None:
+        if self.positions[-1] < 1:
+            raise UserError(
+                f"buffer = {self.buffer}: too short for the two convolutions over time; write at "
+                f"least buffer = {(_KERNELS[1][0] - 1) * _KERNELS[0][1] + _KERNELS[0][0]}"
+            )
+
+    @property
+    def positions(self) -> list[int]:
+        """Places in time that are left behind each convolution."""
+        lengths, length = [], self.buffer
+        for width, stride in _KERNELS:
+            length = (length - width) // stride + 1 if length >= width else 0
+            lengths.append(length)
+        return lengths
+
+    @property
+    def features(self) -> int:
+        """Width of a step: 55 for Hopper."""
+        action = self.spec.action
+        statistics = action.size * (1 if isinstance(action, Discrete) else 2)
+        return self.spec.obs_size + action.size + 3 + statistics + MEMORY
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Leaves of eta, without the axis P; inputs first."""
+        sizes = {
+            "conv.0": (_KERNELS[0][0] * self.features, _CHANNELS[0]),
+            "conv.1": (_KERNELS[1][0] * _CHANNELS[0], _CHANNELS[1]),
+            "context": (_CHANNELS[1], _CONTEXT),
+            "head.0": (self.features + _CONTEXT, _HIDDEN),
+            "head.1": (_HIDDEN, 1),
+        }
+        return {
+            f"loss.{name}.{leaf}": shape if leaf == "weight" else shape[1:]
+            for name, shape in sizes.items()
+            for leaf in ("weight", "bias")
+        }
+
+    def init(self, rng: Rng) -> Params:
+        """Fresh eta ``[1, ...]``: normal weights of std ``1 / sqrt(fan_in)``, zero biases."""
+        params: Params = {}
+        for name, shape in self.shapes.items():
+            if name.endswith("bias"):
+                params[name] = torch.zeros(1, *shape)
+                continue
+            draw = rng.fold(name).normal(torch.zeros(1, dtype=torch.int64), math.prod(shape))
+            params[name] = (draw / math.sqrt(shape[0])).reshape(1, *shape).float()
+        return params
+
+    def loss(self, eta: Mapping[str, Tensor]) -> LearnedLoss:
+        """The loss of agents with parameters ``eta``, leaves ``[P, ...]`` (or ``[1, ...]``)."""
+        return LearnedLoss(self, dict(eta))
+
+
+@dataclass(frozen=True)
+class LearnedLoss:
+    """A :class:`esmeta.learners._loss.Loss`; every agent may have an eta of its own."""
+
+    network: LossNetwork
+    eta: Params
+
+    @property
+    def heads(self) -> frozenset[Head]:
+        """The memory unit is always an input."""
+        return frozenset({"memory", "log_std"})
+
+    @property
+    def context(self) -> int:
+        """The whole buffer."""
+        return self.network.buffer
+
+    @property
+    def snippet(self) -> int:
+        """Steps in order."""
+        return 0
+
+    def prepare(self, agent: Agent, params: Params, batch: Batch) -> Params:
+        """Features of all steps that do not depend on the policy: ``[P, N, ...]``."""
+        steps, filled = batch.steps, batch.inside.to(batch.steps.reward.dtype)
+        reward = steps.reward if self.network.reward else torch.zeros_like(steps.reward)
+        flags = torch.stack([reward, filled, steps.ended.to(reward.dtype)], dim=-1)
+        flags = flags * filled.unsqueeze(-1)
+        return {"x": torch.cat([steps.obs, batch.scaled_action, flags], dim=-1)}
+
+    def __call__(
+        self, agent: Agent, params: Params, batch: Batch, prepared: Params, rows: Tensor
+    ) -> Tensor:
+        """Loss ``[P]``: mean over ``rows`` of the newest steps.
+
+        Its gradient reaches the policy by its statistics at those steps and, through the context,
+        at all steps of the buffer; memory only at those steps.
+        """
+        x = prepared["x"]
+        statistics = agent.policy_statistics(params, batch.steps.obs)
+        memory = agent.memory(params).unsqueeze(1)
+        if not self.network.memory:
+            memory = memory.detach()
+        everywhere = memory.detach().expand(-1, x.shape[1], -1)
+        context = self.read(torch.cat([x, statistics, everywhere], dim=-1))
+        recent = x.shape[1] - batch.newest
+        chosen = pick(torch.cat([x, statistics], dim=-1)[:, recent:], rows)
+        own, policy = chosen[..., : x.shape[-1]], chosen[..., x.shape[-1] :]
+        spread = (len(x), rows.shape[1], -1)
+        y = torch.cat(
+            [own, context.unsqueeze(1).expand(spread), policy, memory.expand(spread)], dim=-1
+        )
+        y = leaky_relu(self._layer("head.0", y), _SLOPE)
+        return self._layer("head.1", y).squeeze(-1).mean(dim=1)
+
+    def read(self, x: Tensor) -> Tensor:
+        """The context ``[P, 32]`` of a buffer of features ``[P, N, features]``."""
+        for i, (width, stride) in enumerate(_KERNELS):
+            windows = x.unfold(1, width, stride).transpose(2, 3).flatten(2)
+            x = leaky_relu(self._layer(f"conv.{i}", windows), _SLOPE)
+        return self._layer("context", x.mean(dim=1, keepdim=True)).squeeze(1)
+
+    def _layer(self, name: str, x: Tensor) -> Tensor:
+        weight, bias = self.eta[f"loss.{name}.weight"], self.eta[f"loss.{name}.bias"]
+        weight = weight.expand(len(x), -1, -1)
+        return torch.baddbmm(bias.unsqueeze(1), x, weight)

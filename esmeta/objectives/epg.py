@@ -1,0 +1,394 @@
+"""EPG: evolve the loss that agents learn by.
+
+Houthooft et al., "Evolved Policy Gradients", NeurIPS 2018, https://arxiv.org/abs/1802.04821. Theta
+is eta, the parameters of a loss network (:mod:`_loss_network`). One evaluation of a member is
+``task.trials`` lives: in each, a fresh agent is given a task, and learns by gradient descent on the
+member's loss of its own experience. Fitness is the return of the trained policy after its life. At
+first the loss is mixed with PPO's, whose share falls to zero with the generations; held-out lives
+never see PPO's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from esmeta import errors
+from esmeta.evaluator import on_device
+from esmeta.learners._agent import Agent, Head
+from esmeta.learners._life import Life, Lives
+from esmeta.learners._loss import Loss, Mixture, PolicyGradient
+from esmeta.learners._segments import SegmentLearner
+from esmeta.objectives import refuse_policy
+from esmeta.objectives._loss_network import LossNetwork
+from esmeta.rng import Rng
+from esmeta.tree import leaves_of, shapes_of, unravel_shapes, with_leaves
+from esmeta.types import Fitness, Params, Reference, State, Task
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Options of EPG; the defaults are those of its RandomHopper where nothing else is said.
+
+    Attributes:
+        period: environment steps between updates, M; a life is the task's horizon.
+        buffer: steps of the past that the loss network reads, N.
+        epochs: passes over the newest M steps per update.
+        minibatch: steps per gradient step of an agent.
+        learning_rate: of the agents' Adam.
+        hidden: widths of the tanh layers of policy and V.
+        reward: whether the loss network sees rewards (off: no-reward EPG).
+        memory: whether the memory unit learns (off as in the released launcher).
+        evolve_init: evolve the policy's first parameters too.
+        ppo_generations: generations over which PPO's share falls from 1 to ``ppo_last``; 0: no PPO.
+        ppo_last: share of PPO's loss that stays.
+        test_episodes: episodes after a life whose mean return is its fitness.
+        test_steps: steps of such an episode at most.
+        chunk: agents per batch.
+    """
+
+    period: int = 64
+    buffer: int = 512
+    epochs: int = 1
+    minibatch: int = 32
+    learning_rate: float = 1e-3
+    hidden: tuple[int, ...] = (64, 64)
+    reward: bool = True
+    memory: bool = False
+    evolve_init: bool = False
+    ppo_generations: int = 250
+    ppo_last: float = 0.0
+    test_episodes: int = 3
+    test_steps: int = 1000
+    chunk: int = 64
+
+    def __post_init__(self) -> None:
+        for name in ("period", "buffer", "epochs", "minibatch", "test_episodes", "test_steps"):
+            errors.positive_int(name, getattr(self, name), example=64)
+        for width in self.hidden:
+            errors.positive_int("hidden", width, example=64)
+        errors.finite_positive("learning_rate", self.learning_rate, example=0.001)
+        errors.non_negative_int("ppo_generations", self.ppo_generations, example=100)
+        errors.fraction("ppo_last", self.ppo_last)
+        errors.positive_int("chunk", self.chunk, example=64)
+        if self.chunk < 2:
+            raise errors.UserError(
+                "chunk = 1: must be at least 2 (a batch of one rounds differently); write for "
+                "example chunk = 64"
+            )
+        if self.period > self.buffer:
+            raise errors.UserError(
+                f"period = {self.period}: must not exceed buffer = {self.buffer}, which holds the "
+                f"newest steps; write for example buffer = {4 * self.period}"
+            )
+
+    def reference(self, task: Task) -> Reference:
+        """The task's scores in proportion to the length of a test episode."""
+        known, horizon = task.reference, task.spec.horizon
+        part = min(self.test_steps, horizon) / horizon
+        note = f"{known.note}; {self.test_steps} of the {horizon} steps they are given for"
+        return Reference(known.random * part, known.best * part, note)
+
+    def make(
+        self, policy: Any, task: Task, *, trials: int, seed: int, device: str | torch.device
+    ) -> EpgObjective:
+        """Tie the objective to a task distribution; ``policy`` must be ``none``."""
+        refuse_policy(policy, "epg")
+        return EpgObjective(self, task, trials=trials, seed=seed, device=device)
+
+
+class _Part(NamedTuple):
+    """One batch of agents: ``rows`` of all agents, their lives, and their last score ``[A]``."""
+
+    rows: Tensor
+    life: Life
+    score: Tensor
+
+
+@dataclass(frozen=True)
+class EpgLives:
+    """Lives number ``life`` of ``population`` members, after ``updates`` updates."""
+
+    life: int
+    updates: int
+    population: int
+    parts: tuple[_Part, ...]
+
+
+class EpgObjective:
+    """What eta is worth. A member's agents are rows of one batch, beside those of other members.
+
+    Step k uses lives k * trials .. (k + 1) * trials - 1 of the run's seed: their tasks, first
+    parameters, noise and minibatches, on all ranks and for all members. Its lives can be run in
+    windows of updates: it is a :class:`esmeta.types.Lifetimes`.
+    """
+
+    def __init__(
+        self,
+        config: Objective,
+        task: Task,
+        *,
+        trials: int,
+        seed: int,
+        device: str | torch.device,
+    ) -> None:
+        self.config = config
+        self.task = task
+        self.trials = trials
+        self.seed = seed
+        self.device = torch.device(device)
+        self.network = LossNetwork(task.spec, config.buffer, config.reward, config.memory)
+        heads: frozenset[Head] = frozenset({"log_std", "memory"})
+        self._ppo = PolicyGradient(clip=0.2, kl_coef=0.001)
+        if config.ppo_generations:
+            heads |= self._ppo.heads
+        agent = Agent(task.spec, config.hidden, heads=heads)
+        learner = SegmentLearner(
+            agent,
+            period=config.period,
+            context=config.buffer,
+            epochs=config.epochs,
+            minibatch=config.minibatch,
+            learning_rate=config.learning_rate,
+        )
+        self.lives = Lives(
+            learner,
+            task,
+            seed,
+            self.device,
+            test_episodes=config.test_episodes,
+            test_steps=config.test_steps,
+        )
+        self.lives.check()
+        self.shapes = {**self.network.shapes, **(self._init_shapes() if config.evolve_init else {})}
+
+    # --- theta ---------------------------------------------------------------------------------
+
+    def init(self, seed: int) -> Params:
+        """Fresh eta, leaves ``[1, ...]``."""
+        rng = Rng(seed).fold("eta")
+        eta = self.network.init(rng)
+        return {**eta, **self._init_leaves()} if self.config.evolve_init else eta
+
+    def _init_leaves(self) -> Params:
+        agent = self.lives.learner.agent
+        params = agent.init(Rng(self.seed).fold("eta"), torch.zeros(1, dtype=torch.int64))
+        return {k: v for k, v in params.items() if k.partition(".")[0] in ("policy", "log_std")}
+
+    def _init_shapes(self) -> dict[str, tuple[int, ...]]:
+        return shapes_of(self._init_leaves())
+
+    def explain(self, gradient: bool) -> str:
+        """In one line, what runs."""
+        config = self.config
+        return (
+            f"loss network of {sum(torch.Size(s).numel() for s in self.shapes.values()):,} "
+            f"parameters; {self.trials} lives of {self.lives.updates} updates every "
+            f"{config.period} steps, {config.chunk} agents per batch"
+        )
+
+    def share(self, generation: int) -> float:
+        """PPO's share of the loss in a generation."""
+        last = self.config.ppo_last
+        if self.config.ppo_generations == 0:
+            return 0.0
+        return last + (1.0 - last) * max(0.0, 1.0 - generation / self.config.ppo_generations)
+
+    # --- fitness -------------------------------------------------------------------------------
+
+    def fitness(self, params: Params | Tensor, step: int | Tensor) -> Fitness:
+        """Returns after lives on the tasks of ``step``."""
+        if isinstance(step, Tensor):
+            if self.config.ppo_generations:
+                raise errors.UserError(
+                    "optimizer.tasks = 'per_pair' does not say which generation it is, which "
+                    "PPO's share falls by; write optimizer.tasks = 'shared', or "
+                    "objective.ppo_generations = 0"
+                )
+            share, first = 0.0, step[:, None]
+        else:
+            share, first = self.share(step), torch.tensor([step])
+        index = first * self.trials + torch.arange(self.trials)
+        return self._scores(self._members(params), index, "train", share)
+
+    def heldout(
+        self, params: Params | Tensor, trials: int, seed: int | None = None, first: int = 0
+    ) -> Fitness:
+        """Returns after held-out lives ``first`` .. ``trials`` - 1, by the learned loss alone.
+
+        Metrics: ``untrained``, the return of the agents before they learned, and ``life``, the
+        mean reward per step while they did.
+        """
+        lives = self.lives if seed is None else replace(self.lives, seed=seed)
+        index = torch.arange(first, trials)
+        return self._scores(self._members(params), index, "test", 0.0, lives, more=True)
+
+    def _members(self, params: Params | Tensor) -> Params:
+        tree = unravel_shapes(params, self.shapes) if isinstance(params, Tensor) else params
+        return on_device(tree, self.device)
+
+    def _batches(self, agents: int) -> Iterator[Tensor]:
+        """Rows of each batch, all of one size of at least two; the last may repeat its last."""
+        count = -(-agents // self.config.chunk)
+        size = max(2, -(-agents // count))
+        for low in range(0, agents, size):
+            yield torch.arange(low, low + size, device=self.device).clamp(max=agents - 1)
+
+    def _eta(self, params: Params, rows: Tensor, trials: int) -> tuple[Params, Params]:
+        """The loss network's leaves and the policy's first ones of the agents ``rows``."""
+        own = {name: leaf[rows // trials] for name, leaf in params.items()}
+        loss = {name: leaf for name, leaf in own.items() if name in self.network.shapes}
+        return loss, {name: leaf for name, leaf in own.items() if name not in loss}
+
+    def loss(self, eta: Params, share: float) -> Loss:
+        """The loss of agents with ``eta [P, ...]``, mixed with PPO's."""
+        learned = self.network.loss(eta)
+        return Mixture(learned, self._ppo, share) if share > 0 else learned
+
+    def _scores(
+        self,
+        params: Params,
+        index: Tensor,
+        split: str,
+        share: float,
+        lives: Lives | None = None,
+        *,
+        more: bool = False,
+    ) -> Fitness:
+        lives = lives or self.lives
+        population = len(next(iter(params.values())))
+        trials = index.shape[-1]
+        numbers = index.expand(population, trials).reshape(-1)
+        columns: dict[str, list[Tensor]] = {}
+        for rows in self._batches(len(numbers)):
+            eta, first = self._eta(params, rows, trials)
+            life = lives.begin(numbers[rows], split, first)
+            found: dict[str, Tensor] = {}
+            if more:
+                found["untrained"], _ = lives.score(life, split)
+            total = torch.zeros(len(rows), dtype=torch.float64, device=self.device)
+            for _ in range(lives.updates):
+                life, new = lives.advance(life, self.loss(eta, share), split)
+                total = total + new.reward.double().sum(dim=1)
+            found["return"], found["steps"] = lives.score(life, split)
+            found["steps"] = found["steps"] + life.end.t
+            if more:
+                found["life"] = total / life.end.t
+            for name, value in found.items():
+                columns.setdefault(name, []).append(value)
+        table = {k: torch.cat(v)[: len(numbers)].reshape(population, trials).cpu()
+                 for k, v in columns.items()}  # fmt: skip
+        return Fitness(table.pop("return"), table.pop("steps"), table)
+
+    # --- lives in windows ------------------------------------------------------------------------
+
+    @property
+    def life_steps(self) -> int:
+        """Updates of an agent's life."""
+        return self.lives.updates
+
+    def begin(self, params: Params | Tensor, life: int) -> EpgLives:
+        """Members ``[P, ...]`` at the start of life number ``life`` (``trials`` agents each)."""
+        members = self._members(params)
+        population = len(next(iter(members.values())))
+        numbers = self._numbers(population, life)
+        parts = []
+        for rows in self._batches(len(numbers)):
+            _, first = self._eta(members, rows, self.trials)
+            started = self.lives.begin(numbers[rows], "train", first)
+            score = torch.zeros(len(rows), dtype=torch.float64, device=self.device)
+            parts.append(_Part(rows, started, score))
+        return EpgLives(life, 0, population, tuple(parts))
+
+    def _numbers(self, population: int, life: int) -> Tensor:
+        index = life * self.trials + torch.arange(self.trials, device=self.device)
+        return index.expand(population, -1).reshape(-1)
+
+    def advance(
+        self, lives: EpgLives, params: Params | Tensor, steps: int
+    ) -> tuple[EpgLives, Fitness]:
+        """The lives after ``steps`` more updates.
+
+        The fitness of a window is by how much it raised the score of the policy (from 0 in the
+        first), so that the windows of a life add up to the score after it.
+        """
+        members = self._members(params)
+        until = min(lives.updates + steps, self.life_steps)
+        parts, gains, taken = [], [], []
+        for rows, life, before in lives.parts:
+            eta, _ = self._eta(members, rows, self.trials)
+            loss, began = self.loss(eta, self.share(lives.life)), life.end.t
+            for _ in range(until - lives.updates):
+                life, _ = self.lives.advance(life, loss, "train")
+            score, test_steps = self.lives.score(life, "train")
+            parts.append(_Part(rows, life, score))
+            gains.append(score - before)
+            taken.append(test_steps + life.end.t - began)
+        shape = (lives.population, self.trials)
+        count = lives.population * self.trials
+        returns, counts = (torch.cat(x)[:count].reshape(shape).cpu() for x in (gains, taken))
+        return replace(lives, updates=until, parts=tuple(parts)), Fitness(returns, counts)
+
+    def save(self, lives: EpgLives) -> State:
+        """Lives as plain tensors, leaves ``[P, trials, ...]``; tasks and noise are drawn again."""
+        saved = [_leaves(part) for part in lives.parts]
+        count = lives.population * self.trials
+        shape = (lives.population, self.trials)
+        where = torch.tensor([[lives.life, lives.updates]]).expand(lives.population, 2)
+        out = {"life": where[:, 0].clone(), "updates": where[:, 1].clone()}
+        for name in saved[0]:
+            whole = torch.cat([part[name] for part in saved])[:count]
+            out[name] = whole.reshape(*shape, *whole.shape[1:]).cpu()
+        return out
+
+    def restore(self, saved: State) -> EpgLives:
+        """The inverse of :meth:`save`; members must be in one life and at one update of it."""
+        for name in ("life", "updates"):
+            if len(saved[name].unique()) != 1:
+                raise ValueError(
+                    f"{name} = {saved[name].unique().tolist()}: lives that are restored together "
+                    f"must have one {name}; restore each group by itself"
+                )
+        population, life = len(saved["life"]), int(saved["life"][0])
+        flat = {k: v.flatten(0, 1) for k, v in saved.items() if v.ndim > 1}
+        flat = on_device(flat, self.device)
+        numbers = self._numbers(population, life)
+        parts = []
+        for rows in self._batches(len(numbers)):
+            begun = self.lives.begin(numbers[rows], "train")
+            own = {name: leaf[rows] for name, leaf in flat.items()}
+            parts.append(_restored(begun, rows, own))
+        return EpgLives(life, int(saved["updates"][0]), population, tuple(parts))
+
+
+def _tensors(life: Life) -> list[Tensor]:
+    """All that changes during a life."""
+    return leaves_of((life.state, life.end.env_state, life.end.ts, life.end.active))
+
+
+def _leaves(part: _Part) -> State:
+    """Leaves ``[A, ...]`` of a batch: clocks, which all share, are repeated, tables left out."""
+    agents = len(part.rows)
+    saved = {"t": torch.full((agents,), part.life.end.t), "score": part.score}
+    for number, leaf in enumerate(_tensors(part.life)):
+        if leaf.ndim == 0:
+            saved[f"leaf.{number}"] = leaf.expand(agents)
+        elif leaf.shape[0] == agents:
+            saved[f"leaf.{number}"] = leaf
+    return saved
+
+
+def _restored(begun: Life, rows: Tensor, saved: State) -> _Part:
+    leaves = _tensors(begun)
+    for name, leaf in saved.items():
+        if name.startswith("leaf."):
+            number = int(name.partition(".")[2])
+            leaves[number] = leaf.max() if leaves[number].ndim == 0 else leaf
+    tree = (begun.state, begun.end.env_state, begun.end.ts, begun.end.active)
+    state, env_state, ts, active = with_leaves(tree, leaves)
+    end = begun.end._replace(env_state=env_state, ts=ts, active=active, t=int(saved["t"].max()))
+    return _Part(rows, begun._replace(state=state, end=end), saved["score"])

@@ -1,0 +1,150 @@
+"""Displacement: a point in the plane that is paid for moving in a direction it is not told.
+
+The smallest task on which a learned loss can show what it has learned (EPG sheet 5.7 a): each task
+is a hidden unit vector u, the reward of a step is its displacement along u. Directions of the two
+splits may lie in different half-planes, so that an agent that has memorised directions fails
+where a loss that reads rewards does not.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from esmeta.rng import Rng
+from esmeta.tasks import check_int, check_split, task_numbers
+from esmeta.types import Continuous, Reference, Spec, Tasks, TimeStep
+
+Half = Literal["right", "left", "all"]
+HALVES: tuple[Half, ...] = ("right", "left", "all")
+STEP = 0.1
+"""Length of the longest displacement."""
+
+
+class State(NamedTuple):
+    """State of P x B trials: ``position`` float32 ``[P, B, 2]``, ``time`` int64 ``[]``.
+
+    ``direction`` float32 ``[P or 1, B, 2]`` is the task; ``gained`` float32 ``[P, B]`` sums the
+    rewards.
+    """
+
+    position: Tensor
+    gained: Tensor
+    time: Tensor
+    direction: Tensor
+
+
+@dataclass(frozen=True)
+class Task:
+    """Observation ``[4]``: position and last displacement; action ``[2]``.
+
+    An action moves the point by 0.1 times itself, by 0.1 if it is longer than 1. At the start of
+    every episode the point is put back to the origin.
+
+    Args:
+        horizon: steps of a trial.
+        episode_steps: steps of an episode; a trial is cut into episodes of that length.
+        train: half-plane of the directions of the training split: ``right``, ``left``, ``all``.
+        test: the same of the test split.
+        reward_scale: factor on the rewards; 10 makes those of the longest displacements 1.
+    """
+
+    horizon: int = 768
+    episode_steps: int = 32
+    train: Half = "right"
+    test: Half = "left"
+    reward_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_int("horizon", self.horizon, 1, 1_000_000)
+        check_int("episode_steps", self.episode_steps, 1, 1_000_000)
+        scale = self.reward_scale
+        if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale < 1e6:
+            raise ValueError(
+                f"reward_scale is {scale!r}; it must be a number above 0 and below 1e6: "
+                "write reward_scale=10.0"
+            )
+        for name in ("train", "test"):
+            if getattr(self, name) not in HALVES:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(HALVES)}: "
+                    f"write {name}='right'"
+                )
+
+    @property
+    def spec(self) -> Spec:
+        """Two-dimensional actions."""
+        return Spec(
+            obs_size=4,
+            action=Continuous(2),
+            horizon=self.horizon,
+            episodes_per_trial=-(-self.horizon // self.episode_steps),
+        )
+
+    @property
+    def reference(self) -> Reference:
+        """Both are exact: directions of random moves cancel, the best always goes along u."""
+        return Reference(0.0, STEP * self.reward_scale * self.horizon, "both exact")
+
+    def sample(self, batch: int | Tensor, split: str, rng: Rng) -> Tasks:
+        """Tasks by number. Data: ``direction`` float32 ``[1, B, 2]``, a unit vector."""
+        check_split(split)
+        index = task_numbers(batch)
+        half = self.train if split == "train" else self.test
+        angle = rng.fold("displacement", split).uniform(index, 1).squeeze(-1) - 0.5
+        angle = angle * (2.0 * math.pi if half == "all" else math.pi)
+        angle = angle + (math.pi if half == "left" else 0.0)
+        return Tasks(index, {"direction": torch.stack([angle.cos(), angle.sin()], -1).float()})
+
+    def make_env(self, device: torch.device | str) -> DisplacementEnv:
+        """The environment; it follows the device of the tasks."""
+        return DisplacementEnv(self)
+
+
+class DisplacementEnv:
+    """P x B points in lockstep; nothing is random."""
+
+    def __init__(self, task: Task) -> None:
+        self._task = task
+
+    def reset(self, tasks: Tasks, rng: Rng, population: int = 1) -> tuple[State, TimeStep]:
+        """Put every point to the origin."""
+        direction = tasks.data["direction"]
+        position = torch.zeros(population, *direction.shape[1:], device=direction.device)
+        none = position[..., 0]
+        time = torch.zeros((), dtype=torch.int64, device=direction.device)
+        state = State(position, none, time, direction)
+        no = torch.zeros_like(none, dtype=torch.bool)
+        obs = torch.cat([position, position], dim=-1)
+        return state, TimeStep(obs, position, none, no, no, ~no, ~no)
+
+    def step(self, state: State, action: Tensor) -> tuple[State, TimeStep]:
+        """Move every point; a trial ends by its horizon only."""
+        task = self._task
+        time = state.time + 1
+        alive = (state.time < task.horizon).to(action.dtype)
+        length = action.square().sum(dim=-1, keepdim=True).sqrt()
+        move = STEP * action / length.clamp_min(1.0) * alive
+        reward = task.reward_scale * (move * state.direction).sum(dim=-1)
+        again = time % task.episode_steps == 0
+        position = torch.where(again, 0.0, state.position + move)
+        over = (time >= task.horizon).expand(reward.shape)
+        step = TimeStep(
+            obs=torch.cat([position, torch.where(again, 0.0, move)], dim=-1),
+            prev_action=action,
+            reward=reward,
+            terminated=torch.zeros_like(over),
+            truncated=(time == task.horizon).expand(reward.shape),
+            new_episode=over | again,
+            new_trial=over,
+        )
+        return State(position, state.gained + reward, time, state.direction), step
+
+    def metrics(self, state: State) -> dict[str, Tensor]:
+        """``share``: return so far as a share of the best possible, float32 ``[P, B]``."""
+        steps = state.time.clamp(1, self._task.horizon)
+        return {"share": state.gained / (STEP * self._task.reward_scale * steps)}

@@ -1,0 +1,247 @@
+"""EPG: what a loss is worth does not depend on who else is scored, where, or in how many parts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT
+from test_bad_input import assert_says
+from tiny_runs import final_hash, overrides, run_here
+
+from esmeta import config as configs
+from esmeta import train
+from esmeta.errors import UserError
+from esmeta.learners._loss import PolicyGradient
+from esmeta.objectives.epg import EpgObjective
+from esmeta.tree import ravel
+
+SMALL = (
+    "task.trials=3",
+    "task.horizon=48",
+    "task.episode_steps=16",
+    "objective.period=16",
+    "objective.buffer=32",
+    "objective.minibatch=8",
+    "objective.hidden=[8]",
+    "objective.test_steps=16",
+    "objective.ppo_generations=4",
+    "optimizer.popsize=8",
+    "budget.generations=3",
+    "run.evaluate_every=2",
+    "run.evaluate_trials=3",
+    "run.tensorboard=false",
+)
+
+
+def objective(*more: str) -> Any:
+    config = configs.resolve(configs.load("displacement-epg"), [*SMALL, *more])
+    made = train.build(config).objective
+    assert isinstance(made, EpgObjective)
+    return made
+
+
+def members(of: Any, count: int = 7) -> torch.Tensor:
+    noise = torch.randn(
+        count, ravel(of.init(0)).shape[1], generator=torch.Generator().manual_seed(0)
+    )
+    return ravel(of.init(0)) + 0.3 * noise
+
+
+@pytest.fixture(autouse=True)
+def no_global_randomness() -> Any:
+    before = torch.get_rng_state()
+    yield
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("generation", [1, 9])
+def test_fitness_has_the_same_bits_in_any_batch(generation: int) -> None:
+    whole = objective("objective.chunk=64")
+    thetas = members(whole)
+    expected = whole.fitness(thetas, generation)
+    assert expected.returns.shape == (7, 3) and expected.returns.dtype == torch.float64
+    assert expected.steps.tolist() == [[48 + 3 * 16] * 3] * 7
+    assert len(expected.returns.unique()) == 21, "every member and life differ"
+    for chunk in (2, 5, 16):
+        found = objective(f"objective.chunk={chunk}").fitness(thetas, generation).returns
+        assert torch.equal(found, expected.returns), chunk
+    for rows in ([3], [6, 0]):
+        assert torch.equal(whole.fitness(thetas[rows], generation).returns, expected.returns[rows])
+    tree = {k: v for k, v in whole.init(0).items()}
+    assert whole.fitness(tree, generation).returns.shape == (1, 3)
+
+
+def test_held_out_lives_can_be_shared_out() -> None:
+    whole = objective()
+    theta = whole.init(4)
+    every = whole.heldout(theta, 7)
+    parts = [whole.heldout(theta, 3), whole.heldout(theta, 7, first=3)]
+    for name in ("untrained", "life"):
+        joined = torch.cat([part.metrics[name] for part in parts], 1)
+        assert torch.equal(joined, every.metrics[name])
+    assert torch.equal(torch.cat([part.returns for part in parts], 1), every.returns)
+    other = whole.heldout(theta, 7, seed=8)
+    assert not torch.equal(other.returns, every.returns)
+
+
+def test_members_of_a_generation_share_lives_and_generations_do_not() -> None:
+    whole = objective()
+    same = ravel(whole.init(0)).expand(4, -1)
+    found = whole.fitness(same, 9).returns
+    assert torch.equal(found, found[:1].expand(4, -1))
+    assert not torch.equal(whole.fitness(same, 10).returns, found)
+
+
+def test_ppos_share_falls_and_is_zero_where_it_should_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = objective()
+    assert [whole.share(g) for g in range(6)] == [1.0, 0.75, 0.5, 0.25, 0.0, 0.0]
+    half = objective("objective.ppo_last=0.5", "objective.ppo_generations=2")
+    assert [half.share(g) for g in range(4)] == [1.0, 0.75, 0.5, 0.5]
+    assert objective("objective.ppo_generations=0").share(0) == 0.0
+    thetas = members(whole, 2)
+    first = whole.fitness(thetas, 0).returns
+    assert torch.equal(first[0], first[1]), "by PPO alone members do not differ"
+
+    def poison(*_: Any) -> None:
+        raise AssertionError("PPO's loss was computed")
+
+    monkeypatch.setattr(PolicyGradient, "prepare", poison)
+    monkeypatch.setattr(PolicyGradient, "__call__", poison)
+    whole.fitness(thetas, 4)
+    whole.heldout(whole.init(0), 2)
+    with pytest.raises(AssertionError, match="PPO's loss was computed"):
+        whole.fitness(thetas, 3)
+
+
+@pytest.mark.parametrize("windows", [(1, 1, 1), (2, 1), (3,)])
+def test_windows_add_up_to_the_life(windows: tuple[int, ...]) -> None:
+    whole = objective("objective.chunk=5")
+    assert whole.life_steps == 3
+    thetas = members(whole)
+    for number in (1, 6):
+        lives, total = whole.begin(thetas, number), torch.zeros(7, 3, dtype=torch.float64)
+        steps = torch.zeros(7, 3, dtype=torch.int64)
+        for window in windows:
+            before = lives
+            lives, fitness = whole.advance(lives, thetas, window)
+            again, same = whole.advance(before, thetas, window)  # what is given stays as it is
+            assert torch.equal(same.returns, fitness.returns) and again.updates == lives.updates
+            total, steps = total + fitness.returns, steps + fitness.steps
+        expected = whole.fitness(thetas, number)
+        torch.testing.assert_close(total, expected.returns, rtol=0, atol=1e-12)
+        assert steps.unique().tolist() == [48 + len(windows) * 48]
+
+
+def test_stored_lives_go_on_bit_for_bit() -> None:
+    whole = objective("objective.chunk=5", "objective.memory=true")
+    thetas = members(whole)
+    lives, _ = whole.advance(whole.begin(thetas, 6), thetas, 1)
+    saved = whole.save(lives)
+    assert all(leaf.shape[0] == 7 for leaf in saved.values())
+    expected, fitness = whole.advance(lives, thetas, 2)
+    for rows in (list(range(7)), [5], [4, 1, 2]):
+        chosen = whole.restore({name: leaf[rows] for name, leaf in saved.items()})
+        _, found = whole.advance(chosen, thetas[rows], 2)
+        assert torch.equal(found.returns, fitness.returns[rows]), rows
+    mixed = {**saved, "updates": saved["updates"] + torch.arange(7)}
+    with pytest.raises(ValueError, match="must have one updates"):
+        whole.restore(mixed)
+
+
+def test_an_evolved_first_policy_is_what_agents_begin_with() -> None:
+    whole = objective("objective.evolve_init=true", "objective.ppo_generations=0")
+    theta = whole.init(0)
+    assert set(theta) > set(whole.network.shapes) and "policy.0.weight" in theta
+    right = {k: v.clone() for k, v in theta.items()}
+    right["policy.1.bias"] = torch.tensor([[9.0, 0.0]])
+    right["log_std"] -= 9.0
+    lives = whole.begin(right, 2)
+    agents = lives.parts[0].life.state.params
+    assert torch.equal(agents["policy.1.bias"], right["policy.1.bias"].expand(3, 2))
+    score = whole.heldout(right, 4).metrics["untrained"]
+    cosines = whole.task.sample(4, "test", _rng(whole)).data["direction"][..., 0]
+    torch.testing.assert_close(score.float(), 16 * cosines, rtol=1e-2, atol=0.05)
+
+
+def _rng(of: Any) -> Any:
+    from esmeta.rng import Rng
+
+    return Rng(of.seed).fold("tasks")
+
+
+def test_no_reward_loss_is_blind_to_it() -> None:
+    first, scaled = (
+        objective("objective.reward=false", f"task.reward_scale={scale}").heldout(
+            objective().init(0), 3
+        )
+        for scale in (1.0, 10.0)
+    )
+    torch.testing.assert_close(10 * first.returns, scaled.returns, rtol=1e-5, atol=1e-6)
+    seen, rescaled = (
+        objective(f"task.reward_scale={scale}").heldout(objective().init(0), 3).returns
+        for scale in (1.0, 10.0)
+    )
+    assert not torch.allclose(10 * seen, rescaled, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("optimizer", ["openes", "nres", "snes"])
+def test_any_optimizer_and_a_resumed_run_repeats(tmp_path: Path, optimizer: str) -> None:
+    args = ["displacement-epg", "--optimizer", optimizer, *overrides(*SMALL)]
+    assert run_here(*args, "--out", tmp_path / "a") == 0
+    more = overrides("budget.generations=2")
+    assert run_here(*args, *more, "--out", tmp_path / "b") == 0
+    short = final_hash(tmp_path / "b")
+    assert run_here(*args, "--out", tmp_path / "b", "--resume") == 0
+    assert final_hash(tmp_path / "b") == final_hash(tmp_path / "a") != short
+
+
+def test_another_size_of_loss_cannot_be_resumed(tmp_path: Path) -> None:
+    args = ["displacement-epg", *overrides(*SMALL), "--out", tmp_path / "a"]
+    assert run_here(*args) == 0
+    with pytest.raises(UserError) as caught:
+        run_here(*args, "--resume", *overrides("objective.evolve_init=true"))
+    assert_says(str(caught.value), "objective.evolve_init", "False there", "True here")
+
+
+WRONG = [
+    (["policy.name=metods"], ["'epg'", 'policy.name = "none"']),
+    (["objective.name=return"], ["policy.name = 'none'", 'policy.name = "metods"']),
+    (["optimizer.name=ppo"], ["EpgObjective", "optimizer.name = 'openes'"]),
+    (["objective.period=32"], ["period = 32", "task.horizon = 48", "task.horizon = 64"]),
+    (["objective.period=64"], ["objective.period = 64", "buffer = 32", "buffer = 256"]),
+    (["objective.buffer=20"], ["buffer = 20", "at least buffer = 21"]),
+    (["objective.chunk=1"], ["objective.chunk = 1", "at least 2", "chunk = 64"]),
+    (["objective.ppo_last=2"], ["objective.ppo_last = 2.0", "0 and 1"]),
+    (["objective.learning_rate=0"], ["objective.learning_rate = 0.0", "> 0"]),
+    (["objective.hidden=[0]"], ["hidden", "0", ">= 1"]),
+    (["objective.perod=8"], ["objective.perod", "did you mean 'period'"]),
+    (["optimizer.learning_rate_generations=-1"], ["learning_rate_generations = -1", ">= 0"]),
+    (["optimizer.tasks=per_pair"], ["'per_pair'", "tasks = 'shared'", "ppo_generations = 0"]),
+    (["policy.neurons=4"], ["policy.neurons", "takes no options", "[objective]"]),
+]
+
+
+@pytest.mark.parametrize(("changes", "words"), WRONG, ids=lambda x: " ".join(x)[:50])
+def test_bad_input(tmp_path: Path, changes: list[str], words: list[str]) -> None:
+    changes = [x for x in (*SMALL, *changes)]
+    if "objective.name=return" in changes:
+        changes = [x for x in changes if not x.startswith("objective.") or "name" in x]
+    if "optimizer.name=ppo" in changes:
+        changes = [x for x in changes if "popsize" not in x]
+    with pytest.raises(UserError) as caught:
+        run_here("displacement-epg", *overrides(*changes), "--out", tmp_path / "run")
+    assert_says(str(caught.value), *words)
+    assert "per_pair" in str(caught.value) or not (tmp_path / "run").exists()
+
+
+@pytest.mark.mpi
+def test_the_same_theta_on_one_and_two_ranks(mpirun: Any, tmp_path: Path) -> None:
+    args = ["-m", "esmeta.train", "displacement-epg", *overrides(*SMALL, "optimizer.popsize=36")]
+    for ranks in (1, 2):
+        done = mpirun(ranks, *args, "--out", tmp_path / f"r{ranks}")
+        assert done.returncode == 0, done.stderr
+    assert final_hash(tmp_path / "r1") == final_hash(tmp_path / "r2")
+    assert (ROOT / "runs" / "presets" / "displacement-epg.toml").is_file()

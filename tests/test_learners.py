@@ -1,0 +1,549 @@
+"""Agents that learn in one batch: each equals the same agent alone, and a loop written by hand."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from esmeta.errors import UserError
+from esmeta.learners._agent import Agent
+from esmeta.learners._experience import Experience
+from esmeta.learners._life import Lives
+from esmeta.learners._loss import Batch, Loss, Mixture, PolicyGradient, advantages
+from esmeta.learners._segments import SegmentLearner, descend
+from esmeta.learners._state import Adam, Statistics, adam_step, clip_norm
+from esmeta.objectives._loss_network import LossNetwork
+from esmeta.rng import Rng
+from esmeta.tasks import make_task
+from esmeta.tree import size_of
+from esmeta.types import Continuous, Discrete, Params, Spec
+
+SPEC = Spec(obs_size=3, action=Continuous(2), horizon=100)
+BUFFER, NEWEST, AGENTS = 48, 16, 5
+EVERY_HEAD = frozenset({"log_std", "value", "memory"})
+
+
+def double(params: Params) -> Params:
+    return {name: leaf.double() for name, leaf in params.items()}
+
+
+def agents(spec: Spec = SPEC, hidden: tuple[int, ...] = (8, 6), count: int = AGENTS) -> Any:
+    """An Agent and float64 parameters that differ between agents."""
+    agent = Agent(spec, hidden, heads=EVERY_HEAD)
+    params = double(agent.init(Rng(3), torch.arange(count)))
+    noise = {n: 0.3 * torch.randn(p.shape, generator=seeded(len(n)), dtype=p.dtype)
+             for n, p in params.items()}  # fmt: skip
+    return agent, {name: leaf + noise[name] for name, leaf in params.items()}
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def a_batch(spec: Spec = SPEC, count: int = AGENTS, filled: int = BUFFER) -> Batch:
+    """Random experience in float64 with some ends of both kinds."""
+    g, shape = seeded(7), (count, BUFFER)
+    if isinstance(spec.action, Discrete):
+        chosen = torch.randint(0, spec.action.n, shape, generator=g)
+        action = F.one_hot(chosen, spec.action.n).double()
+    else:
+        action = torch.randn(*shape, spec.action.size, generator=g, dtype=torch.float64)
+    ended = torch.rand(shape, generator=g) < 0.2
+    steps = Experience(
+        torch.randn(*shape, spec.obs_size, generator=g, dtype=torch.float64),
+        action,
+        torch.randn(shape, generator=g, dtype=torch.float64),
+        torch.randn(*shape, spec.obs_size, generator=g, dtype=torch.float64),
+        ended & (torch.rand(shape, generator=g) < 0.5),
+        ended,
+    )
+    inside = (torch.arange(BUFFER) >= BUFFER - filled).expand(shape)
+    return Batch(steps, 0.7 * action, inside, NEWEST)
+
+
+def one(tree: Any, p: int) -> Any:
+    """Agent p alone, with the axis P kept."""
+    if isinstance(tree, Tensor):
+        return tree[p : p + 1]
+    if isinstance(tree, dict):
+        return {name: leaf[p : p + 1] for name, leaf in tree.items()}
+    steps = Experience(*(leaf[p : p + 1] for leaf in tree.steps))
+    return Batch(steps, one(tree.scaled_action, p), one(tree.inside, p), tree.newest)
+
+
+def network(spec: Spec = SPEC, **options: Any) -> LossNetwork:
+    return LossNetwork(spec, BUFFER, **options)
+
+
+def eta(net: LossNetwork, count: int = AGENTS) -> Params:
+    """A different loss for every agent, float64, biases included."""
+    return {
+        name: 0.4 * torch.randn(count, *shape, generator=seeded(i), dtype=torch.float64)
+        for i, (name, shape) in enumerate(net.shapes.items())
+    }
+
+
+def loss_of(name: str, rows: slice = slice(None), spec: Spec = SPEC) -> Loss:
+    net = network(spec, memory=True)
+    learned = net.loss({k: v[rows] for k, v in eta(net).items()})
+    hand: dict[str, Loss] = {
+        "ppo": PolicyGradient(clip=0.2, kl_coef=0.5),
+        "reinforce": PolicyGradient(clip=0.0),
+        "learned": learned,
+        "mixture": Mixture(learned, PolicyGradient(), 0.3),
+    }
+    return hand[name]
+
+
+def gradient(loss: Loss, agent: Agent, params: Params, batch: Batch, moved: Params) -> Params:
+    """Of the loss of ``moved`` parameters, prepared with ``params``, on all newest steps."""
+    prepared = loss.prepare(agent, params, batch)
+    rows = torch.arange(NEWEST).expand(len(batch.inside), -1)
+    leaves = {name: leaf.clone().requires_grad_() for name, leaf in moved.items()}
+    total = loss(agent, leaves, batch, prepared, rows)
+    assert total.shape == (len(rows),)
+    found = torch.autograd.grad(total.sum(), list(leaves.values()), allow_unused=True)
+    return {n: torch.zeros_like(leaves[n]) if g is None else g
+            for n, g in zip(leaves, found, strict=True)}  # fmt: skip
+
+
+# --- one agent equals P agents -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("discrete", [False, True])
+@pytest.mark.parametrize("name", ["ppo", "reinforce", "learned", "mixture"])
+def test_gradients_of_a_batch_are_those_of_separate_agents(name: str, discrete: bool) -> None:
+    spec = Spec(3, Discrete(4), 100) if discrete else SPEC
+    agent, params = agents(spec)
+    moved = {k: v + 0.05 for k, v in params.items()}
+    batch = a_batch(spec, filled=40)
+    together = gradient(loss_of(name, spec=spec), agent, params, batch, moved)
+    for p in range(AGENTS):
+        own = loss_of(name, slice(p, p + 1), spec)
+        alone = gradient(own, agent, one(params, p), one(batch, p), one(moved, p))
+        for leaf, value in alone.items():
+            torch.testing.assert_close(together[leaf][p : p + 1], value, rtol=1e-9, atol=1e-12)
+    assert any(bool(g.abs().max() > 1e-3) for g in together.values())
+
+
+@pytest.mark.parametrize("name", ["ppo", "learned"])
+def test_no_agent_sees_another_agents_data(name: str) -> None:
+    agent, params = agents()
+    batch, moved = a_batch(), {k: v + 0.05 for k, v in params.items()}
+    before = gradient(loss_of(name), agent, params, batch, moved)
+    other = [2]
+    steps = Experience(*(leaf.clone() for leaf in batch.steps))
+    for leaf in steps[:4]:
+        leaf[other] += 3.0
+    strange = {k: v.clone() for k, v in moved.items()}
+    for leaf in strange.values():
+        leaf[other] -= 0.2
+    after = gradient(loss_of(name), agent, params, batch._replace(steps=steps), strange)
+    rest = [p for p in range(AGENTS) if p not in other]
+    for leaf, value in after.items():
+        assert torch.equal(value[rest], before[leaf][rest]), leaf
+    assert not torch.equal(after["policy.0.weight"][other], before["policy.0.weight"][other])
+
+
+# --- oracles -----------------------------------------------------------------------------------
+
+
+def dense(params: Params, name: str, x: Tensor, p: int) -> Tensor:
+    """One agent's network as torch's own layers compute it."""
+    layers = sum(1 for leaf in params if leaf.startswith(f"{name}.") and leaf.endswith("weight"))
+    for i in range(layers):
+        x = F.linear(x, params[f"{name}.{i}.weight"][p].T, params[f"{name}.{i}.bias"][p])
+        x = torch.tanh(x) if i < layers - 1 else x
+    return x
+
+
+def gae_by_hand(steps: Experience, value: Tensor, last: float, p: int) -> list[float]:
+    out, running = [0.0] * NEWEST, 0.0
+    for t in reversed(range(NEWEST)):
+        following = float(value[t + 1]) if t < NEWEST - 1 else last
+        if steps.ended[p, t]:
+            following = float(value[t])  # what came next is not known
+        alive = 0.0 if steps.terminated[p, t] else 1.0
+        delta = float(steps.reward[p, t]) + 0.99 * following * alive - float(value[t])
+        running = delta + 0.99 * 0.95 * (0.0 if steps.ended[p, t] else 1.0) * running
+        out[t] = running
+    return out
+
+
+@pytest.mark.parametrize("clip", [0.2, 0.0])
+def test_ppo_and_reinforce_equal_a_loop_by_hand(clip: float) -> None:
+    agent, params = agents()
+    batch = a_batch()
+    steps = batch.steps.last(NEWEST)
+    loss = PolicyGradient(clip=clip, kl_coef=0.5 if clip else 0.0, value_coef=0.7)
+    moved = {k: v + 0.1 * torch.sign(v) for k, v in params.items()}
+    rows = torch.tensor([[3, 0, 15, 7]]).expand(AGENTS, -1)
+    found = loss(agent, moved, batch, loss.prepare(agent, params, batch), rows)
+    for p in range(AGENTS):
+        value = dense(params, "value", steps.obs[p], p)[:, 0]
+        last = float(dense(params, "value", steps.next_obs[p, -1:], p))
+        raw = torch.tensor(gae_by_hand(steps, value, last, p), dtype=torch.float64)
+        advantage = (raw - raw.mean()) / (raw.std(unbiased=False) + 1e-8)
+        old = torch.distributions.Normal(
+            dense(params, "policy", steps.obs[p], p), params["log_std"][p].exp()
+        )
+        new = torch.distributions.Normal(
+            dense(moved, "policy", steps.obs[p], p), moved["log_std"][p].exp()
+        )
+        log_new = new.log_prob(steps.action[p]).sum(-1)
+        if clip:
+            ratio = (log_new - old.log_prob(steps.action[p]).sum(-1)).exp()
+            cut = ratio.clamp(0.8, 1.2)
+            assert (cut != ratio).any(), "nothing is clipped, so nothing would be tested"
+            gain = -torch.minimum(ratio * advantage, cut * advantage)
+            gain = gain + 0.5 * torch.distributions.kl_divergence(old, new).sum(-1)
+        else:
+            gain = -log_new * advantage
+        error = (dense(moved, "value", steps.obs[p], p)[:, 0] - raw - value) ** 2
+        expected = (gain + 0.7 * error)[rows[p]].mean()
+        assert abs(float(found[p] - expected)) < 1e-10
+
+
+def test_ppo_of_discrete_actions_equals_categorical() -> None:
+    spec = Spec(3, Discrete(4), 100)
+    agent, params = agents(spec)
+    batch = a_batch(spec)
+    steps = batch.steps.last(NEWEST)
+    moved = {k: v + 0.1 for k, v in params.items()}
+    rows = torch.arange(NEWEST).expand(AGENTS, -1)
+    loss = PolicyGradient(value_coef=0.0, kl_coef=0.1)
+    prepared = loss.prepare(agent, params, batch)
+    found = loss(agent, moved, batch, prepared, rows)
+    for p in range(AGENTS):
+        old, new = (
+            torch.distributions.Categorical(logits=dense(x, "policy", steps.obs[p], p))
+            for x in (params, moved)
+        )
+        chosen = steps.action[p].argmax(-1)
+        ratio = (new.log_prob(chosen) - old.log_prob(chosen)).exp()
+        a = prepared["advantage"][p]
+        gain = -torch.minimum(ratio * a, ratio.clamp(0.8, 1.2) * a)
+        expected = (gain + 0.1 * torch.distributions.kl_divergence(old, new)).mean()
+        assert abs(float(found[p] - expected)) < 1e-10
+
+
+def test_advantages_of_a_terminal_a_time_limit_and_the_end_of_the_batch() -> None:
+    agent, params = agents(count=1)
+    params = {k: torch.zeros_like(v) for k, v in params.items()}
+    params["value.2.bias"] += 2.0  # V is 2 everywhere
+    blank = torch.zeros(1, 4, 3, dtype=torch.float64)
+    reward = torch.tensor([[1.0, 1.0, 1.0, 1.0]], dtype=torch.float64)
+    terminated = torch.tensor([[False, True, False, False]])
+    ended = torch.tensor([[False, True, True, False]])
+    steps = Experience(blank, blank[..., :2], reward, blank, terminated, ended)
+    found, target = advantages(agent, params, steps, gamma=0.5, lambda_=0.5)
+    # terminal: 1 - 2; time limit: 1 + 0.5 * 2 - 2 = 0, and so at the end of the batch;
+    # the first: 1 + 0.5 * 2 - 2 + 0.25 * (1 - 2)
+    expected = torch.tensor([[-0.25, -1.0, 0.0, 0.0]], dtype=torch.float64)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(target, expected + 2.0)
+
+
+def test_the_loss_network_equals_torch_layers() -> None:
+    agent, params = agents()
+    net = network(memory=True)
+    leaves, batch = eta(net), a_batch(filled=40)
+    loss = net.loss(leaves)
+    prepared = loss.prepare(agent, params, batch)
+    rows = torch.tensor([[1, 5, 15]]).expand(AGENTS, -1)
+    found = loss(agent, params, batch, prepared, rows)
+    for p in range(AGENTS):
+        filled = batch.inside[p].double()[:, None]
+        steps = batch.steps
+        x = torch.cat(
+            [
+                steps.obs[p], batch.scaled_action[p],
+                steps.reward[p][:, None] * filled, filled, steps.ended[p][:, None] * filled,
+            ], dim=1,
+        )  # fmt: skip
+        mean = dense(params, "policy", steps.obs[p], p)
+        policy = torch.cat([mean, params["log_std"][p].expand_as(mean)], dim=1)
+        memory = torch.tanh(params["memory.weight"][p].sum(0) + params["memory.bias"][p])
+        features = torch.cat([x, policy, memory.expand(BUFFER, -1)], dim=1)
+        y = features.T[None]
+        for i, (width, stride) in enumerate(((6, 5), (4, 2))):
+            kernel = leaves[f"loss.conv.{i}.weight"][p].reshape(width, y.shape[1], -1)
+            kernel = kernel.permute(2, 1, 0)
+            y = F.leaky_relu(F.conv1d(y, kernel, leaves[f"loss.conv.{i}.bias"][p], stride), 0.2)
+        context = y[0].mean(1) @ leaves["loss.context.weight"][p] + leaves["loss.context.bias"][p]
+        total = 0.0
+        for row in (BUFFER - NEWEST + rows[p]).tolist():
+            z = torch.cat([x[row], context, policy[row], memory])
+            z = F.leaky_relu(
+                z @ leaves["loss.head.0.weight"][p] + leaves["loss.head.0.bias"][p], 0.2
+            )
+            total += float(z @ leaves["loss.head.1.weight"][p] + leaves["loss.head.1.bias"][p])
+        assert abs(float(found[p]) - total / 3) < 1e-10
+
+
+def test_adam_and_clipping_equal_torchs() -> None:
+    _, params = agents()
+    params = {k: v for k, v in params.items() if k.startswith("policy")}
+    state, mine = Adam.zeros(params), params
+    theirs = [{k: v[p].clone().requires_grad_() for k, v in params.items()} for p in range(AGENTS)]
+    searches = [torch.optim.Adam(list(tree.values()), lr=0.03) for tree in theirs]
+    for step in range(4):
+        gradients = {
+            k: torch.randn(v.shape, generator=seeded(step), dtype=v.dtype) * 5
+            for k, v in params.items()
+        }
+        clipped = clip_norm(gradients, 1.0)
+        mine, state = adam_step(state, mine, clipped, 0.03)
+        for p, (tree, search) in enumerate(zip(theirs, searches, strict=True)):
+            for name, leaf in tree.items():
+                leaf.grad = gradients[name][p].clone()
+            torch.nn.utils.clip_grad_norm_(list(tree.values()), 1.0)
+            search.step()
+    for p, tree in enumerate(theirs):
+        for name, leaf in tree.items():
+            torch.testing.assert_close(mine[name][p], leaf.detach(), rtol=1e-6, atol=1e-9)
+
+
+def test_statistics_see_every_step_once() -> None:
+    parts = [torch.randn(2, 7, 3, generator=seeded(k)) * 3 + 1 for k in range(4)]
+    found = Statistics.fresh(2, 3, "cpu")
+    for part in parts:
+        found = found.add(part)
+    x = np.concatenate([part.numpy() for part in parts], axis=1)
+    mean, std = found.mean_std()
+    np.testing.assert_allclose(mean.numpy(), x.mean(1), atol=2e-3)
+    np.testing.assert_allclose(std.numpy(), x.std(1), rtol=2e-3)
+    flat = Statistics.fresh(1, 1, "cpu").add(torch.full((1, 500, 1), 5.0)).mean_std()[1]
+    assert float(flat) == pytest.approx(0.1, rel=0.2)
+
+
+# --- what may and what may not carry a gradient -------------------------------------------------
+
+
+def test_sizes_of_both_papers() -> None:
+    hopper = Spec(11, Continuous(3), 8192)
+    net = LossNetwork(hopper, 512)
+    assert net.features == 55 and net.positions == [102, 50]
+    assert size_of(net.shapes) == 9857
+    by_layer = [size_of({k: v for k, v in net.shapes.items() if f".{name}" in k})
+                for name in ("conv.0", "conv.1", "context", "head.0", "head.1")]  # fmt: skip
+    assert by_layer == [5296, 2080, 1056, 1408, 17]
+    lunar = Agent(
+        Spec(8, Continuous(2), 1000), (350, 350), style="relu", heads=frozenset({"critics"})
+    )
+    params = lunar.init(Rng(0), torch.zeros(1, dtype=torch.int64))
+    assert sum(leaf.numel() for leaf in params.values()) == 385_004
+
+
+def test_first_parameters() -> None:
+    agent = Agent(SPEC, (64, 64), heads=EVERY_HEAD)
+    params = agent.init(Rng(0), torch.tensor([4, 9, 4]))
+    for leaf in params.values():
+        assert torch.equal(leaf[0], leaf[2])
+    assert not torch.equal(params["policy.0.weight"][0], params["policy.0.weight"][1])
+    for name, norm in (("policy.0", 1.0), ("policy.1", 1.0), ("policy.2", 0.01), ("memory", 0.01)):
+        norms = params[f"{name}.weight"].norm(dim=2)
+        torch.testing.assert_close(norms, torch.full_like(norms, norm))
+    assert not params["log_std"].any() and not params["policy.1.bias"].any()
+    alone = agent.init(Rng(0), torch.tensor([9]))
+    for name, leaf in alone.items():
+        assert torch.equal(leaf[0], params[name][1]), name
+
+
+def test_the_learned_loss_reaches_the_policy_and_only_what_it_should() -> None:
+    agent, params = agents()
+    batch = a_batch()
+    net = network(memory=True)
+    found = gradient(net.loss(eta(net)), agent, params, batch, params)
+    for name, leaf in found.items():
+        moves = name.startswith(("policy", "log_std", "memory"))
+        assert bool(leaf.abs().amax(dim=tuple(range(1, leaf.ndim))).min() > 0) == moves, name
+    off = network(memory=False)
+    still = gradient(off.loss(eta(off)), agent, params, batch, params)
+    assert not still["memory.weight"].any() and still["policy.0.weight"].any()
+
+
+def test_the_context_carries_a_gradient_to_the_policy_but_not_to_memory() -> None:
+    agent, params = agents()
+    batch, net = a_batch(), network(memory=True)
+    leaves = eta(net)
+    # The head reads the context alone: whatever moves, moves through it.
+    own = torch.zeros(net.features + 32, 1, dtype=torch.float64)
+    x_width = SPEC.obs_size + 2 + 3  # then comes the context, then the policy and memory
+    own[x_width : x_width + 32] = 1.0
+    leaves["loss.head.0.weight"] = leaves["loss.head.0.weight"] * own
+    found = gradient(net.loss(leaves), agent, params, batch, params)
+    assert found["policy.0.weight"].abs().amax() > 1e-6
+    assert not found["memory.weight"].any()
+
+
+def test_the_loss_reads_the_newest_steps() -> None:
+    agent, params = agents()
+    batch, net = a_batch(), network()
+    leaves = eta(net)
+    leaves["loss.context.weight"] = torch.zeros_like(leaves["loss.context.weight"])
+    loss = net.loss(leaves)
+    rows = torch.arange(NEWEST).expand(AGENTS, -1)
+
+    def value(changed: Batch) -> Tensor:
+        prepared = loss.prepare(agent, params, changed)
+        return loss(agent, params, changed, prepared, rows)
+
+    for place, matters in ((0, False), (NEWEST - 1, False), (-NEWEST, True), (-1, True)):
+        reward = batch.steps.reward.clone()
+        reward[:, place] += 1.0
+        changed = batch._replace(steps=batch.steps._replace(reward=reward))
+        assert bool((value(changed) != value(batch)).all()) == matters, place
+
+
+def test_no_reward_means_no_reward() -> None:
+    agent, params = agents()
+    batch = a_batch()
+    rows = torch.arange(NEWEST).expand(AGENTS, -1)
+    other = batch._replace(steps=batch.steps._replace(reward=batch.steps.reward + 1.0))
+    for reward in (True, False):
+        net = network(reward=reward)
+        loss = net.loss(eta(net))
+        first, second = (
+            loss(agent, params, x, loss.prepare(agent, params, x), rows) for x in (batch, other)
+        )
+        assert torch.equal(first, second) != reward
+
+
+def test_an_unfilled_buffer_is_zero_in_front() -> None:
+    agent = Agent(SPEC, (4,), heads=EVERY_HEAD)
+    learner = SegmentLearner(agent, period=8, context=24)
+    state = learner.init(Rng(0), torch.arange(2))
+    g = seeded(0)
+    new = Experience(
+        torch.randn(2, 8, 3, generator=g) + 4, torch.randn(2, 8, 2, generator=g),
+        torch.ones(2, 8), torch.randn(2, 8, 3, generator=g),
+        torch.zeros(2, 8, dtype=torch.bool), torch.ones(2, 8, dtype=torch.bool),
+    )  # fmt: skip
+    buffer = state.buffer.then(new).last(24)
+    batch = learner.batch(buffer, state.statistics.add(torch.cat(new[:2], -1)), state.updates + 1)
+    assert not batch.steps.obs[:, :16].any() and not batch.scaled_action[:, :16].any()
+    assert batch.inside.sum(1).tolist() == [8, 8] and bool(batch.inside[:, 16:].all())
+    assert float(batch.steps.obs[:, 16:].mean().abs()) < 0.1
+    net = LossNetwork(SPEC, 24)
+    x = net.loss({}).prepare(agent, state.params, batch)["x"]
+    assert not x[:, :16].any()
+    assert bool((x[:, 16:, -3:] == 1.0).all()), "reward, aux and end of the newest steps are 1"
+
+
+def test_a_weight_of_zero_is_not_computed() -> None:
+    agent, params = agents()
+    batch, net = a_batch(), network()
+    learned = net.loss(eta(net))
+
+    class Poison(PolicyGradient):
+        def prepare(self, *_: Any) -> Params:
+            raise AssertionError("computed")
+
+    alone = gradient(learned, agent, params, batch, params)
+    mixed = gradient(Mixture(learned, Poison(), 0.0), agent, params, batch, params)
+    assert all(torch.equal(mixed[name], alone[name]) for name in alone)
+    assert not mixed["value.0.weight"].any()
+
+
+def test_leaves_without_a_gradient_stay() -> None:
+    agent, params = agents()
+    batch, net = a_batch(), network()
+    loss = net.loss(eta(net))
+    rows = torch.arange(NEWEST).expand(AGENTS, -1)
+    prepared = loss.prepare(agent, params, batch)
+    after, adam = descend(agent, loss, batch, prepared, rows, params, Adam.zeros(params), 0.1)
+    for name in params:
+        stays = name.startswith(("value", "memory"))
+        assert torch.equal(after[name], params[name]) == stays, name
+        assert int(adam.updates[name][0]) == (0 if stays else 1)
+    assert list(after) == list(params)
+
+
+# --- lives -------------------------------------------------------------------------------------
+
+
+def lives(task: Any = None, **options: Any) -> Lives:
+    task = task or make_task("displacement", horizon=64, episode_steps=16)
+    agent = Agent(task.spec, (8,), heads=EVERY_HEAD)
+    learner = SegmentLearner(agent, period=16, context=32, minibatch=8, learning_rate=0.01)
+    return Lives(learner, task, 5, torch.device("cpu"), test_steps=16, **options)
+
+
+def live(runner: Lives, index: Tensor, loss: Loss) -> tuple[Any, Tensor]:
+    life = runner.begin(index, "train")
+    rewards = []
+    for _ in range(runner.updates):
+        life, new = runner.advance(life, loss, "train")
+        rewards.append(new.reward)
+    return life, torch.cat(rewards, dim=1)
+
+
+@pytest.mark.parametrize("name", ["ppo", "learned"])
+def test_two_identical_lives_have_identical_bits(name: str) -> None:
+    runner = lives()
+    net = LossNetwork(runner.task.spec, 32, memory=True)
+    loss = PolicyGradient() if name == "ppo" else net.loss(net.init(Rng(1)))
+    index = torch.tensor([3, 11, 3, 4])
+    first, rewards = live(runner, index, loss)
+    live(runner, torch.tensor([5, 6]), loss)  # nothing of it may be left behind
+    again, same = live(runner, index, loss)
+    assert torch.equal(rewards, same) and torch.equal(rewards[0], rewards[2])
+    for leaf, value in first.state.params.items():
+        assert torch.equal(value, again.state.params[leaf]), leaf
+        assert torch.equal(value[0], value[2])
+    mates, others = live(runner, torch.tensor([4, 99]), loss)
+    assert torch.equal(others[0], rewards[3])
+    assert torch.equal(mates.state.params["policy.0.weight"][0],
+                       first.state.params["policy.0.weight"][3])  # fmt: skip
+    assert not torch.equal(rewards[0], rewards[1]), "streams of their own"
+    assert not torch.equal(first.state.params["policy.0.weight"], runner.begin(
+        index, "train").state.params["policy.0.weight"]), "they learned"  # fmt: skip
+
+
+def test_scores_are_returns_of_one_episode() -> None:
+    runner = lives(test_episodes=2)
+    life = runner.begin(torch.arange(3), "train")
+    params = {k: torch.zeros_like(v) for k, v in life.state.params.items()}
+    params["log_std"] = params["log_std"] - 20.0  # (nearly) deterministic: 1e-3
+    direction = life.tasks.data["direction"][:, 0]
+    params["policy.1.bias"] = direction * 2.0
+    score, steps = runner.score(life._replace(state=life.state._replace(params=params)), "train")
+    torch.testing.assert_close(score, torch.full((3,), 1.6, dtype=torch.float64), rtol=1e-3, atol=0)
+    assert steps.tolist() == [32, 32, 32]
+
+
+def test_bad_lives_are_refused() -> None:
+    for horizon, period, words in ((8, 16, "task.horizon = 16"), (40, 16, "task.horizon = 32")):
+        task = make_task("displacement", horizon=horizon)
+        learner = SegmentLearner(Agent(task.spec), period=period, context=32)
+        with pytest.raises(UserError, match=f"period = {period}.*{horizon} steps.*{words}"):
+            Lives(learner, task, 0, torch.device("cpu")).check()
+    with pytest.raises(UserError, match="4 discrete actions.*continuous.*ppo"):
+        Agent(Spec(3, Discrete(4), 10), style="relu", heads=frozenset({"critics"}))
+    with pytest.raises(UserError, match="buffer = 20.*at least buffer = 21"):
+        LossNetwork(SPEC, 20)
+    assert LossNetwork(SPEC, 21).positions == [4, 1]
+
+
+def test_observations_without_bound_are_refused() -> None:
+    class Endless(type(make_task("displacement"))):
+        def make_env(self, device: Any) -> Any:
+            env = super().make_env(device)
+            start = env.reset
+
+            def reset(*args: Any) -> Any:
+                state, ts = start(*args)
+                return state, ts._replace(obs=ts.obs + math.inf)
+
+            env.reset = reset
+            return env
+
+    with pytest.raises(UserError, match="not finite.*bounded"):
+        lives(Endless(horizon=64)).begin(torch.arange(2), "train")
