@@ -45,6 +45,7 @@ NOT_IN_DIGEST = {
     "tensorboard",
     "metrics_every",
     "rank_timeout",
+    "remote_envs",
 }
 _SYNONYMS = {"generations": "updates", "updates": "generations"}
 
@@ -104,7 +105,8 @@ class Run:
     The last step is always written, whatever ``checkpoint_every`` says. ``rank_timeout`` is how
     many seconds ranks wait for one that does not come before they end the job; 0 chooses 600 s for
     the first steps and while rank 0 works alone between steps, later 60 s or ten times the median
-    of the last steps, whichever is more.
+    of the last steps, whichever is more. ``remote_envs``: under mpirun, one rank of each machine
+    learns, and all ranks of that machine simulate its environments; else every rank learns.
     """
 
     seed: int = 0
@@ -116,6 +118,7 @@ class Run:
     metrics_every: int = 1
     tensorboard: bool = True
     rank_timeout: float = 0.0
+    remote_envs: bool = False
 
     def __post_init__(self) -> None:
         errors.non_negative_int("seed", self.seed)
