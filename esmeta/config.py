@@ -33,6 +33,7 @@ KINDS = {
     "objective": ("esmeta.objectives", "Objective"),
     "optimizer": ("esmeta.optimizers", "Optimizer"),
 }
+PACKAGES = {**KINDS, "learner": ("esmeta.learners", "Learner")}
 SECTIONS = (*KINDS, "budget", "run")
 NO_POLICY = "none"
 """``policy.name`` of runs whose objective trains agents of its own."""
@@ -209,7 +210,7 @@ def module_names(package: str) -> list[str]:
 
 def load_class(kind: str, name: str) -> type:
     """The dataclass that ``name`` stands for; ``package.module:Name`` loads one from outside."""
-    package, class_name = KINDS[kind]
+    package, class_name = PACKAGES[kind]
     if ":" in name:
         module_name, _, class_name = name.partition(":")
     else:

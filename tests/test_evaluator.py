@@ -28,8 +28,10 @@ POLICIES: dict[str, tuple[str, dict[str, Any]]] = {
 # Short, and long enough that one wrong bit in an action changes a return.
 TASKS: dict[str, dict[str, Any]] = {
     "bandit": {},
+    "displacement": {"horizon": 20, "episode_steps": 7},
     "harlow": {"horizon": 40},
     "maze": {"size": 5, "horizon": 40},
+    "pendulum": {"horizon": 20, "episode_steps": 9},
 }
 POPULATION, TRIALS = 7, 11
 

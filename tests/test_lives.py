@@ -26,8 +26,10 @@ POLICIES: dict[str, tuple[str, dict[str, Any]]] = {
 # Harlow trials end early here: 2 presentations take about 25 of the 60 steps.
 TASKS: dict[str, dict[str, Any]] = {
     "bandit": {"horizon": 14},
+    "displacement": {"horizon": 24, "episode_steps": 7},
     "harlow": {"horizon": 60, "presentations": 2},
     "maze": {"size": 4, "horizon": 24},
+    "pendulum": {"horizon": 24, "episode_steps": 9},
 }
 POPULATION, TRIALS, SEED = 5, 3, 4
 
