@@ -33,6 +33,7 @@ KINDS = {
     "objective": ("esmeta.objectives", "Objective"),
     "optimizer": ("esmeta.optimizers", "Optimizer"),
 }
+PACKAGES = {**KINDS, "learner": ("esmeta.learners", "Learner")}
 SECTIONS = (*KINDS, "budget", "run")
 NO_POLICY = "none"
 """``policy.name`` of runs whose objective trains agents of its own."""
@@ -218,7 +219,7 @@ def canonical(name: Any) -> Any:
 def load_class(kind: str, name: str) -> type:
     """The dataclass that ``name`` stands for; ``package.module:Name`` loads one from outside."""
     name = canonical(name)
-    package, class_name = KINDS[kind]
+    package, class_name = PACKAGES[kind]
     if ":" in name:
         module_name, _, class_name = name.partition(":")
     else:

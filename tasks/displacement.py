@@ -50,6 +50,8 @@ class Task:
         episode_steps: steps of an episode; a trial is cut into episodes of that length.
         train: half-plane of the directions of the training split: ``right``, ``left``, ``all``.
         test: the same of the test split.
+        strata: directions of tasks k, k + 1, .. are drawn in turn from so many equal parts of the
+            half-plane; a multiple of it as ``task.trials`` makes all generations alike.
         reward_scale: factor on the rewards; 10 makes those of the longest displacements 1.
     """
 
@@ -57,11 +59,13 @@ class Task:
     episode_steps: int = 32
     train: Half = "right"
     test: Half = "left"
+    strata: int = 1
     reward_scale: float = 1.0
 
     def __post_init__(self) -> None:
         check_int("horizon", self.horizon, 1, 1_000_000)
         check_int("episode_steps", self.episode_steps, 1, 1_000_000)
+        check_int("strata", self.strata, 1, 1_000_000)
         scale = self.reward_scale
         if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale < 1e6:
             raise ValueError(
@@ -95,7 +99,8 @@ class Task:
         check_split(split)
         index = task_numbers(batch)
         half = self.train if split == "train" else self.test
-        angle = rng.fold("displacement", split).uniform(index, 1).squeeze(-1) - 0.5
+        angle = rng.fold("displacement", split).uniform(index, 1).squeeze(-1)
+        angle = (index % self.strata + angle) / self.strata - 0.5
         angle = angle * (2.0 * math.pi if half == "all" else math.pi)
         angle = angle + (math.pi if half == "left" else 0.0)
         return Tasks(index, {"direction": torch.stack([angle.cos(), angle.sin()], -1).float()})

@@ -147,7 +147,7 @@ class EpgObjective:
         if config.ppo_generations:
             heads |= self._ppo.heads
         agent = Agent(task.spec, config.hidden, heads=heads)
-        learner = SegmentLearner(
+        self.learner = SegmentLearner(
             agent,
             period=config.period,
             context=config.buffer,
@@ -156,7 +156,7 @@ class EpgObjective:
             learning_rate=config.learning_rate,
         )
         self.lives = Lives(
-            learner,
+            self.learner,
             task,
             seed,
             self.device,
@@ -175,7 +175,7 @@ class EpgObjective:
         return {**eta, **self._init_leaves()} if self.config.evolve_init else eta
 
     def _init_leaves(self) -> Params:
-        agent = self.lives.learner.agent
+        agent = self.learner.agent
         params = agent.init(Rng(self.seed).fold("eta"), torch.zeros(1, dtype=torch.int64))
         return {k: v for k, v in params.items() if k.partition(".")[0] in ("policy", "log_std")}
 
