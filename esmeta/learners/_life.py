@@ -20,6 +20,7 @@ from esmeta.evaluator import place_tasks
 from esmeta.learners._agent import Agent
 from esmeta.learners._experience import Experience, Keep
 from esmeta.learners._loss import Loss
+from esmeta.lives import check_can_be_left
 from esmeta.rng import Rng
 from esmeta.types import BatchedEnv, Params, PolicyOut, Task, Tasks, TimeStep
 
@@ -104,7 +105,8 @@ class Lives:
         return self.task.spec.horizon // self.learner.period
 
     def check(self) -> None:
-        """Refuse a life without an update, or one that ends between two."""
+        """Refuse a life without an update, one that ends between two, or that cannot be left."""
+        check_can_be_left(self.task.make_env(self.device))
         horizon, period = self.task.spec.horizon, self.learner.period
         if horizon < period or horizon % period:
             raise UserError(
