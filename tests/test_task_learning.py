@@ -90,5 +90,10 @@ def test_directions_of_the_halves_and_strata() -> None:
         assert torch.allclose(u.norm(dim=1), torch.ones(400))
         angle = torch.atan2(u[:, 1] * sign, u[:, 0] * sign) / math.pi + 0.5
         assert (angle * 4).long().tolist() == [k % 4 for k in range(400)]
+    wide = make_task("displacement", width=240.0)
+    for split, low, high in (("train", 0.0, 120.0), ("test", 120.0, 180.0)):
+        u = wide.sample(4000, split, Rng(3)).data["direction"][0]
+        away = torch.atan2(u[:, 1], u[:, 0]).abs() * 180.0 / math.pi
+        assert low <= float(away.min()) < low + 1 and high - 1 < float(away.max()) <= high
     everywhere = make_task("displacement", train="all").sample(400, "train", Rng(3))
     assert 120 < int((everywhere.data["direction"][..., 0] > 0).sum()) < 280
