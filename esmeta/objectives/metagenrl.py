@@ -24,6 +24,7 @@ from torch import Tensor
 from esmeta import errors
 from esmeta.evaluator import on_device
 from esmeta.learners._agent import Agent
+from esmeta.learners._loss import Loss
 from esmeta.learners._replay import ReplayLearner
 from esmeta.learners._training import Agents, Training
 from esmeta.objectives import refuse_policy
@@ -205,11 +206,12 @@ class MetaGenRLObjective:
         self.network = ObjectiveNetwork(config.snippet, config.time, config.values, config.bound)
         self.shapes = self.network.shapes
         self.trainings = [
-            self._training(t, "train", seed, number)
+            self.training(t, "train", seed, number)
             for number, t in enumerate([task, *map(_task, config.more_tasks)])
         ]
 
-    def _training(self, task: Task, split: str, seed: int, number: int = 0) -> Training:
+    def training(self, task: Task, split: str, seed: int, number: int = 0) -> Training:
+        """How agents of one environment are trained; ``number`` keeps environments apart."""
         config, learner = self.config, self.config.learner(task)
         seed = Rng(seed).fold("environment", number).key if number else seed
         training = Training(
@@ -338,7 +340,7 @@ class MetaGenRLObjective:
     def fitness(self, params: Params | Tensor, step: int | Tensor) -> Fitness:
         """Scores of agents trained by frozen alphas on the training tasks of ``step``."""
         first = torch.as_tensor(step, dtype=torch.int64).unsqueeze(-1) * self.trials
-        training = self._training(self.task, "train", Rng(self.seed).fold("fitness").key)
+        training = self.training(self.task, "train", Rng(self.seed).fold("fitness").key)
         return self._scores(params, first + torch.arange(self.trials), training)
 
     def heldout(
@@ -350,12 +352,12 @@ class MetaGenRLObjective:
         included. Metrics: ``first``, the return of its first episode (random actions, where
         ``random`` is long enough), and ``life``, the mean over all episodes.
         """
-        training = self._training(self.task, "test", self.seed if seed is None else seed)
+        training = self.training(self.task, "test", self.seed if seed is None else seed)
         return self._scores(params, torch.arange(first, trials), training)
 
-    def test_lives(self, alpha: Params, index: Tensor, training: Training) -> Iterator[Agents]:
-        """Fresh agents ``index [P]`` after each window of their training by ``alpha [P, ...]``."""
-        agents, loss = training.begin(index), self.network.loss(alpha)
+    def lives(self, loss: Loss, index: Tensor, training: Training) -> Iterator[Agents]:
+        """Fresh agents ``index [P]`` after each window of their training by ``loss``."""
+        agents = training.begin(index)
         for _ in range(self.config.steps // self.config.period):
             agents, new = training.act(agents)
             state = training.learner.update(agents.state, new, loss, training.rng())
@@ -365,17 +367,16 @@ class MetaGenRLObjective:
     @torch.no_grad()
     def _scores(self, params: Params | Tensor, index: Tensor, training: Training) -> Fitness:
         tree = unravel_shapes(params, self.shapes) if isinstance(params, Tensor) else params
-        tree = on_device(tree, self.device)
-        population, trials = len(next(iter(tree.values()))), index.shape[-1]
-        numbers = on_device({"index": index}, self.device)["index"].expand(population, trials)
-        numbers = numbers.reshape(-1)
-        count = -(-len(numbers) // self.config.chunk)
-        size = max(2, -(-len(numbers) // count))
+        tree = on_device({**tree, "number": index}, self.device)
+        numbers, trials = tree.pop("number"), index.shape[-1]
+        population = len(next(iter(tree.values())))
+        numbers = numbers.expand(population, trials).reshape(-1)
+        size = max(2, -(-len(numbers) // -(-len(numbers) // self.config.chunk)))  # of one size
         columns: dict[str, list[Tensor]] = {"return": [], "steps": [], "first": [], "life": []}
         for low in range(0, len(numbers), size):
             rows = torch.arange(low, low + size, device=self.device).clamp(max=len(numbers) - 1)
             alpha = {name: leaf[rows // trials] for name, leaf in tree.items()}
-            *_, agents = self.test_lives(alpha, numbers[rows], training)
+            *_, agents = self.lives(self.network.loss(alpha), numbers[rows], training)
             scores = agents.scores
             columns["return"].append(scores.recent.nanmean(dim=1))
             columns["steps"].append(torch.full_like(scores.episodes, agents.state.replay.count))
