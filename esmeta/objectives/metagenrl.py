@@ -123,14 +123,13 @@ class Objective:
             errors.positive_int("hidden", width, example=350)
         errors.one_of("inner_reduction", self.inner_reduction, ("sum", "mean"))
         errors.positive_int("chunk", self.chunk, example=64)
-        if self.chunk < 2:
-            raise errors.UserError(
-                "chunk = 1: must be at least 2 (a batch of one rounds differently); write for "
-                "example chunk = 64"
-            )
         self._check_lengths()
 
     def _check_lengths(self) -> None:
+        if self.chunk < 2:
+            raise errors.UserError(
+                "chunk = 1: must be at least 2 (one alone rounds differently); write chunk = 64"
+            )
         if self.period % self.delay:
             raise errors.UserError(
                 f"period = {self.period}: must be a multiple of delay = {self.delay}, the update "
@@ -371,7 +370,7 @@ class MetaGenRLObjective:
         numbers, trials = tree.pop("number"), index.shape[-1]
         population = len(next(iter(tree.values())))
         numbers = numbers.expand(population, trials).reshape(-1)
-        size = max(2, -(-len(numbers) // -(-len(numbers) // self.config.chunk)))  # of one size
+        size = max(2, -(-len(numbers) // -(-len(numbers) // self.config.chunk)))
         columns: dict[str, list[Tensor]] = {"return": [], "steps": [], "first": [], "life": []}
         for low in range(0, len(numbers), size):
             rows = torch.arange(low, low + size, device=self.device).clamp(max=len(numbers) - 1)
