@@ -62,7 +62,6 @@ def tiny(name: str) -> configs.Config:
         "objective.hidden": [4],
         "objective.test_steps": 6,
         "objective.agents": 2,
-        "objective.delay": 3,
         "objective.update_after": 6,
         "objective.snippet": 3,
         "objective.batch": 2,
@@ -76,6 +75,8 @@ def tiny(name: str) -> configs.Config:
         "optimizer.window": 2,
         "run.tensorboard": "false",
     }
+    if config.objective.name == "metagenrl":
+        small |= {"task.episodes": 2, "objective.period": 2}
     for section in ("task", "policy", "objective", "optimizer"):
         instance = getattr(config, section).instance
         known = {f.name for f in dataclasses.fields(instance)} if instance else set()
