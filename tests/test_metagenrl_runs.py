@@ -12,6 +12,7 @@ from tiny_runs import final_hash, overrides, run_here
 
 from esmeta import config as configs
 from esmeta import train
+from esmeta.analysis import objectives
 from esmeta.comm import SelfComm
 from esmeta.errors import UserError
 from esmeta.objectives.metagenrl import MetaGenRLObjective
@@ -192,19 +193,36 @@ def test_another_size_of_loss_cannot_be_resumed(tmp_path: Path) -> None:
 @pytest.mark.mpi
 def test_ranks_have_their_own_agents_and_go_on_as_one(mpirun: Any, tmp_path: Path) -> None:
     words = ["pendulum-metagenrl", *overrides(*SMALL, TWO)]
-    args = ["-m", "esmeta.train", *words]
-    done = mpirun(2, *args, "--out", tmp_path / "two")
-    assert done.returncode == 0, done.stderr
+    for updates, more in ((9, []), (6, []), (9, ["--resume"])):
+        out = tmp_path / ("whole" if (updates, more) == (9, []) else "cut")
+        args = [*words, *overrides(f"budget.updates={updates}"), *more, "--out", out]
+        done = mpirun(2, "-m", "esmeta.train", *args)
+        assert done.returncode == 0, done.stderr
+    assert final_hash(tmp_path / "cut") == final_hash(tmp_path / "whole")
     assert run_here(*words, "--out", tmp_path / "one") == 0
-    one, two = (ravel(load_theta(tmp_path / name)[0]) for name in ("one", "two"))
+    one, two = (ravel(load_theta(tmp_path / name)[0]) for name in ("one", "whole"))
     # The same agents; only the order in which their gradients are added differs.
     torch.testing.assert_close(one, two, rtol=0, atol=1e-4)
-    for more in (overrides("budget.updates=6"), ["--resume"]):
-        again = mpirun(2, *args, *more, "--out", tmp_path / "cut")
-        assert again.returncode == 0, again.stderr
-    assert final_hash(tmp_path / "cut") == final_hash(tmp_path / "two")
     longer = overrides("budget.updates=12")  # and with another number of ranks
     assert run_here(*words, *longer, "--resume", "--out", tmp_path / "cut") == 0
+
+
+def test_figures_of_an_objective() -> None:
+    made = objective("objective.hidden=[5]")
+    curves = objectives.life_curves(made, made.init(3), count=2)
+    assert set(curves) == {"train", "test"} and len(curves["test"]) == 3
+    curve = curves["test"]["learned objective"]
+    assert curve.steps.tolist() == [16, 32, 48]
+    table, agents = objectives.life_curve(
+        made, made.network.loss(made.init(3)), made.task, "test", 2
+    )
+    assert table.mean.tolist() == curve.mean.tolist()
+    total = 16 * float(table.mean.sum())  # three whole episodes
+    assert total == pytest.approx(float(agents.scores.total.mean()), rel=1e-6)
+    surface = objectives.loss_surface(made, made.init(3), 1.0, 0.0)
+    assert surface.shape == (41, 41) and surface[20, 20] == 0 and float(surface.std()) > 0
+    other = objectives.loss_surface(made, made.init(3), 2.0, 0.0)
+    assert not torch.equal(surface, other)
 
 
 WRONG = [
