@@ -232,9 +232,14 @@ class Trainer:
         return scores
 
     def _save(self) -> None:
+        from esmeta.types import Spread
+
+        optimizer = self.parts.optimizer
+        if isinstance(optimizer, Spread):
+            self.comm.timeout_s = self.limit.between_steps()
+            self.state = optimizer.gather(self.state, self.parts.objective, self.comm)
         if self.comm.rank != 0:
             return
-        optimizer = self.parts.optimizer
         payload = {
             "optimizer": optimizer.state_dict(self.state),
             "counters": dict(vars(self.count)),
@@ -291,7 +296,8 @@ def report(parts: Parts, trainer: Trainer, reason: str, out: Path) -> None:
     from esmeta.analysis.plots import learning_curve
 
     theta = parts.optimizer.theta(trainer.state)
-    trials = max(256, parts.config.run.evaluate_trials)
+    # Where a trial is the whole training of an agent, more of them would take as long as the run.
+    trials = max(1 if parts.policy is None else 256, parts.config.run.evaluate_trials)
     scores = heldout(parts.objective, theta, trials)
     reference = parts.config.objective.instance.reference(parts.task)
     picture = learning_curve([out], out / "curve.png", reference)

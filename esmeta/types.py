@@ -326,6 +326,52 @@ class Lifetimes(Protocol):
         ...
 
 
+@runtime_checkable
+class MetaLoss(Protocol):
+    """An objective that is differentiable: agents learn by theta, and tell how to improve it.
+
+    The ``agents`` live as long as the run; their rows are spread over the ranks, and nothing but
+    these methods looks into them.
+    """
+
+    def check_ranks(self, ranks: int) -> None:
+        """Refuse more ranks than can be given agents."""
+        ...
+
+    def start(self, rank: int, size: int) -> Any:
+        """This rank's share of the agents, fresh."""
+        ...
+
+    def rows(self, agents: Any) -> int:
+        """How many they are, P."""
+        ...
+
+    def loss(self, params: Params, agents: Any) -> tuple[Any, Tensor, dict[str, Tensor]]:
+        """The agents after living and learning on, the loss ``[P]`` of each, and its metrics.
+
+        Differentiable in ``params``, leaves ``[P, ...]``: a copy of theta for each agent. Metrics
+        are ``[P]`` (NaN where undefined); ``env_steps`` are the environment steps taken.
+        """
+        ...
+
+    def save(self, agents: Any) -> State:
+        """Agents as plain tensors; rows are agents."""
+        ...
+
+    def restore(self, saved: State, rank: int, size: int) -> Any:
+        """This rank's share of the agents of all ranks, saved and joined."""
+        ...
+
+
+@runtime_checkable
+class Spread(Protocol):
+    """An optimizer whose state lies on all ranks; it is collected before it is saved."""
+
+    def gather(self, state: Any, objective: Any, comm: Comm) -> Any:
+        """The state with all that :meth:`Optimizer.state_dict` needs, on rank 0."""
+        ...
+
+
 class Optimizer(Protocol):
     """One way to improve theta. Implementations are frozen dataclasses; fields are options.
 
