@@ -295,9 +295,8 @@ class Lifetimes(Protocol):
     A life is all that one evaluation of a member goes through: a trial with its fast weights, or
     the training of an agent by a learned loss. It is addressed by its number, so that members of
     one number meet the same tasks and randomness, and what happens in it depends on that number
-    and the parameters given for each window alone: not on other members, calls or ranks. The
-    ``lives`` below are the lives of P members, all in the same life and at the same step of it;
-    nothing but these methods looks into them.
+    and the parameters given for each window alone: not on other members, calls or ranks.
+    ``lives`` are those of P members at one step of one life, and known to these methods alone.
     """
 
     @property
