@@ -328,7 +328,8 @@ def run(args: argparse.Namespace, comm: SelfComm | MPIComm, stop: Stop) -> int:
     from esmeta.envs.remote import Node
     from esmeta.watch import START_S
 
-    node = Node(comm, config.run.rank_timeout or START_S, lambda: stop.noted)
+    # Between two requests the learner updates, compiles, writes files and draws, perhaps slowly.
+    node = Node(comm, max(config.run.rank_timeout, START_S), lambda: stop.noted)
     stop.others = node.stop_wanted
     return node.lead_or_serve(
         config.task.instance,
