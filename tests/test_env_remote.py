@@ -120,6 +120,7 @@ def test_windows_of_lives_are_refused_in_one_line(tmp_path: Path, mpirun: Any) -
     assert not (tmp_path / "run").exists()
 
 
+@slow
 def test_a_signal_to_a_rank_that_serves_stops_the_run(tmp_path: Path) -> None:
     mpirun = find_mpirun()
     if mpirun is None:
