@@ -121,9 +121,10 @@ class Task:
         number = index // 2 if self.mirrored else index
         place = rng.fold("displacement", split).uniform(number, 1).squeeze(-1)
         angle = self._angle((number % self.strata + place) / self.strata, part)
+        direction = torch.stack([angle.cos(), angle.sin()], -1).float()
         if self.mirrored:
-            angle = angle + math.pi * (index % 2)
-        return Tasks(index, {"direction": torch.stack([angle.cos(), angle.sin()], -1).float()})
+            direction = direction * (1.0 - 2.0 * (index % 2)).unsqueeze(-1)
+        return Tasks(index, {"direction": direction})
 
     def _angle(self, place: Tensor, part: Part) -> Tensor:
         """Angles (radians) at ``place`` in [0, 1) of the range of a split."""

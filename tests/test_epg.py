@@ -154,6 +154,20 @@ def test_stored_lives_go_on_bit_for_bit() -> None:
         whole.restore(mixed)
 
 
+def test_twins_differ_by_their_task_alone() -> None:
+    mirror = ("task.mirrored=true", "task.train=horizontal", "task.test=vertical", "task.trials=4")
+    plain = ("task.strata=1", "objective.ppo_generations=0", *mirror)
+    blind = objective("objective.twins=2", "objective.reward=false", *plain)
+    thetas = members(blind, 3)
+    found = blind.fitness(thetas, 3).returns
+    # What does not read rewards earns on one what it loses on the other, exactly.
+    assert torch.equal(found[:, 0::2], -found[:, 1::2]) and bool((found.abs() > 0.01).all())
+    apart = objective("objective.reward=false", *plain).fitness(thetas, 3).returns
+    assert not torch.allclose(apart[:, 0::2], -apart[:, 1::2], atol=0.01)
+    reading = objective("objective.twins=2", *plain).fitness(thetas, 3).returns
+    assert not torch.allclose(reading[:, 0::2], -reading[:, 1::2], atol=1e-3)
+
+
 def test_an_evolved_first_policy_is_what_agents_begin_with() -> None:
     whole = objective("objective.evolve_init=true", "objective.ppo_generations=0")
     theta = whole.init(0)
