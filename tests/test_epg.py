@@ -25,13 +25,22 @@ SMALL = (
     "task.trials=3",
     "task.horizon=48",
     "task.episode_steps=16",
+    "task.train=right",
+    "task.test=left",
+    "task.width=180",
+    "task.strata=1",
+    "task.mirrored=false",
     "objective.period=16",
     "objective.buffer=32",
     "objective.minibatch=8",
     "objective.hidden=[8]",
     "objective.test_steps=16",
     "objective.ppo_generations=4",
+    "objective.ppo_first=1.0",
+    "objective.twins=1",
     "optimizer.popsize=8",
+    "optimizer.sigma_blocks=off",
+    "optimizer.sigma=0.05",
     "budget.generations=3",
     "run.evaluate_every=2",
     "run.evaluate_trials=3",
@@ -247,7 +256,7 @@ def test_bad_input(tmp_path: Path, changes: list[str], words: list[str]) -> None
     if "objective.name=return" in changes:
         changes = [x for x in changes if not x.startswith("objective.") or "name" in x]
     if "optimizer.name=ppo" in changes:
-        changes = [x for x in changes if "popsize" not in x]
+        changes = [x for x in changes if not x.startswith("optimizer.") or "name" in x]
     with pytest.raises(UserError) as caught:
         run_here("displacement-epg", *overrides(*changes), "--out", tmp_path / "run")
     assert_says(str(caught.value), *words)
