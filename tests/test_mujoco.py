@@ -141,6 +141,7 @@ def test_the_legacy_rule_is_mujoco_330(xml: str, engine: str) -> None:
     assert distance_to_330(xml, "legacy", engine) <= 1e-10
 
 
+@pytest.mark.skipif(mujoco_version() < (3, 5), reason="there both rules are one")
 def test_the_native_rule_is_not() -> None:
     # Two margins of 0.01 that add up: without this the test above would say nothing.
     assert distance_to_330("ant.xml", "native", "rows") > 1e-3
@@ -429,7 +430,7 @@ def test_the_batch_engine_needs_its_mujoco(monkeypatch) -> None:
     assert _mujoco_engines.choose_engine("auto", ()) == "rows"
     with pytest.raises(UserError, match="3.17 or newer.*engine = 'rows'.*pip install"):
         make_task("hopper", engine="batch").make_env("cpu")
-    monkeypatch.undo()
+    monkeypatch.setattr(_mujoco_engines, "mujoco_version", lambda: (3, 17))
     assert _mujoco_engines.choose_engine("auto", ()) == "batch"
     assert _mujoco_engines.choose_engine("auto", ("xpos", "cfrc_ext")) == "rows"
 
