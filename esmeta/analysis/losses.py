@@ -142,7 +142,7 @@ def draw_gallery(objective: EpgObjective, eta: Params, out: Path) -> Path:
     from matplotlib.figure import Figure
 
     times = sorted({1, max(1, objective.life_steps // 4), max(1, objective.life_steps - 1)})
-    figure = Figure(figsize=(9.0, 2.3 * len(times)), dpi=90, layout="constrained")
+    figure = Figure(figsize=(9.0, 2.3 * len(times)), dpi=72, layout="constrained")
     grid: Sequence[Sequence[Any]] = figure.subplots(len(times), 4, squeeze=False).tolist()
     for row, updates in zip(grid, times, strict=True):
         for agent, axes in enumerate(row):
