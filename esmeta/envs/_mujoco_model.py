@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import importlib.util
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 
@@ -25,6 +27,9 @@ FACTORS = {
     "damping": ("dof_damping", 0),
     "gear": ("actuator_gear", 1),
     "size": ("geom_size", 0),
+    "body_pos": ("body_pos", 0),
+    "inertial_pos": ("body_ipos", 0),
+    "geom_pos": ("geom_pos", 0),
 }
 
 
@@ -64,6 +69,14 @@ def asset(xml: str) -> Path:
     return folder / xml
 
 
+@functools.cache
+def motors(xml: str) -> tuple[str, ...]:
+    """The joints that the motors of a model move, in the order of actions; needs no MuJoCo."""
+    found = ElementTree.parse(asset(xml)).getroot().find("actuator")
+    assert found is not None, f"{xml} has no actuators"
+    return tuple(motor.get("joint", "") for motor in found)
+
+
 def build_model(body: Body) -> Any:
     """The ``MjModel`` of a body.
 
@@ -84,6 +97,8 @@ def build_model(body: Body) -> Any:
     model.opt.disableflags |= int(island) | int(flags.mjDSBL_AUTORESET)
     if body.timestep is not None:
         model.opt.timestep = body.timestep
+    if body.gear is not None:
+        model.actuator_gear[:, 0] = body.gear
     if body.integrator == "euler":
         model.opt.integrator = mujoco.mjtIntegrator.mjINT_EULER
     if body.contact_rule == "legacy" and mujoco_version() >= _MARGINS_ADD_UP:
@@ -120,9 +135,10 @@ def world_fields(model: Any, changes: Mapping[str, np.ndarray]) -> dict[str, np.
 
     ``changes`` has leaves float64 ``[N, ...]`` (N worlds): factors > 0 on the model's own values,
     ``mass [N, nbody]``, ``inertia [N, nbody, 3]``, ``friction [N, ngeom, 3]``,
-    ``damping [N, nv]``, ``gear [N, nu]`` and ``size [N, ngeom, 3]``, and the vector ``gravity
-    [N, 3]`` in m/s^2. Returns arrays by the model's names; constants that follow from them
-    (``mj_setConst``) are not among them, but for the bounds of geoms.
+    ``damping [N, nv]``, ``gear [N, nu]``, ``size [N, ngeom, 3]`` and, of frames within their
+    parents, ``body_pos``, ``inertial_pos [N, nbody, 3]`` and ``geom_pos [N, ngeom, 3]``; and the
+    vector ``gravity [N, 3]`` in m/s^2. Returns arrays by the model's names; constants that follow
+    from them (``mj_setConst``) are not among them, but for the bounds of geoms.
     """
     fields = {}
     for name, values in changes.items():

@@ -22,6 +22,7 @@ from esmeta.types import Tasks, TimeStep
 
 _HUGE = 1e10  # mjMAXVAL: MuJoCo calls positions and velocities beyond it unstable
 _CHANGES = (*models.FACTORS, "gravity")
+_LASTING = (*_CHANGES, "start", "pose")  # what all episodes of a trial share
 _KEPT_SIZES = 4  # engines that are kept for batches of other sizes
 
 
@@ -30,9 +31,10 @@ class State(NamedTuple):
 
     ``rows`` float64 ``[.., S]`` are MuJoCo's states, ``place`` float64 where the body was,
     ``time`` int64 the steps of the present episode, ``episode`` int64 its number, ``over`` bool
-    whether the trial has ended, ``unstable`` bool whether because MuJoCo lost it, ``phases``
-    float64 ``[.., K, 2]`` sums of reward and of steps in each phase, ``starts`` float64
-    ``[Q, B, episodes, nq + nv]``, ``data`` and ``changes`` the tasks' ``[Q, B, ...]``.
+    whether the trial has ended, ``unstable`` bool whether because MuJoCo lost it, ``success`` bool
+    whether it was where it should be, ``phases`` float64 ``[.., K, 2]`` sums of reward and of steps
+    in each phase, ``starts`` float64 ``[Q, B, episodes, nq + nv]``, ``data`` and ``changes`` the
+    tasks' ``[Q, B, ...]``.
     """
 
     rows: Tensor
@@ -41,6 +43,7 @@ class State(NamedTuple):
     episode: Tensor
     over: Tensor
     unstable: Tensor
+    success: Tensor
     phases: Tensor
     starts: Tensor
     data: Data
@@ -99,16 +102,20 @@ class MujocoEnv:
 
     What the tasks' data hold under ``mass``, ``inertia``, ``friction``, ``damping``, ``gear``,
     ``size`` (factors) or ``gravity`` changes the model of each world; see
-    :func:`esmeta.envs._mujoco_model.world_fields` for shapes.
+    :func:`esmeta.envs._mujoco_model.world_fields` for these and more, with shapes.
 
-    Where they hold ``start`` (int64 ``[Q, B]``), the noise at the start is addressed by that
-    instead of the tasks' numbers.
+    Other names with a meaning of their own: ``start`` (int64 ``[Q, B]``) addresses the noise at the
+    start instead of the tasks' numbers; ``pose`` (float64 ``[Q, B, nq]``, or
+    ``[Q, B, episodes, nq]``) are the positions at the start instead of the model's; ``working``
+    (float64 ``[Q, B, episodes, nu]``) multiplies the action, which the agent sees as it gave it.
 
     Args:
         body: what is simulated.
         definition: what is seen, paid and ended.
         horizon: control steps of an episode at most.
         episodes: episodes of a trial.
+        continual: whether episodes differ: the tasks' data that are about the task alone (neither
+            ``start`` and ``pose`` nor changes of the model) are then ``[Q, B, episodes, ...]``.
         engine: ``"auto"``, ``"batch"`` or ``"rows"``: the same bits.
         threads: threads that step worlds; the same bits for any number.
         device: where actions come from and time steps go to.
@@ -121,6 +128,7 @@ class MujocoEnv:
         *,
         horizon: int,
         episodes: int = 1,
+        continual: bool = False,
         engine: str = "auto",
         threads: int = 1,
         device: torch.device | str = "cpu",
@@ -130,7 +138,7 @@ class MujocoEnv:
         self._engine = engines.choose_engine(engine, definition.reads)
         self.model = model = models.build_model(body)
         self._definition = definition
-        self._horizon, self._episodes = horizon, episodes
+        self._horizon, self._episodes, self._continual = horizon, episodes, continual
         self._substeps, self._threads = body.frame_skip, threads
         self.seconds = float(model.opt.timestep) * body.frame_skip
         self._like = torch.empty(0, dtype=torch.float32, device=device)
@@ -153,6 +161,10 @@ class MujocoEnv:
         address = data.get("start", index)
         noise = definition.noise.draw(rng, address, self._episodes, model.nq, model.nv)
         starts = self._pose + noise
+        if "pose" in data:
+            pose = data["pose"].double()
+            pose = pose if pose.ndim == starts.ndim else pose.unsqueeze(2)
+            starts[..., : model.nq] += pose - self._pose[: model.nq]
         shape = torch.Size((population, index.shape[1]))
         worlds = self._at(shape, changes)
         first = starts[:, :, 0].expand(*shape, -1)
@@ -163,7 +175,7 @@ class MujocoEnv:
         zero = torch.zeros(shape, dtype=torch.int64)
         phases = none.new_zeros(*shape, self._phase.shape[1], 2)
         rows, place = worlds.rows.clone().unflatten(0, shape), definition.place(now).clone()
-        state = State(rows, place, zero, zero, no, no, phases, starts, data, changes)
+        state = State(rows, place, zero, zero, no, no, no, phases, starts, data, changes)
         action = none.unsqueeze(-1).expand(*shape, model.nu)
         begun = torch.ones_like(no)
         return state, self._time_step(now, action, none, no, no, begun, begun, no)
@@ -174,17 +186,21 @@ class MujocoEnv:
         worlds = self._at(shape, state.changes)
         action = action.detach().cpu().double().clamp(-1.0, 1.0)
         worlds.rows.copy_(state.rows.flatten(0, 1))
-        worlds.ctrl.copy_(torch.addcmul(self._centre, action, self._reach).flatten(0, 1))
+        data = self.present(state)
+        applied = action * data["working"] if "working" in data else action
+        worlds.ctrl.copy_(torch.addcmul(self._centre, applied, self._reach).flatten(0, 1))
         going = ~state.over
         chosen = None if not state.over.any() else going.flatten().nonzero().squeeze(-1).numpy()
         lost = worlds.engine.step(chosen, self._substeps)
         bad = ~worlds.stable()
         bad[torch.from_numpy(lost)] = True
         bad = bad.unflatten(0, shape) & going
+        if definition.current:
+            worlds.engine.forward((going & ~bad).flatten().nonzero().squeeze(-1).numpy())
         now = worlds.snapshot(shape)
         place = definition.place(now)
         velocity = (place - state.place) / self.seconds
-        reward = definition.reward(now, velocity, action, state.data)
+        reward = definition.reward(now, velocity, applied, data)
         reward = reward.masked_fill(state.over | bad, 0.0)
         time = state.time + going
         ended = bad if definition.healthy is None else (~definition.healthy(now) & going) | bad
@@ -200,21 +216,38 @@ class MujocoEnv:
             place = torch.where(again.unsqueeze(-1), definition.place(now), place)
             time = time.masked_fill(again, 0)
         unstable = state.unstable | bad
+        success = state.success
+        if definition.success is not None:
+            success = success | (definition.success(now, data) & going & ~bad)
         rows = rows.clone().unflatten(0, shape)
         hidden = state.over | bad
         step = self._time_step(
             now, action, reward, terminated, truncated, over, again | over, hidden
         )
-        later = State(rows, place, time, episode, over, unstable, phases, *state[7:])
+        later = State(rows, place, time, episode, over, unstable, success, phases, *state[8:])
         return later, step
+
+    def present(self, state: State) -> Data:
+        """What the present episodes are about, leaves ``[Q or P, B, ...]``."""
+        members, trials = state.episode.shape
+        episode = state.episode.clamp(max=self._episodes - 1)
+        member, trial = torch.arange(members).unsqueeze(-1), torch.arange(trials)
+        changing = state.data.keys() - _LASTING if self._continual else {"working"}
+        return {
+            name: leaf[member % len(leaf), trial, episode] if name in changing else leaf
+            for name, leaf in state.data.items()
+        }
 
     def metrics(self, state: State) -> dict[str, Tensor]:
         """Scores of each trial so far, float32 ``[P, B]``.
 
-        ``unstable``: 1 where MuJoCo lost the world. The definition's phases: mean reward per step
-        in that span of the episodes; NaN where no episode came so far.
+        ``unstable``: 1 where MuJoCo lost the world. ``success``, where the definition has it: 1
+        where the goal was reached at any step. The definition's phases: mean reward per step in
+        that span of the episodes; NaN where no episode came so far.
         """
         scores = {"unstable": state.unstable}
+        if self._definition.success is not None:
+            scores["success"] = state.success
         means = state.phases[..., 0] / state.phases[..., 1]
         scores |= dict(zip(self._definition.phases, means.unbind(-1), strict=True))
         return {name: score.to(self._like) for name, score in scores.items()}
