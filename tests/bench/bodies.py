@@ -13,7 +13,7 @@ starts, begun anew every 100 steps, and none ends early.
 * ``env``: one step of esmeta's environment with observation and reward, for B trials at once.
 * ``env + policy``: with a step of a policy (two hidden layers of 64, actions drawn) before each.
 * ``sync``: gymnasium's ``SyncVectorEnv`` of 16, with its observation and reward.
-* ``half over``: the environment where half of the trials have ended, and what it costs of the whole.
+* ``half over``: the environment where half of the trials have ended, and its share of the cost.
 * ``threads``: wall time of one thread over that of two, B = 256. Says nothing on a busy machine.
 
 The ant is that of ``ant_dir`` (no contact forces); gymnasium's has them, and ``ant with forces``
@@ -23,6 +23,7 @@ The ant is that of ``ant_dir`` (no contact forces); gymnasium's has them, and ``
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.util
 import json
 import os
@@ -43,8 +44,13 @@ import mujoco  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
+from esmeta.cli import prepare_process  # noqa: E402
+
+# As every training run does; all contenders profit.
+prepare_process()
+
 import esmeta  # noqa: E402
-from esmeta.envs._mujoco_model import build_model  # noqa: E402
+from esmeta.envs._mujoco_model import build_model, quiet  # noqa: E402
 from esmeta.envs.mujoco import MujocoEnv  # noqa: E402
 from esmeta.policy import _heads as heads  # noqa: E402
 from esmeta.rng import Rng  # noqa: E402
@@ -86,8 +92,6 @@ def raw(name: str, worlds: int, *, islands: bool) -> Contender:
 
 def environment(name: str, options: dict[str, object], threads: int = 1) -> MujocoEnv:
     """The task's environment without an early end."""
-    import dataclasses
-
     task = make_task(name, **options)
     definition = dataclasses.replace(task.definition(), healthy=None)
     return MujocoEnv(
@@ -122,7 +126,8 @@ def ours(name: str, batch: int, *, policy: bool = False, over: float = 0.0, **op
 def sync(name: str, batch: int) -> Contender:
     """Gymnasium's vector of environments, begun anew as often."""
     make = [lambda: gymnasium.make(name, disable_env_checker=True).unwrapped] * batch
-    envs = gymnasium.vector.SyncVectorEnv(make)
+    with quiet(mujoco):
+        envs = gymnasium.vector.SyncVectorEnv(make)
     rng = np.random.default_rng(0)
     acts = rng.uniform(-1, 1, size=(STEPS, *envs.action_space.shape)).astype(np.float32)
 
