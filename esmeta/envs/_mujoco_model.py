@@ -84,7 +84,7 @@ def build_model(body: Body) -> Any:
     reset of unstable worlds is switched off too, because it would hide them.
     """
     mujoco = import_mujoco()
-    with _quiet(mujoco):
+    with quiet(mujoco):
         try:
             model = mujoco.MjModel.from_xml_path(str(asset(body.xml)))
         except ValueError as error:
@@ -112,7 +112,7 @@ def build_model(body: Body) -> Any:
 
 
 @contextlib.contextmanager
-def _quiet(mujoco: Any) -> Iterator[None]:
+def quiet(mujoco: Any) -> Iterator[None]:
     """Without what MuJoCo prints on old words in model files, and writes to a log file."""
     mujoco.set_mju_user_warning(lambda message: None)
     try:

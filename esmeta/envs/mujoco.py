@@ -32,9 +32,9 @@ class State(NamedTuple):
     ``rows`` float64 ``[.., S]`` are MuJoCo's states, ``place`` float64 where the body was,
     ``time`` int64 the steps of the present episode, ``episode`` int64 its number, ``over`` bool
     whether the trial has ended, ``unstable`` bool whether because MuJoCo lost it, ``success`` bool
-    whether it was where it should be, ``phases`` float64 ``[.., K, 2]`` sums of reward and of steps
-    in each phase, ``starts`` float64 ``[Q, B, episodes, nq + nv]``, ``data`` and ``changes`` the
-    tasks' ``[Q, B, ...]``.
+    whether it was where it should be, ``paid`` and ``spent`` float64 ``[.., K]`` the sums of reward
+    and of steps in each phase, ``starts`` float64 ``[Q, B, episodes, nq + nv]``, ``data`` and
+    ``changes`` the tasks' ``[Q, B, ...]``.
     """
 
     rows: Tensor
@@ -44,7 +44,8 @@ class State(NamedTuple):
     over: Tensor
     unstable: Tensor
     success: Tensor
-    phases: Tensor
+    paid: Tensor
+    spent: Tensor
     starts: Tensor
     data: Data
     changes: Data
@@ -54,40 +55,48 @@ class _Worlds:
     """An engine for N worlds, and torch views of its memory."""
 
     def __init__(self, model: Any, engine: engines.Engine) -> None:
-        mujoco = models.import_mujoco()
-        component = mujoco.mjtState
+        part = models.import_mujoco().mjtState
         self.engine = engine
         self.rows = torch.from_numpy(engine.rows)
-        self.qpos, self.qvel, self.ctrl, self.act = (
-            self.rows[:, models.slice_of(model, part)]
-            for part in (
-                component.mjSTATE_QPOS,
-                component.mjSTATE_QVEL,
-                component.mjSTATE_CTRL,
-                component.mjSTATE_ACT,
-            )
+        qpos, qvel, ctrl = (
+            models.slice_of(model, component)
+            for component in (part.mjSTATE_QPOS, part.mjSTATE_QVEL, part.mjSTATE_CTRL)
         )
+        self.qpos, self.qvel, self.ctrl = (self.rows[:, each] for each in (qpos, qvel, ctrl))
+        assert qpos.stop == qvel.start, (qpos, qvel)
+        self._motion = self.rows[:, qpos.start : qvel.stop]
         self.outputs = {name: torch.from_numpy(a) for name, a in engine.outputs.items()}
         self.changes: Data | None = None
+        self._held: Tensor | None = None
+        self._views: dict[torch.Size, Snapshot] = {}
+
+    def load(self, rows: Tensor) -> None:
+        """Make ``rows [P, B, S]`` the worlds' states, unless they are."""
+        if rows is not self._held:
+            self.rows.copy_(rows.flatten(0, 1))
+        self._held = None
+
+    def saved(self, shape: torch.Size) -> Tensor:
+        """A copy of the worlds' states, ``[P, B, S]``."""
+        self._held = self.rows.clone().unflatten(0, shape)
+        return self._held
 
     def snapshot(self, shape: torch.Size) -> Snapshot:
         """Views ``[P, B, ...]`` of what the engine holds."""
+        if shape not in self._views:
+            empty = self.rows.new_empty(shape.numel(), 0)
+            derived = (self.outputs.get(name, empty) for name in Snapshot._fields[2:])
+            leaves = (leaf.unflatten(0, shape) for leaf in (self.qpos, self.qvel, *derived))
+            self._views[shape] = Snapshot(*leaves)
+        return self._views[shape]
 
-        def seen(leaf: Tensor) -> Tensor:
-            return leaf.unflatten(0, shape)
-
-        empty = self.rows.new_empty(0)
-        derived = (
-            seen(self.outputs[name]) if name in self.outputs else empty
-            for name in Snapshot._fields[2:]
-        )
-        return Snapshot(seen(self.qpos), seen(self.qvel), *derived)
-
-    def stable(self) -> Tensor:
-        """Whether all positions and velocities are finite and not huge, bool ``[N]``."""
+    def unstable(self, lost: np.ndarray) -> Tensor:
+        """Worlds that MuJoCo gave up on, or whose numbers are not finite or huge, bool ``[N]``."""
         # amax hands on NaN, and NaN is not below anything.
-        top = torch.maximum(self.qpos.abs().amax(-1), self.qvel.abs().amax(-1))
-        return top < _HUGE
+        bad = ~(self._motion.abs().amax(-1) < _HUGE)
+        if len(lost):
+            bad[torch.from_numpy(lost)] = True
+        return bad
 
 
 class MujocoEnv:
@@ -149,6 +158,7 @@ class MujocoEnv:
         self._pose = torch.from_numpy(np.concatenate([data.qpos, data.qvel]))
         limits = torch.from_numpy(model.actuator_ctrlrange.copy())
         self._centre, self._reach = limits.mean(-1), (limits[:, 1] - limits[:, 0]) / 2
+        self._unit = bool((self._centre == 0).all() and (self._reach == 1).all())
         self._phase = _phase_table(definition, horizon)
         self._worlds: dict[int, _Worlds] = {}
 
@@ -173,70 +183,92 @@ class MujocoEnv:
         none = torch.zeros(shape, dtype=torch.float64)
         no = torch.zeros(shape, dtype=torch.bool)
         zero = torch.zeros(shape, dtype=torch.int64)
-        phases = none.new_zeros(*shape, self._phase.shape[1], 2)
-        rows, place = worlds.rows.clone().unflatten(0, shape), definition.place(now).clone()
-        state = State(rows, place, zero, zero, no, no, no, phases, starts, data, changes)
+        paid = none.new_zeros(*shape, self._phase.shape[1])
+        rows, place = worlds.saved(shape), definition.place(now).clone()
+        state = State(rows, place, zero, zero, no, no, no, paid, paid, starts, data, changes)
         action = none.unsqueeze(-1).expand(*shape, model.nu)
         begun = torch.ones_like(no)
-        return state, self._time_step(now, action, none, no, no, begun, begun, no)
+        obs = definition.observe(now)
+        return state, self._shown(TimeStep(obs, action, none, no, no, begun, begun))
 
     def step(self, state: State, action: Tensor) -> tuple[State, TimeStep]:
         """One control step of every world whose trial goes on; actions are clipped to -1..1."""
-        definition, shape = self._definition, state.over.shape
+        definition, over, shape = self._definition, state.over, state.over.shape
+        going = ~over if over.any() else None
         worlds = self._at(shape, state.changes)
-        action = action.detach().cpu().double().clamp(-1.0, 1.0)
-        worlds.rows.copy_(state.rows.flatten(0, 1))
+        action = action.detach().cpu().clamp(-1.0, 1.0)
         data = self.present(state)
         applied = action * data["working"] if "working" in data else action
-        worlds.ctrl.copy_(torch.addcmul(self._centre, applied, self._reach).flatten(0, 1))
-        going = ~state.over
-        chosen = None if not state.over.any() else going.flatten().nonzero().squeeze(-1).numpy()
+        worlds.load(state.rows)
+        worlds.ctrl.copy_(self._torque(applied).flatten(0, 1))
+        chosen = None if going is None else going.flatten().nonzero().squeeze(-1).numpy()
         lost = worlds.engine.step(chosen, self._substeps)
-        bad = ~worlds.stable()
-        bad[torch.from_numpy(lost)] = True
-        bad = bad.unflatten(0, shape) & going
+        bad = worlds.unstable(lost).unflatten(0, shape)
         if definition.current:
-            worlds.engine.forward((going & ~bad).flatten().nonzero().squeeze(-1).numpy())
+            worlds.engine.forward((~(bad | over)).flatten().nonzero().squeeze(-1).numpy())
         now = worlds.snapshot(shape)
         place = definition.place(now)
         velocity = (place - state.place) / self.seconds
-        reward = definition.reward(now, velocity, applied, data)
-        reward = reward.masked_fill(state.over | bad, 0.0)
-        time = state.time + going
-        ended = bad if definition.healthy is None else (~definition.healthy(now) & going) | bad
-        truncated = (time >= self._horizon) & going & ~ended
-        terminated, ended = ended, ended | truncated
-        episode = state.episode + ended
-        over = state.over | bad | (episode >= self._episodes)
-        again = ended & ~over
-        phases = state.phases + self._shares(time, reward, going)
-        rows, place = worlds.rows, place.clone()
-        if self._episodes > 1 and again.any():
-            self._next_episode(worlds, state.starts, episode, again)
-            place = torch.where(again.unsqueeze(-1), definition.place(now), place)
-            time = time.masked_fill(again, 0)
-        unstable = state.unstable | bad
-        success = state.success
-        if definition.success is not None:
-            success = success | (definition.success(now, data) & going & ~bad)
-        rows = rows.clone().unflatten(0, shape)
-        hidden = state.over | bad
-        step = self._time_step(
-            now, action, reward, terminated, truncated, over, again | over, hidden
+        reward = definition.reward(now, velocity, applied.double(), data)
+        time = state.time + (1 if going is None else going)
+        terminated = bad if definition.healthy is None else bad | ~definition.healthy(now)
+        if going is not None:
+            bad, terminated, reward = bad & going, terminated & going, reward.masked_fill(over, 0.0)
+        truncated = (time >= self._horizon) & ~(terminated | over)
+        if lost_some := bool(bad.any()):
+            reward = reward.masked_fill(bad, 0.0)
+        counted = time if going is None else time * going
+        # Half the price of torch's look-up.
+        inside = torch.from_numpy(self._phase[counted.numpy()])
+        later = state._replace(
+            time=time,
+            paid=torch.addcmul(state.paid, inside, reward.unsqueeze(-1)),
+            spent=state.spent + inside,
+            unstable=state.unstable | bad if lost_some else state.unstable,
         )
-        later = State(rows, place, time, episode, over, unstable, success, phases, *state[8:])
-        return later, step
+        if definition.success is not None:
+            reached = definition.success(now, data) & ~(over | bad)
+            later = later._replace(success=state.success | reached)
+        later, again = self._ended(later, worlds, terminated | truncated, bad)
+        place = definition.place(now).clone()
+        obs = definition.observe(now)
+        if lost_some or going is not None:
+            obs = obs.masked_fill((over | bad).unsqueeze(-1), 0.0)
+        later = later._replace(rows=worlds.saved(shape), place=place)
+        fresh = later.over if again is None else later.over | again
+        step = TimeStep(obs, action, reward, terminated, truncated, fresh, later.over)
+        return later, self._shown(step)
 
     def present(self, state: State) -> Data:
         """What the present episodes are about, leaves ``[Q or P, B, ...]``."""
+        changing = state.data.keys() - _LASTING if self._continual else {"working"}
+        if changing.isdisjoint(state.data):
+            return state.data
         members, trials = state.episode.shape
         episode = state.episode.clamp(max=self._episodes - 1)
         member, trial = torch.arange(members).unsqueeze(-1), torch.arange(trials)
-        changing = state.data.keys() - _LASTING if self._continual else {"working"}
         return {
             name: leaf[member % len(leaf), trial, episode] if name in changing else leaf
             for name, leaf in state.data.items()
         }
+
+    def _ended(
+        self, state: State, worlds: _Worlds, ended: Tensor, bad: Tensor
+    ) -> tuple[State, Tensor | None]:
+        """Count episodes that ended, begin the next ones; also which worlds began one."""
+        if not ended.any():
+            return state, None
+        episode = state.episode + ended
+        over = state.over | bad | (episode >= self._episodes)
+        again = ended & ~over
+        state = state._replace(episode=episode, over=over)
+        if not again.any():
+            return state, None
+        member, trial = again.nonzero(as_tuple=True)
+        source = member if state.starts.shape[0] > 1 else torch.zeros_like(member)
+        first = state.starts[source, trial, episode[member, trial]]
+        self._restart(worlds, first, member * again.shape[1] + trial)
+        return state._replace(time=state.time.masked_fill(again, 0)), again
 
     def metrics(self, state: State) -> dict[str, Tensor]:
         """Scores of each trial so far, float32 ``[P, B]``.
@@ -248,7 +280,7 @@ class MujocoEnv:
         scores = {"unstable": state.unstable}
         if self._definition.success is not None:
             scores["success"] = state.success
-        means = state.phases[..., 0] / state.phases[..., 1]
+        means = state.paid / state.spent
         scores |= dict(zip(self._definition.phases, means.unbind(-1), strict=True))
         return {name: score.to(self._like) for name, score in scores.items()}
 
@@ -281,44 +313,26 @@ class MujocoEnv:
         worlds.qvel[rows] = starts[:, self.model.nq :]
         worlds.engine.forward(None if chosen is None else chosen.numpy())
 
-    def _next_episode(
-        self, worlds: _Worlds, starts: Tensor, episode: Tensor, again: Tensor
-    ) -> None:
-        member, trial = again.nonzero(as_tuple=True)
-        source = member if starts.shape[0] > 1 else torch.zeros_like(member)
-        first = starts[source, trial, episode[member, trial]]
-        self._restart(worlds, first, member * again.shape[1] + trial)
+    def _torque(self, action: Tensor) -> Tensor:
+        """Actions in -1..1 as controls of the model."""
+        return action if self._unit else torch.addcmul(self._centre, action, self._reach)
 
-    def _shares(self, time: Tensor, reward: Tensor, going: Tensor) -> Tensor:
-        """What this step adds to the sums of the phases, ``[P, B, K, 2]``."""
-        inside = torch.embedding(self._phase, time) * going.unsqueeze(-1)
-        return torch.stack([inside * reward.unsqueeze(-1), inside], dim=-1)
-
-    def _time_step(
-        self,
-        now: Snapshot,
-        action: Tensor,
-        reward: Tensor,
-        terminated: Tensor,
-        truncated: Tensor,
-        over: Tensor,
-        fresh: Tensor,
-        hidden: Tensor,
-    ) -> TimeStep:
-        """What the agent sees, packed for one transfer to its device."""
-        obs = self._definition.observe(now).masked_fill(hidden.unsqueeze(-1), 0.0)
-        flags = torch.stack([reward, terminated, truncated, fresh, over], dim=-1)
-        seen = torch.cat([obs, action, flags], dim=-1).to(self._like)
-        sizes = (obs.shape[-1], action.shape[-1], 5)
-        obs, prev_action, flags = seen.split(sizes, dim=-1)
+    def _shown(self, step: TimeStep) -> TimeStep:
+        """The time step in float32 on the agent's device, in one transfer."""
+        if self._like.device.type == "cpu":
+            obs, action, reward = (leaf.float() for leaf in step[:3])
+            return TimeStep(obs, action, reward, *step[3:])
+        flags = torch.stack(step[2:], dim=-1)
+        sizes = [step.obs.shape[-1], step.prev_action.shape[-1], flags.shape[-1]]
+        seen = torch.cat([step.obs, step.prev_action, flags], dim=-1).to(self._like)
+        obs, action, flags = seen.split(sizes, dim=-1)
         reward, *marks = flags.unbind(-1)
-        return TimeStep(obs, prev_action, reward, *(mark.bool() for mark in marks))
+        return TimeStep(obs, action, reward, *(mark.bool() for mark in marks))
 
 
-def _phase_table(definition: Definition, horizon: int) -> Tensor:
+def _phase_table(definition: Definition, horizon: int) -> np.ndarray:
     """1 where step t of an episode is in a phase, float64 ``[horizon + 1, K]``."""
-    step = torch.arange(horizon + 1)
-    inside = [(step >= first) & (step <= last) for first, last in definition.phases.values()]
-    if not inside:
-        return torch.zeros(horizon + 1, 0, dtype=torch.float64)
-    return torch.stack(inside, dim=-1).double()
+    table = np.zeros((horizon + 1, len(definition.phases)))
+    for phase, (first, last) in enumerate(definition.phases.values()):
+        table[first : last + 1, phase] = 1.0
+    return table

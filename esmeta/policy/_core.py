@@ -23,10 +23,11 @@ class PolicyConfig:
 
     ``hidden``: widths of the embedding's tanh layers; ``head_hidden``: width of the one tanh layer
     of each head; ``extra``: one more input, a constant 1 (``bias``), t/T (``time``) or ``none``;
-    ``reward_input_scale``: factor on the reward as an input; ``episode_input``: one more input that
-    is 1 at the first step of an episode (the d of RL2, for tasks whose state jumps there); ``std``:
-    standard deviation of a Gaussian policy, ``fixed`` at ``std_value``, ``learned``, or given by
-    the ``state``; ``squash_embedding``: a tanh on the embedding's output.
+    ``reward_input_scale``: factor on the reward as an input (0: it is not shown);
+    ``episode_input``: one more input that is 1 at the first step of an episode (the d of RL2, for
+    tasks whose state jumps there); ``std``: standard deviation of a Gaussian policy, ``fixed`` at
+    ``std_value``, ``learned``, or given by the ``state``; ``squash_embedding``: a tanh on the
+    embedding's output.
     """
 
     neurons: int = 20
@@ -47,7 +48,7 @@ class PolicyConfig:
         for width in self.hidden:
             errors.positive_int("hidden", width)
         errors.finite_positive("std_value", self.std_value)
-        errors.finite_positive("reward_input_scale", self.reward_input_scale)
+        errors.non_negative("reward_input_scale", self.reward_input_scale)
 
 
 class Bound(NamedTuple):

@@ -1,0 +1,209 @@
+"""Control steps per second of simulated bodies against MuJoCo itself and gymnasium's vector.
+
+    python tests/bench/bodies.py --json bodies.json
+    python tests/bench/bodies.py --quick
+
+One process, CPU time, so that a busy machine hits all alike; the contenders take turns, and figures
+are medians over the turns. All run the same model under uniform actions from the same kind of
+starts, begun anew every 100 steps, and none ends early.
+
+* ``raw``: ``mj_step`` on one ``MjData`` in a Python loop, one call per control step, with nothing
+  observed or paid, on the model as esmeta sets it up (no constraint islands). ``raw, gymnasium's``
+  has the islands, which is what gymnasium and everybody else runs.
+* ``env``: one step of esmeta's environment with observation and reward, for B trials at once.
+* ``env + policy``: with a step of a policy (two hidden layers of 64, actions drawn) before each.
+* ``sync``: gymnasium's ``SyncVectorEnv`` of 16, with its observation and reward.
+* ``half over``: the environment where half of the trials have ended, and its share of the cost.
+* ``threads``: wall time of one thread over that of two, B = 256. Says nothing on a busy machine.
+
+The ant is that of ``ant_dir`` (no contact forces); gymnasium's has them, and ``ant with forces``
+(the row engine) is like for like.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.util
+import json
+import os
+import statistics
+import sys
+import time
+import types
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"
+if importlib.util.find_spec("imageio") is None:
+    # Gymnasium imports it for the pictures of its window only.
+    sys.modules["imageio"] = types.ModuleType("imageio")
+
+import gymnasium  # noqa: E402
+import mujoco  # noqa: E402
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+
+from esmeta.cli import prepare_process  # noqa: E402
+
+# As every training run does; all contenders profit.
+prepare_process()
+
+import esmeta  # noqa: E402
+from esmeta.envs._mujoco_model import build_model, quiet  # noqa: E402
+from esmeta.envs.mujoco import MujocoEnv  # noqa: E402
+from esmeta.policy import _heads as heads  # noqa: E402
+from esmeta.rng import Rng  # noqa: E402
+from esmeta.tasks import make_task  # noqa: E402
+
+STEPS = 100
+BODIES = {"ant": ("ant_dir", "Ant-v5"), "cheetah": ("cheetah_dir", "HalfCheetah-v5")}
+Contender = Callable[[], float]
+"""Runs for a while; returns control steps per second of CPU time."""
+
+
+def clocked(run: Callable[[], None], steps: int) -> float:
+    """Steps per second of CPU time of this process."""
+    begin = time.process_time()
+    run()
+    return steps / (time.process_time() - begin)
+
+
+def raw(name: str, worlds: int, *, islands: bool) -> Contender:
+    """``mj_step`` and nothing else, ``worlds`` trials one after the other."""
+    body = make_task(name).body()
+    model = build_model(body)
+    if islands:
+        model.opt.disableflags &= ~int(mujoco.mjtDisableBit.mjDSBL_ISLAND)
+    data, rng = mujoco.MjData(model), np.random.default_rng(0)
+    acts = rng.uniform(-1, 1, size=(worlds, STEPS, model.nu))
+    noise = rng.uniform(-0.1, 0.1, size=(worlds, model.nq))
+
+    def run() -> None:
+        for world in range(worlds):
+            mujoco.mj_resetData(model, data)
+            data.qpos += noise[world]
+            for action in acts[world]:
+                data.ctrl = action
+                mujoco.mj_step(model, data, nstep=body.frame_skip)
+
+    return lambda: clocked(run, worlds * STEPS)
+
+
+def environment(name: str, options: dict[str, object], threads: int = 1) -> MujocoEnv:
+    """The task's environment without an early end."""
+    task = make_task(name, **options)
+    definition = dataclasses.replace(task.definition(), healthy=None)
+    return MujocoEnv(
+        task.body(), definition, horizon=task.spec.horizon, engine=task.engine, threads=threads
+    )
+
+
+def ours(name: str, batch: int, *, policy: bool = False, over: float = 0.0, **options: object):
+    """Esmeta's environment on ``batch`` trials, of which the share ``over`` has ended."""
+    task, env = make_task(name, **options), environment(name, options)
+    tasks = task.sample(batch, "train", Rng(0))
+    acts = torch.rand(STEPS, 1, batch, task.spec.action.size) * 2 - 1
+    brain = esmeta.make_policy("mlp", task.spec, neurons=64, hidden=(64,))
+    bound = brain.bind(brain.init(0))
+    ended = (torch.arange(batch) < over * batch).unsqueeze(0)
+
+    @torch.no_grad()
+    def run() -> None:
+        state, ts = env.reset(tasks, Rng(1))
+        state = state._replace(over=ended)
+        memory = {}
+        for t in range(STEPS):
+            action = acts[t]
+            if policy:
+                out, memory = brain.step_bound(bound, memory, ts, t)
+                action = heads.sample(out, acts[t])
+            state, ts = env.step(state, action)
+
+    return lambda: clocked(run, batch * STEPS)
+
+
+def sync(name: str, batch: int) -> Contender:
+    """Gymnasium's vector of environments, begun anew as often."""
+    make = [lambda: gymnasium.make(name, disable_env_checker=True).unwrapped] * batch
+    with quiet(mujoco):
+        envs = gymnasium.vector.SyncVectorEnv(make)
+    rng = np.random.default_rng(0)
+    acts = rng.uniform(-1, 1, size=(STEPS, *envs.action_space.shape)).astype(np.float32)
+
+    def run() -> None:
+        envs.reset(seed=0)
+        for action in acts:
+            envs.step(action)
+
+    return lambda: clocked(run, batch * STEPS)
+
+
+def thread_gain(name: str, turns: int) -> float:
+    """Wall time of one thread over that of two, batch 256."""
+    times: dict[int, list[float]] = {1: [], 2: []}
+    task = make_task(name)
+    tasks = task.sample(256, "train", Rng(0))
+    acts = torch.rand(20, 1, 256, task.spec.action.size) * 2 - 1
+    envs = {threads: environment(name, {}, threads) for threads in times}
+    for _ in range(turns):
+        for threads, env in envs.items():
+            state, _ = env.reset(tasks, Rng(1))
+            begin = time.perf_counter()
+            for action in acts:
+                state, _ = env.step(state, action)
+            times[threads].append(time.perf_counter() - begin)
+    return min(times[1]) / min(times[2])
+
+
+def compare(body: str, turns: int, batches: list[int]) -> dict[str, float]:
+    """Medians of the rates of all contenders on one body."""
+    name, gym_name = BODIES[body]
+    contenders = {
+        "raw": raw(name, 8, islands=False),
+        "raw, gymnasium's": raw(name, 8, islands=True),
+        "sync": sync(gym_name, 16),
+    }
+    for batch in batches:
+        contenders[f"env {batch}"] = ours(name, batch)
+        contenders[f"env {batch} rows"] = ours(name, batch, engine="rows")
+    contenders["env 16 + policy"] = ours(name, 16, policy=True)
+    contenders["half over"] = ours(name, 64, over=0.5)
+    if body == "ant":
+        contenders["env 64 with forces"] = ours(name, 64, contact="mj")
+    rates: dict[str, list[float]] = {key: [] for key in contenders}
+    order = list(contenders)
+    for turn in range(turns + 1):
+        for key in order[turn % len(order) :] + order[: turn % len(order)]:
+            rate = contenders[key]()
+            if turn:  # the first turn warms up
+                rates[key].append(rate)
+    return {key: statistics.median(values) for key, values in rates.items()}
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="two turns instead of nine")
+    parser.add_argument("--json", help="also write the numbers to this file")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    turns = 2 if args.quick else 9
+    result: dict[str, dict[str, float]] = {}
+    for body in BODIES:
+        rates = compare(body, turns, [16, 64, 256])
+        result[body] = rates
+        print(f"\n{body}: control steps per CPU second, share of raw, of sync")
+        for key, rate in rates.items():
+            print(f"  {key:20} {rate:9.0f} {rate / rates['raw']:6.2f} {rate / rates['sync']:6.2f}")
+        share = rates["env 64"] / rates["half over"]
+        gain = thread_gain(BODIES[body][0], turns)
+        result[body] |= {"cost of half": share, "two threads": gain}
+        print(f"  half over costs {share:.2f} of all; two threads {gain:.2f} times one")
+    if args.json:
+        facts = {"mujoco": mujoco.__version__, "numpy": np.__version__, "turns": turns}
+        Path(args.json).write_text(json.dumps({**facts, **result}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
