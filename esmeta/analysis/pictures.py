@@ -13,8 +13,12 @@ import torch
 
 from esmeta import errors
 from esmeta import rollout as loop
+from esmeta.analysis.scenes import Scene
 from esmeta.policy import Policy
 from esmeta.rng import Rng
+from esmeta.tasks._locomotion import (  # pyright: ignore[reportMissingImports]  # see esmeta.tasks
+    Simulated,
+)
 from esmeta.types import Params, PolicyOut, Task, TimeStep
 
 if TYPE_CHECKING:
@@ -90,9 +94,21 @@ def run_trial(
 
 
 def renderer(task: Task) -> Render | None:
-    """The function ``render(state, p, b, scale)`` beside a task's class; None if it has none."""
+    """The function ``render(state, p, b, scale)`` beside a task's class; None if it has none.
+
+    Tasks with a simulated body need none, see :mod:`esmeta.analysis.scenes`.
+    """
+    if isinstance(task, Simulated):
+        return Scene(task)
     module = importlib.import_module(type(task).__module__)
     return getattr(module, "render", None)
+
+
+def frame_rate(task: Task) -> float:
+    """Steps per second that are right to look at: real time for a simulated body, else 8."""
+    if not isinstance(task, Simulated):
+        return 8.0
+    return 1.0 / task.make_env("cpu").seconds
 
 
 def trial_frames(
@@ -103,18 +119,21 @@ def trial_frames(
     split: str = "test",
     seed: int = 0,
     max_steps: int | None = None,
+    every: int = 1,
 ) -> list[np.ndarray]:
-    """Pictures uint8 ``[H, W, 3]`` of every state of a trial, with step and return underneath.
+    """Pictures uint8 ``[H, W, 3]`` of the states of a trial, with step and return underneath.
 
     The strip is green after a positive reward and red after a negative one. ``max_steps`` cuts
-    the trial.
+    the trial; of ``every`` so many states one is drawn, the first among them.
     """
     render = renderer(task)
     if render is None:
         raise errors.UserError(
             f"task {type(task).__module__}: has no function render(state, p, b, scale), so there "
-            "is nothing to draw; choose a task that has one (harlow, maze) or write it"
+            "is nothing to draw; choose a task that has one (harlow, maze, all simulated bodies) "
+            "or write it"
         )
+    errors.positive_int("every", every)
     if max_steps is not None:
         errors.positive_int("max_steps", max_steps, example=100)
     trial = run_trial(policy, params, task, index, split, seed)
@@ -123,7 +142,7 @@ def trial_frames(
     last = len(trial.states) if max_steps is None else max_steps + 1
     return [
         _captioned(render(state, 0, 0, _SCALE), f"step {t}   return {total[t]:.1f}", rewards[t])
-        for t, state in enumerate(trial.states[:last])
+        for t, state in list(enumerate(trial.states[:last]))[::every]
     ]
 
 
