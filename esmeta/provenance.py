@@ -6,11 +6,14 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+
+SIMULATORS = ("mujoco",)
 
 
 def _git_commit() -> str | None:
@@ -43,9 +46,27 @@ def _without_folders(argument: str) -> str:
     return f"{head}{equals}{Path(tail).name}" if os.path.isabs(tail) else argument
 
 
+def simulators() -> dict[str, str | None]:
+    """Versions of the simulators in use: another version may be other physics."""
+    return {name: _version(name) for name in SIMULATORS if name in sys.modules}
+
+
+def compare_simulators(theirs: Mapping[str, str | None]) -> None:
+    """Warn where a run goes on with another simulator than it was made with."""
+    for name, version in simulators().items():
+        before = theirs.get(name, version)
+        if before != version:
+            print(
+                f"esmeta: warning: the checkpoint was made with {name} {before}, this is "
+                f"{version}; numbers may differ from here on",
+                file=sys.stderr,
+            )
+
+
 def environment(device: str) -> dict[str, Any]:
     """Versions and hardware, without the names of machines, people or folders."""
     packages = ["torch", "numpy", "esmeta", *(["evotorch"] if "evotorch" in sys.modules else [])]
+    packages += simulators()
     on_gpu = device.startswith("cuda") and torch.cuda.is_available()
     return {
         "versions": {"python": platform.python_version()}

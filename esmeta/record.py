@@ -21,7 +21,7 @@ import time
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -31,7 +31,7 @@ import torch
 from esmeta import config as configuration
 from esmeta.config import Config
 from esmeta.errors import UserError
-from esmeta.provenance import environment
+from esmeta.provenance import compare_simulators, environment, simulators
 from esmeta.tree import theta_sha256
 from esmeta.types import Params
 from esmeta.wire import decode, encode
@@ -39,7 +39,10 @@ from esmeta.wire import decode, encode
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Where a run was after ``step``: theta ``[1, ...]``, the caller's payload, seconds so far."""
+    """Where a run was after ``step``: theta ``[1, ...]``, the caller's payload, seconds so far.
+
+    ``simulators``: versions of those that made it, as far as it says.
+    """
 
     step: int
     theta: Params
@@ -47,6 +50,7 @@ class Checkpoint:
     seconds: float
     digest: bytes
     config_toml: str
+    simulators: dict[str, str | None] = field(default_factory=dict)
 
 
 # --- reading and writing files -----------------------------------------------------------------
@@ -81,6 +85,7 @@ def _replace(path: Path, data: bytes) -> None:
 
 def _read_checkpoint(path: Path) -> Checkpoint:
     saved = decode(path.read_bytes())
+    saved.setdefault("simulators", {})  # older checkpoints do not say
     return Checkpoint(**{name: saved[name] for name in Checkpoint.__dataclass_fields__})
 
 
@@ -236,6 +241,8 @@ class RunDir:
                     f"{path} was made with another configuration: {keys}; pass the "
                     "same values, or another --out"
                 )
+            if resumed:
+                compare_simulators(resumed.simulators)
             (path / "checkpoint").mkdir(parents=True, exist_ok=True)
             _replace(path / "config.toml", configuration.to_toml(config).encode())
             last = resumed.step if resumed else -1
@@ -276,6 +283,7 @@ class RunDir:
                 "seconds": self.seconds,
                 "digest": configuration.digest(self._config),
                 "config_toml": configuration.to_toml(self._config),
+                "simulators": simulators(),
             }
         )
         current = self.path / "checkpoint" / "current.ckpt"

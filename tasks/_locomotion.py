@@ -18,7 +18,7 @@ from esmeta.envs import _mujoco_model as models
 from esmeta.envs.bodies import Body, Definition, Noise, Snapshot
 from esmeta.envs.mujoco import MujocoEnv
 from esmeta.rng import Rng
-from esmeta.tasks import check_int, check_split, task_numbers
+from esmeta.tasks import check_int, check_split, episode_steps, task_numbers
 from esmeta.types import Continuous, Reference, Spec, Tasks
 
 TORSO = 1
@@ -44,7 +44,7 @@ class Simulated:
     """Options of every task with a simulated body.
 
     Args:
-        horizon: control steps of an episode at most.
+        horizon: control steps of a trial at most, shared evenly by its episodes.
         episodes: episodes of a trial, all on the same task.
         engine: ``"auto"``, ``"batch"`` (MuJoCo 3.17) or ``"rows"``: the same numbers.
         threads: threads that step worlds; with MPI, ranks do the same and 1 is right.
@@ -71,8 +71,7 @@ class Simulated:
     continual: bool = False
 
     def __post_init__(self) -> None:
-        check_int("horizon", self.horizon, 1, 100_000)
-        check_int("episodes", self.episodes, 1, 1000)
+        episode_steps(self.horizon, self.episodes)
         check_int("threads", self.threads, 1, 1024)
         errors.one_of("engine", self.engine, ("auto", "batch", "rows"))
         self.body()  # checks what is left
@@ -138,19 +137,19 @@ class Simulated:
 
     @property
     def spec(self) -> Spec:
-        """Sizes of observation and action; a trial is ``episodes`` x ``horizon`` steps at most."""
+        """Sizes of observation and action."""
         raise NotImplementedError
 
     def trial(self, obs_size: int, actions: int) -> Spec:
         """The spec of a trial of these options."""
-        return Spec(obs_size, Continuous(actions), self.horizon * self.episodes, self.episodes)
+        return Spec(obs_size, Continuous(actions), self.horizon, self.episodes)
 
     def make_env(self, device: torch.device | str) -> MujocoEnv:
         """The environment; physics is on the CPU, time steps are on ``device``."""
         return MujocoEnv(
             self.body(),
             self.definition(),
-            horizon=self.horizon,
+            horizon=episode_steps(self.horizon, self.episodes),
             episodes=self.episodes,
             continual=self.continual and self.renewable,
             engine=self.engine,

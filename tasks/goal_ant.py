@@ -99,7 +99,7 @@ class Task(ant.Ant):
     @property
     def reference(self) -> Reference:
         """Uniform actions; standing on the goal, or the speed of TD3 towards it."""
-        steps = self.horizon * self.episodes
+        steps = self.horizon
         if self.reward == "distance":
             return self.scores(0.0, "best: a bound that no body reaches")
         return self.scores((walk.TD3["ant"] - 1.0) * steps, "best: at the speed of TD3 on Ant")

@@ -227,7 +227,7 @@ def play(
 def test_threads_change_no_bit(engine: str) -> None:
     results = []
     for threads in (1, 2, 3):
-        task = make_task("hopper", engine=engine, threads=threads, horizon=30, episodes=2)
+        task = make_task("hopper", engine=engine, threads=threads, horizon=60, episodes=2)
         acts = actions(40, 2, 5, 3)
         state, steps, _ = play(task, task.make_env("cpu"), acts, task.sample(5, "train", Rng(0)))
         results.append((state.rows, torch.stack([ts.obs for ts in steps])))
@@ -273,7 +273,7 @@ def test_finished_worlds_cost_no_physics(engine: str, monkeypatch) -> None:
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_lost_worlds_are_ended_and_counted(engine: str) -> None:
-    task = make_task("cheetah_dir", engine=engine, horizon=20, episodes=2)
+    task = make_task("cheetah_dir", engine=engine, horizon=40, episodes=2)
     acts = actions(10, 1, 3, 6)
     tasks = task.sample(3, "train", Rng(0))
     env = task.make_env("cpu")
@@ -310,7 +310,7 @@ def test_an_exploding_world_is_ended_by_its_own_physics() -> None:
 
 
 def test_episodes_follow_each_other_in_the_same_step() -> None:
-    task = make_task("hopper", horizon=25, episodes=3)
+    task = make_task("hopper", horizon=75, episodes=3)
     env, tasks = task.make_env("cpu"), task.sample(4, "train", Rng(0))
     acts = actions(75, 1, 4, 3)
     state, steps, states = play(task, env, acts, tasks)
@@ -334,7 +334,7 @@ def test_episodes_follow_each_other_in_the_same_step() -> None:
 
 def test_episodes_start_as_a_trial_of_their_own_would() -> None:
     # The physics of an episode must not remember the one before: warm start, time, controls.
-    task = make_task("cheetah_dir", horizon=10, episodes=2)
+    task = make_task("cheetah_dir", horizon=20, episodes=2)
     env, tasks = task.make_env("cpu"), task.sample(3, "train", Rng(0))
     acts = actions(20, 1, 3, 6)
     *_, states = play(task, env, acts, tasks)

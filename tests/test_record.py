@@ -10,11 +10,14 @@ import signal
 import sys
 import time
 import tomllib
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli_w
 import torch
+from tiny_runs import overrides, run_here
 
 from esmeta import config, progress, record, wire
 from esmeta.comm import SelfComm
@@ -475,3 +478,33 @@ def test_progress_bar_on_a_terminal() -> None:
             shown += os.read(leader, 100_000).decode(errors="replace")
     os.close(leader)
     assert "maze" in shown and "3/3" in shown and "x 0.5" in shown
+
+
+def test_simulators_are_recorded_and_another_version_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw = {
+        "task": {"name": "cheetah-dir", "trials": 2, "horizon": 3},
+        "policy": {"name": "mlp", "neurons": 3},
+        "optimizer": {"name": "openes", "popsize": 4},
+        "budget": {"generations": 2},
+    }
+    path = tmp_path / "run"
+    preset = tmp_path / "body.toml"
+    preset.write_text(tomli_w.dumps(raw), encoding="utf-8")
+    off = overrides("run.tensorboard=false", "run.evaluate_every=0", "run.checkpoint_every=1")
+    assert run_here(preset, "--out", path, *off) == 0
+    version = metadata.version("mujoco")
+    assert json.loads((path / "run.json").read_text())["versions"]["mujoco"] == version
+    saved = record.load_checkpoint(path)
+    assert saved is not None and saved.simulators == {"mujoco": version}
+    assert 'contact_rule = "legacy"' in saved.config_toml
+    assert "another" not in capsys.readouterr().err
+    monkeypatch.setattr(record, "simulators", lambda: {"mujoco": "3.3.0"})
+    run = record.RunDir.create(path, record.read_config(path), resume=True)
+    assert run.resumed is not None
+    run.save_checkpoint(2, run.resumed.theta, run.resumed.payload)
+    run.close()
+    capsys.readouterr()
+    record.RunDir.create(path, record.read_config(path), resume=True).close()
+    assert f"made with mujoco 3.3.0, this is {version}" in capsys.readouterr().err

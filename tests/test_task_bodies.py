@@ -267,6 +267,7 @@ WRONG = [
     ("cheetah_dir", {"threads": 0}, ["threads is 0", "threads=1"]),
     ("cheetah_dir", {"episodes": 0}, ["episodes is 0", "episodes=1"]),
     ("cheetah_dir", {"horizon": 0}, ["horizon is 0", "horizon=1"]),
+    ("cheetah_dir", {"horizon": 201, "episodes": 2}, ["horizon is 201", "horizon=200"]),
     ("cheetah_vel", {"speed_min": 3.0}, ["speed_min = 3.0", "speed_max = 2.0"]),
     ("cheetah_vel", {"speed_max": -1.0}, ["speed_max", "-1.0", "> 0"]),
     ("ant_goal", {"goals": "ring"}, ["'ring'", "disc, square"]),

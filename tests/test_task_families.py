@@ -250,7 +250,11 @@ def test_goals_of_the_test_lie_on_the_other_half() -> None:
 
 
 def test_targets_are_uniform_in_the_disc_and_new_in_every_episode() -> None:
-    pose = make_task("random_reacher", episodes=3).sample(1000, "train", Rng(0)).data["pose"]
+    pose = (
+        make_task("random_reacher", horizon=150, episodes=3)
+        .sample(1000, "train", Rng(0))
+        .data["pose"]
+    )
     assert pose.shape == (1, 1000, 3, 4) and not pose[..., :2].any()
     square = pose[0, ..., 2:].square().sum(-1)
     for episode in range(3):
@@ -423,7 +427,7 @@ def test_a_failed_motor_gives_no_torque(name: str, impaired: str, dead: list[int
 
 
 def test_a_motor_may_fail_later_or_at_random() -> None:
-    later = make_task("cheetah_dir", impaired="ffoot", episodes=3, impaired_from=3)
+    later = make_task("cheetah_dir", impaired="ffoot", horizon=60, episodes=3, impaired_from=3)
     working = later.sample(2, "test", Rng(0)).data["working"]
     assert working.shape == (1, 2, 3, 6) and working[:, :, :2].all()
     assert (working[:, :, 2] == torch.tensor([1, 1, 1, 1, 1, 0.0])).all()
@@ -440,7 +444,7 @@ def test_a_motor_may_fail_later_or_at_random() -> None:
 
 
 def test_tasks_change_between_the_episodes_of_a_trial() -> None:
-    task = make_task("cheetah_dir", horizon=8, episodes=5, continual=True)
+    task = make_task("cheetah_dir", horizon=40, episodes=5, continual=True)
     tasks = task.sample(16, "test", Rng(0))
     direction = tasks.data["direction"][0]
     assert direction.shape == (16, 5, 2)
@@ -460,7 +464,7 @@ def test_tasks_change_between_the_episodes_of_a_trial() -> None:
 
 
 def test_the_last_step_of_an_episode_is_paid_for_its_own_task() -> None:
-    task = make_task("cheetah_vel", horizon=3, episodes=2, continual=True)
+    task = make_task("cheetah_vel", horizon=6, episodes=2, continual=True)
     tasks = task.sample(2, "train", Rng(0))
     tasks.data["speed"] = torch.tensor([[[100.0, 1000.0], [1000.0, 100.0]]], dtype=torch.float64)
     _, rewards, _ = run(task.make_env("cpu"), tasks, torch.zeros(6, 1, 2, 6))
@@ -471,7 +475,7 @@ def test_the_last_step_of_an_episode_is_paid_for_its_own_task() -> None:
 
 @pytest.mark.parametrize("name", ["ant_dir", "ant_vel", "ant_goal", "goal_ant", "cheetah_vel"])
 def test_every_family_of_tasks_can_change(name: str) -> None:
-    task = make_task(name, horizon=4, episodes=3, continual=True, impaired="random")
+    task = make_task(name, horizon=12, episodes=3, continual=True, impaired="random")
     tasks = task.sample(5, "train", Rng(0))
     for leaf, values in tasks.data.items():
         assert values.shape[:3] == (1, 5, 3)

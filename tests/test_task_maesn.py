@@ -253,7 +253,7 @@ def test_bad_options(name: str, options: dict[str, object], words: list[str]) ->
 
 
 def test_goals_change_between_episodes() -> None:
-    task = make_task("wheeled", horizon=5, episodes=2, continual=True)
+    task = make_task("wheeled", horizon=10, episodes=2, continual=True)
     tasks = task.sample(4, "train", Rng(0))
     assert tasks.data["goal"].shape == (1, 4, 2, 2)
     tasks.data["goal"][:, :, 1] *= 3

@@ -14,6 +14,7 @@ import torch
 from esmeta import errors
 from esmeta import rollout as loop
 from esmeta.analysis.scenes import Scene
+from esmeta.envs.mujoco import MujocoEnv
 from esmeta.policy import Policy
 from esmeta.rng import Rng
 from esmeta.tasks._locomotion import (  # pyright: ignore[reportMissingImports]  # see esmeta.tasks
@@ -108,7 +109,9 @@ def frame_rate(task: Task) -> float:
     """Steps per second that are right to look at: real time for a simulated body, else 8."""
     if not isinstance(task, Simulated):
         return 8.0
-    return 1.0 / task.make_env("cpu").seconds
+    env = task.make_env("cpu")
+    assert isinstance(env, MujocoEnv)
+    return 1.0 / env.seconds
 
 
 def trial_frames(
