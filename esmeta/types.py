@@ -13,6 +13,7 @@ a leading 1 means that all members face the same tasks.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
@@ -155,6 +156,19 @@ class Task(Protocol):
         ...
 
     def make_env(self, device: torch.device | str) -> BatchedEnv: ...
+
+
+@runtime_checkable
+class Drawn(Protocol):
+    """A task that says how its states are drawn; others have a function ``render`` beside them."""
+
+    def renderer(self) -> Callable[..., Any]:
+        """A function ``(state, p, b, scale)`` to pictures uint8 ``[H, W, 3]``."""
+        ...
+
+    def frame_rate(self) -> float:
+        """Steps per second of real time."""
+        ...
 
 
 class PolicyOut(NamedTuple):

@@ -17,6 +17,7 @@ from esmeta import errors
 from esmeta.envs import _mujoco_model as models
 from esmeta.envs.bodies import Body, Definition, Noise, Snapshot
 from esmeta.envs.mujoco import MujocoEnv
+from esmeta.envs.scenes import Scene
 from esmeta.rng import Rng
 from esmeta.tasks import check_int, check_split, episode_steps, task_numbers
 from esmeta.types import Continuous, Reference, Spec, Tasks
@@ -156,6 +157,14 @@ class Simulated:
             threads=self.threads,
             device=device,
         )
+
+    def renderer(self) -> Scene:
+        """Draws the bodies."""
+        return Scene(lambda: self.make_env("cpu"))
+
+    def frame_rate(self) -> float:
+        """Control steps per second of real time."""
+        return 1.0 / self.make_env("cpu").seconds
 
     def scores(self, best: float, note: str) -> Reference:
         """References: uniform actions are measured, ``best`` is known from elsewhere."""

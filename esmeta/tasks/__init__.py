@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import importlib
 import pkgutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -76,6 +77,18 @@ def _task_class(name: str) -> Any:  # noqa: ANN401 - a class from a module that 
     if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
         raise ValueError(f"{name!r} is {cls!r}; it must be a dataclass with the task's options")
     return cls
+
+
+def renderer(task: Task) -> Callable[..., Any] | None:
+    """The function ``(state, p, b, scale)`` that draws a task's states, uint8 ``[H, W, 3]``.
+
+    That of the task (:class:`esmeta.types.Drawn`), or ``render`` beside its class; None without.
+    """
+    from esmeta.types import Drawn
+
+    if isinstance(task, Drawn):
+        return task.renderer()
+    return getattr(importlib.import_module(type(task).__module__), "render", None)
 
 
 def _nearest(word: str, known: list[str]) -> str:

@@ -8,7 +8,9 @@ projected in parallel and painted from the back to the front. With ``MUJOCO_GL``
 from __future__ import annotations
 
 import copy
+import functools
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +22,6 @@ from esmeta.envs.mujoco import MujocoEnv, State
 
 if TYPE_CHECKING:
     from PIL.ImageDraw import ImageDraw
-
-    from esmeta.tasks._locomotion import Simulated  # pyright: ignore[reportMissingImports]
 
 WIDTH, HEIGHT = 15, 10  # times the scale, in pixels
 _FINER = 2  # drawn so many times larger, then shrunk
@@ -62,17 +62,15 @@ def choose_view(model: Any) -> View:
 
 
 class Scene:
-    """Draws the states of one task's environment; ``scene(state, p, b, scale)`` is a picture."""
+    """Draws the states of one task's environments; ``scene(state, p, b, scale)`` is a picture."""
 
-    def __init__(self, task: Simulated) -> None:
-        self._env: MujocoEnv = task.make_env("cpu")
-        self._mujoco = models.import_mujoco()
-        self.view = choose_view(self._env.model)
+    def __init__(self, make_env: Callable[[], MujocoEnv]) -> None:
+        self._make_env = make_env
         self._of: tuple[Any, int, int] | None = None
         self._gl: Any = None
         self._first: tuple[np.ndarray, float] | None = None
 
-    def __call__(self, state: State, p: int, b: int, scale: int) -> np.ndarray:
+    def __call__(self, state: State, p: int, b: int, scale: int = 24) -> np.ndarray:
         """Trial ``[p, b]`` as uint8 ``[10 scale, 15 scale, 3]``."""
         self._prepare(state, p, b)
         mujoco, model, data = self._mujoco, self._model, self._data
@@ -84,6 +82,19 @@ class Scene:
         if os.environ.get("MUJOCO_GL"):
             return self._rendered(centre, width, goal, scale)
         return self._drawn(centre, width, goal, scale)
+
+    @functools.cached_property
+    def _env(self) -> MujocoEnv:
+        return self._make_env()
+
+    @functools.cached_property
+    def _mujoco(self) -> Any:
+        return models.import_mujoco()
+
+    @functools.cached_property
+    def view(self) -> View:
+        """Where the bodies are seen from."""
+        return choose_view(self._env.model)
 
     def _prepare(self, state: State, p: int, b: int) -> None:
         """The model of this trial's own world."""
