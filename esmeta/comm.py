@@ -125,19 +125,23 @@ class MPIComm:
 
     ``timeout_s`` (seconds) and ``label`` (where the run is, for messages) may be set at any time;
     ``waited_s`` adds up the seconds that this rank spent in collectives. After a ``TimeoutError``
-    no further collective is possible: the job has to end.
+    no further collective is possible: the job has to end. ``over``: a communicator of mpi4py with
+    some of the ranks; ``names`` are their numbers in ``MPI_COMM_WORLD``, which messages use.
     """
 
-    def __init__(self, timeout_s: float = 60.0) -> None:
+    def __init__(self, timeout_s: float = 60.0, over: Any = None) -> None:
         # MPI starts at this import, never at the import of esmeta.
         from mpi4py import MPI
 
         self._mpi = MPI
+        over = MPI.COMM_WORLD if over is None else over
         # Copies: no other user's messages get in between, nor do the last words of a failed rank.
-        self._world = MPI.COMM_WORLD.Dup()
-        self._last_words = MPI.COMM_WORLD.Dup()
+        self._world = over.Dup()
+        self._last_words = over.Dup()
         self.rank: int = self._world.Get_rank()
         self.size: int = self._world.Get_size()
+        everybody = MPI.COMM_WORLD.Get_group()
+        self.names: list[int] = list(over.Get_group().Translate_ranks(None, everybody))
         self.timeout_s = timeout_s
         self.label = "start"
         self.waited_s = 0.0
@@ -197,7 +201,8 @@ class MPIComm:
 
     def abort(self, code: int, message: str) -> NoReturn:
         """Say why on stderr with the rank, and end the whole job with ``code``."""
-        print(f"esmeta: rank {self.rank}: {message}", file=sys.stderr, flush=True)
+        name = self.names[self.rank]
+        print(f"esmeta: rank {name}: {message}", file=sys.stderr, flush=True)
         # The launcher drops what it has not read when the job is aborted.
         wait_until_read(sys.stderr, 2.0)
         self._mpi.COMM_WORLD.Abort(code)
@@ -221,13 +226,44 @@ class MPIComm:
         self.waited_s += waited
         if done:
             return
-        missing = self._call_the_roll()
-        named = f"rank{'s' * (len(missing) > 1)} {_numbers(missing)}" if missing else "other ranks"
-        cause = "hangs, is gone or is much slower" if missing else "all of them wait elsewhere"
-        raise TimeoutError(
-            f"rank {self.rank} of {self.size}: {self._operation} waited {waited:.0f} s at "
+        raise self.too_late(self._operation, waited, self._call_the_roll())
+
+    def too_late(self, operation: str, waited_s: float, missing: list[int]) -> TimeoutError:
+        """The error that names the ranks (their numbers in here) that did not come."""
+        names = [self.names[rank] for rank in missing]
+        named = f"rank{'s' * (len(names) > 1)} {_numbers(names)}" if names else "other ranks"
+        cause = "hangs, is gone or is much slower" if names else "all of them wait elsewhere"
+        return TimeoutError(
+            f"rank {self.names[self.rank]} of {self.size}: {operation} waited {waited_s:.0f} s at "
             f"{self.label} for {named} ({cause}; the limit is run.rank_timeout)"
         )
+
+    def of_this_machine(self) -> MPIComm:
+        """The ranks that share this one's memory, in order; all ranks must call it."""
+        shared = self._world.Split_type(self._mpi.COMM_TYPE_SHARED, key=self.rank)
+        return MPIComm(self.timeout_s, shared)
+
+    def among(self, member: bool) -> MPIComm | None:
+        """The ranks that call this with True, in order; None on the others; all must call it."""
+        part = self._world.Split(0 if member else self._mpi.UNDEFINED, key=self.rank)
+        return MPIComm(self.timeout_s, part) if member else None
+
+    def shared_memory(self, size: int) -> tuple[memoryview, Callable[[], None]]:
+        """Memory of ``size`` bytes for all ranks of one machine, zero at first, until the job ends.
+
+        Also: what makes writes before it visible to reads after it. All ranks must call this.
+        """
+        window = self._mpi.Win.Allocate_shared(size if self.rank == 0 else 0, 1, comm=self._world)
+        window.Lock_all()
+        whole: Any = window.Shared_query(0)[0]
+        memory = memoryview(whole)[:size]
+        if self.rank == 0:
+            memory[:] = bytes(size)
+        window.Sync()
+        self.barrier()
+        window.Sync()
+        self._abandoned.append(window)
+        return memory, window.Sync
 
     def _roll_is_called(self) -> bool:
         """Whether another rank has waited too long for this collective, or for a later one."""

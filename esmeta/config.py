@@ -33,6 +33,7 @@ KINDS = {
     "objective": ("esmeta.objectives", "Objective"),
     "optimizer": ("esmeta.optimizers", "Optimizer"),
 }
+PACKAGES = {**KINDS, "learner": ("esmeta.learners", "Learner")}
 SECTIONS = (*KINDS, "budget", "run")
 NO_POLICY = "none"
 """``policy.name`` of runs whose objective trains agents of its own."""
@@ -45,6 +46,7 @@ NOT_IN_DIGEST = {
     "tensorboard",
     "metrics_every",
     "rank_timeout",
+    "remote_envs",
 }
 _SYNONYMS = {"generations": "updates", "updates": "generations"}
 
@@ -104,7 +106,8 @@ class Run:
     The last step is always written, whatever ``checkpoint_every`` says. ``rank_timeout`` is how
     many seconds ranks wait for one that does not come before they end the job; 0 chooses 600 s for
     the first steps and while rank 0 works alone between steps, later 60 s or ten times the median
-    of the last steps, whichever is more.
+    of the last steps, whichever is more. ``remote_envs``: under mpirun, one rank of each machine
+    learns, and all ranks of that machine simulate its environments; else every rank learns.
     """
 
     seed: int = 0
@@ -116,6 +119,7 @@ class Run:
     metrics_every: int = 1
     tensorboard: bool = True
     rank_timeout: float = 0.0
+    remote_envs: bool = False
 
     def __post_init__(self) -> None:
         errors.non_negative_int("seed", self.seed)
@@ -215,7 +219,7 @@ def canonical(name: Any) -> Any:
 def load_class(kind: str, name: str) -> type:
     """The dataclass that ``name`` stands for; ``package.module:Name`` loads one from outside."""
     name = canonical(name)
-    package, class_name = KINDS[kind]
+    package, class_name = PACKAGES[kind]
     if ":" in name:
         module_name, _, class_name = name.partition(":")
     else:

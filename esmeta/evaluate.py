@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from esmeta.policy import Policy
     from esmeta.rollout import Intervention
-    from esmeta.types import Fitness, Params, Task
+    from esmeta.types import Fitness, Params, Reference, Task
 
 LESIONS = ("none", "reset-memory", "zero-reward")
 
@@ -67,6 +67,19 @@ def load(
     ``overrides`` (``task.key=value``) give another task of the same family with the same spec.
     ``best``: theta of the best held-out score during the run instead of the last.
     """
+    objective, params, config = open_run(run_dir, overrides, best=best)
+    if config.objective.name != "return":
+        raise errors.UserError(
+            f"{run_dir}: theta of objective {config.objective.name!r} is not a policy; score it "
+            f"with python -m esmeta.evaluate {run_dir}, or use esmeta.evaluate.open_run"
+        )
+    return objective.policy, params, config.task.instance
+
+
+def open_run(
+    run_dir: str | Path, overrides: Sequence[str] = (), *, best: bool = False, device: str = "cpu"
+) -> tuple[Any, Params, configs.Config]:
+    """Objective, theta (leaves ``[1, ...]``) and configuration of a run; see :func:`load`."""
     from esmeta.policy import build_policy
     from esmeta.record import load_theta
 
@@ -81,15 +94,20 @@ def load(
     config = configs.resolve(configs.load(path / "config.toml"), list(overrides))
     params, _ = load_theta(path / "best.safetensors" if best else path)
     task: Task = config.task.instance
-    value = config.optimizer.instance.gradient
-    policy = build_policy(task.spec, config.policy.instance, value=value)
+    policy = None
+    if config.policy.instance is not None:
+        value = config.optimizer.instance.gradient
+        policy = build_policy(task.spec, config.policy.instance, value=value)
+    objective = config.objective.instance.make(
+        policy, task, trials=config.trials, seed=config.run.seed, device=device
+    )
     found = {name: tuple(leaf.shape[1:]) for name, leaf in params.items()}
-    if found != policy.shapes:
+    if found != objective.shapes:
         raise errors.UserError(
             f"{path}: theta has other shapes than the policy for this task needs; "
             "--set may not change the sizes of observations or actions"
         )
-    return policy, params, task
+    return objective, params, config
 
 
 def lesion(name: str, policy: Policy, params: Params) -> Intervention | None:
@@ -112,14 +130,14 @@ def summary(values: Tensor) -> tuple[float, float, int]:
     return float(kept.mean()), float(kept.std() / math.sqrt(kept.numel())), kept.numel()
 
 
-def table(fitness: Fitness, task: Task) -> dict[str, dict[str, float]]:
+def table(fitness: Fitness, reference: Reference) -> dict[str, dict[str, float]]:
     """Mean and standard error over trials of the return, the steps and the task's own scores."""
     rows = {"return": fitness.returns, "steps": fitness.steps.double(), **fitness.metrics}
     result = {}
     for name, values in rows.items():
         mean, error, count = summary(values.flatten())
         result[name] = {"mean": mean, "se": error, "trials": count}
-    result["return"] |= {"random": task.reference.random, "best": task.reference.best}
+    result["return"] |= {"random": reference.random, "best": reference.best}
     return result
 
 
@@ -148,10 +166,19 @@ def _scores(args: argparse.Namespace) -> dict[str, dict[str, float]]:
     from esmeta.evaluator import PopulationEvaluator
     from esmeta.policy import _heads as heads
 
-    policy, params, task = load(args.run, args.set, best=args.best)
-    raw: Any = configs.load(args.run / "config.toml")
-    seed = raw["run"]["seed"] if args.seed is None else args.seed
+    objective, params, config = open_run(args.run, args.set, best=args.best)
+    task: Task = config.task.instance
+    reference = config.objective.instance.reference(task)
+    seed = config.run.seed if args.seed is None else args.seed
     errors.non_negative_int("--seed", seed)
+    if config.objective.name != "return":
+        if args.greedy or args.lesion != "none":
+            raise errors.UserError(
+                f"--greedy and --lesion are for runs whose theta is a policy; this one has "
+                f"objective {config.objective.name!r}: leave them out"
+            )
+        return table(objective.heldout(params, args.trials, seed), reference)
+    policy = objective.policy
     evaluator = PopulationEvaluator(policy, task, trials=args.trials)
     fitness = evaluator(
         params,
@@ -161,7 +188,7 @@ def _scores(args: argparse.Namespace) -> dict[str, dict[str, float]]:
         act=(lambda out, noise: heads.mode(out)) if args.greedy else heads.sample,
         intervene=lesion(args.lesion, policy, params),
     )
-    return table(fitness, task)
+    return table(fitness, reference)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from esmeta import rollout as loop
 from esmeta.capture import Captured
+from esmeta.errors import UserError
 from esmeta.policy import Policy, unravel
 from esmeta.policy import _heads as heads
 from esmeta.rng import Rng
@@ -66,8 +67,13 @@ class PopulationEvaluator:
         self.trials = trials
         self.device = torch.device(device)
         self.chunk = chunk
-        self.captured = Captured(self.device) if capture else None
         self.env = task.make_env(self.device)
+        if capture and isinstance(self.env, Hosted):
+            raise UserError(
+                f"capture = true: worlds of {type(self.env).__name__} are not stepped on the GPU; "
+                "write objective.capture = false"
+            )
+        self.captured = Captured(self.device) if capture else None
 
     @property
     def size(self) -> int:

@@ -18,7 +18,17 @@ from esmeta import rollout as loop
 from esmeta.errors import UserError
 from esmeta.evaluator import PopulationEvaluator, join
 from esmeta.tree import leaves_of, with_leaves
-from esmeta.types import Fitness, Hosted, Params, State, TimeStep
+from esmeta.types import BatchedEnv, Fitness, Hosted, Params, State, TimeStep
+
+
+def check_can_be_left(env: BatchedEnv) -> None:
+    """Refuse worlds that cannot be gone back to after others were run in between."""
+    if isinstance(env, Hosted):
+        raise UserError(
+            f"worlds of {type(env).__name__} cannot be left and gone back to, as lives are: write "
+            "objective.name = 'return' with optimizer.name = 'openes' or 'ppo', run.remote_envs = "
+            "false, or another task"
+        )
 
 
 class _Part(NamedTuple):
@@ -53,11 +63,7 @@ class TrialLives:
     @property
     def steps(self) -> int:
         """Steps of a whole life: the horizon of the task."""
-        if isinstance(self.evaluator.env, Hosted):
-            raise UserError(
-                f"worlds of {type(self.evaluator.env).__name__} cannot be left and gone back to, "
-                "as lives in windows are: write optimizer.name = 'openes', or another task"
-            )
+        check_can_be_left(self.evaluator.env)
         return self.evaluator.policy.spec.horizon
 
     @torch.no_grad()

@@ -181,6 +181,29 @@ def _pictures(group: Group, where: Destination, wanted: Pictures) -> list[str]:
     return [*parts, page.image(out, f"Held-out trial {wanted.trial} of theta, seed {run.seed}.")]
 
 
+def _loss_figures(group: Group, where: Destination) -> list[str]:
+    """What the first run's loss does for agents, and what it looks like."""
+    from esmeta.analysis import losses, page
+    from esmeta.evaluate import open_run
+
+    run = group.runs[0]
+    if run.tables["objective"]["name"] != "epg":
+        return []
+    try:
+        objective, eta, config = open_run(run.path)
+    except UserError as error:
+        return [page.paragraph(f"No figures of the loss: {error}", note=True)]
+    curves = losses.life_curves(objective, eta)
+    best = group.reference.best / min(objective.config.test_steps, config.task.instance.horizon)
+    lives = losses.draw_life_curves(curves, best, where.figure(f"lives-{group.slug}.png"))
+    loss = losses.draw_gallery(objective, eta, where.figure(f"loss-{group.slug}.png"))
+    caption = (
+        f"Agents that learn, {losses.LIVES} lives each, mean ± s.e.; dashed: the best possible."
+    )
+    seen = "Its value at an agent's newest step, as if action and reward had been others."
+    return [page.image(lives, caption), page.image(loss, f"The learned loss. {seen}")]
+
+
 def _section(group: Group, where: Destination, wanted: Pictures | None) -> list[str]:
     """Print a group's table and return its part of the page."""
     from esmeta.analysis import page, plots
@@ -202,6 +225,7 @@ def _section(group: Group, where: Destination, wanted: Pictures | None) -> list[
         *(page.paragraph(remark, note=True) for remark in remarks),
         page.paragraph(f"Return of a trial: {known} ({reference.note}).", note=True),
         page.image(out, "Learning curve."),
+        *_loss_figures(group, where),
         *(_pictures(group, where, wanted) if wanted else []),
         page.folded("versions and commands", "\n\n".join(map(_provenance, group.runs))),
         page.folded(

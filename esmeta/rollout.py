@@ -168,7 +168,9 @@ def action_noise(policy: Actor, index: Tensor, rng: Rng) -> Tensor:
     spec = policy.spec
     width = heads.noise_width(spec.action)
     draw = rng.fold("action").uniform if isinstance(spec.action, Discrete) else None
-    flat = (draw or rng.fold("action").normal)(index, spec.horizon * width)
+    # Members of a learned loss may each have the same few trials: every number is drawn once.
+    numbers, place = index.unique(return_inverse=True)
+    flat = (draw or rng.fold("action").normal)(numbers, spec.horizon * width)[place]
     return flat.reshape(*index.shape, spec.horizon, width).permute(2, 0, 1, 3).contiguous()
 
 

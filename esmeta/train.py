@@ -18,6 +18,7 @@ from esmeta.cli import configuration, parser, prepare_process
 
 if TYPE_CHECKING:
     from esmeta.comm import MPIComm, SelfComm
+    from esmeta.envs.remote import Node
     from esmeta.policy import Policy
     from esmeta.record import NullRun, RunDir
     from esmeta.rng import Rng
@@ -43,8 +44,8 @@ class Parts:
     """The optimizer's first state; making it finds sizes that do not fit before files are made."""
 
 
-def build(config: configs.Config, ranks: int = 1) -> Parts:
-    """Build task, policy, objective and optimizer of a resolved config, for a number of ranks."""
+def build(config: configs.Config, ranks: int = 1, node: Node | None = None) -> Parts:
+    """Build what a resolved config names, for a number of ranks; ``node`` runs environments."""
     import torch
 
     from esmeta.policy import build_policy
@@ -52,7 +53,7 @@ def build(config: configs.Config, ranks: int = 1) -> Parts:
 
     torch.set_num_threads(config.run.threads)
     device = _device(config.run.device)
-    task: Task = config.task.instance
+    task: Task = config.task.instance if node is None else node.task(config.task.instance)
     optimizer: Optimizer = config.optimizer.instance
     policy = None
     if config.policy.instance is not None:
@@ -316,13 +317,33 @@ def run(args: argparse.Namespace, comm: SelfComm | MPIComm, stop: Stop) -> int:
             "the ranks were given different configurations; start all with the same command "
             "line, presets and esmeta version"
         )
-    parts = build(config, comm.size)
+    if not config.run.remote_envs or comm.size == 1:
+        return learn(config, out, resume, comm, stop)
+    from esmeta.envs.remote import Node
+    from esmeta.watch import START_S
+
+    node = Node(comm, config.run.rank_timeout or START_S, lambda: stop.noted)
+    stop.others = node.stop_wanted
+    return node.lead_or_serve(
+        config.task.instance,
+        lambda learners: learn(config, out, resume, learners, stop, node),
+        config.run.threads,
+    )
+
+
+def learn(
+    config: configs.Config, out: Path, resume: bool, comm: Any, stop: Stop, node: Node | None = None
+) -> int:
+    """Train on the ranks of ``comm``; returns the exit code."""
+    parts = build(config, comm.size, node)
     from esmeta.record import NullRun, RunDir
 
     folder = RunDir.create(out, config, resume=resume) if comm.rank == 0 else NullRun()
     memory = parts.objective.explain(parts.optimizer.gradient)
     if comm.rank == 0:
-        print(f"runs: {memory}" if parts.policy is None else f"memory: {memory}", flush=True)
+        where = "" if node is None else f"\nenvironments: {node.ranks} ranks of this machine"
+        word = "runs" if parts.policy is None else "memory"
+        print(f"{word}: {memory}{where}", flush=True)
     trainer = Trainer(parts, comm, folder, stop)
     reason = trainer.train()
     idle = trainer.idle.by_rank()

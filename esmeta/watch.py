@@ -6,6 +6,7 @@ import signal
 import statistics
 import time
 from collections import deque
+from collections.abc import Callable
 
 import torch
 
@@ -29,7 +30,9 @@ class Stop:
     """
 
     def __init__(self) -> None:
-        self.wanted = False
+        self.noted = False
+        self.others: Callable[[], bool] = lambda: False
+        """Whether ranks that do not take steps were told to stop."""
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._note)
 
@@ -38,8 +41,13 @@ class Stop:
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, signal.SIG_IGN)
 
+    @property
+    def wanted(self) -> bool:
+        """Whether a signal came, here or to one of the ``others``."""
+        return self.noted or self.others()
+
     def _note(self, *_: object) -> None:
-        self.wanted = True
+        self.noted = True
 
 
 class TimeLimit:

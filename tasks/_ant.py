@@ -113,7 +113,7 @@ class Ant(walk.Simulated):
 
     def upkeep(self, now: Snapshot, action: Tensor) -> Tensor:
         """Bonus for being alive minus the costs of action and contact, ``[..]``."""
-        effort = self.ctrl_cost * action.square().sum(-1)
+        effort = self.ctrl_cost * (action * action).sum(-1)
         return self.alive_bonus - effort - self.contact_cost * walk.force_cost(now, self.contact)
 
     def healthy(self) -> walk.Healthy | None:

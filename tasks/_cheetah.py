@@ -79,4 +79,4 @@ class Cheetah(walk.Simulated):
 
     def effort(self, action: Tensor) -> Tensor:
         """Control cost ``[..]``."""
-        return self.ctrl_cost * action.square().sum(-1)
+        return self.ctrl_cost * (action * action).sum(-1)

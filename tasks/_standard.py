@@ -45,6 +45,6 @@ def planar_definition(healthy: walk.Healthy) -> Definition:
         return torch.cat([now.qpos[..., 1:], now.qvel.clamp(-10.0, 10.0)], dim=-1)
 
     def reward(now: Snapshot, velocity: Tensor, action: Tensor, data: Data) -> Tensor:
-        return velocity[..., 0] + healthy(now).double() - 1e-3 * action.square().sum(-1)
+        return velocity[..., 0] + healthy(now).double() - 1e-3 * (action * action).sum(-1)
 
     return Definition(place, observe, reward, healthy, SMALL_NOISE)

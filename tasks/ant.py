@@ -56,7 +56,7 @@ class Task(standard.Standard):
             return torch.cat([now.qpos[..., 2:], now.qvel, forces[..., 6:]], dim=-1)
 
         def reward(now: Snapshot, velocity: Tensor, action: Tensor, data: Data) -> Tensor:
-            costs = 0.5 * action.square().sum(-1) + 5e-4 * walk.force_cost(now, self.contact)
+            costs = 0.5 * (action * action).sum(-1) + 5e-4 * walk.force_cost(now, self.contact)
             return velocity[..., 0] + _HEALTHY(now).double() - costs
 
         reads = ("xpos", "cfrc_ext") if self.contact == "mj" else ("xpos",)

@@ -48,8 +48,12 @@ class Task:
     Args:
         horizon: steps of a trial.
         episode_steps: steps of an episode; a trial is cut into episodes of that length.
-        train: half-plane of the directions of the training split: ``right``, ``left``, ``all``.
+        train: directions of the training split: ``right`` (``width`` degrees about the x axis),
+            ``left`` (the others) or ``all``.
         test: the same of the test split.
+        width: degrees of the sector ``right``; 180: half-planes.
+        strata: directions of tasks k, k + 1, .. are drawn in turn from so many equal parts of the
+            sector; a multiple of it as ``task.trials`` makes all generations alike.
         reward_scale: factor on the rewards; 10 makes those of the longest displacements 1.
     """
 
@@ -57,16 +61,25 @@ class Task:
     episode_steps: int = 32
     train: Half = "right"
     test: Half = "left"
+    width: float = 180.0
+    strata: int = 1
     reward_scale: float = 1.0
 
     def __post_init__(self) -> None:
         check_int("horizon", self.horizon, 1, 1_000_000)
         check_int("episode_steps", self.episode_steps, 1, 1_000_000)
+        check_int("strata", self.strata, 1, 1_000_000)
         scale = self.reward_scale
         if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale < 1e6:
             raise ValueError(
                 f"reward_scale is {scale!r}; it must be a number above 0 and below 1e6: "
                 "write reward_scale=10.0"
+            )
+        width = self.width
+        if isinstance(width, bool) or not isinstance(width, int | float) or not 0 < width < 360:
+            raise ValueError(
+                f"width is {width!r}; it must be a number of degrees between 0 and 360: "
+                "write width=180.0"
             )
         for name in ("train", "test"):
             if getattr(self, name) not in HALVES:
@@ -95,8 +108,10 @@ class Task:
         check_split(split)
         index = task_numbers(batch)
         half = self.train if split == "train" else self.test
-        angle = rng.fold("displacement", split).uniform(index, 1).squeeze(-1) - 0.5
-        angle = angle * (2.0 * math.pi if half == "all" else math.pi)
+        angle = rng.fold("displacement", split).uniform(index, 1).squeeze(-1)
+        angle = (index % self.strata + angle) / self.strata - 0.5
+        degrees = {"right": self.width, "left": 360.0 - self.width, "all": 360.0}[half]
+        angle = angle * (math.pi * degrees / 180.0)
         angle = angle + (math.pi if half == "left" else 0.0)
         return Tasks(index, {"direction": torch.stack([angle.cos(), angle.sin()], -1).float()})
 

@@ -50,4 +50,4 @@ def _observe(now: Snapshot) -> Tensor:
 
 
 def _reward(now: Snapshot, velocity: Tensor, action: Tensor, data: Data) -> Tensor:
-    return velocity[..., 0] - 0.1 * action.square().sum(-1)
+    return velocity[..., 0] - 0.1 * (action * action).sum(-1)

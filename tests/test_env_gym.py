@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import math
+import tomllib
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +17,8 @@ from gymnasium import spaces
 from torch import Tensor
 
 import esmeta
+from esmeta import config as configs
+from esmeta import train
 from esmeta.errors import UserError
 from esmeta.objectives.return_ import Objective
 from esmeta.optimizers.nres import Optimizer as Nres
@@ -259,6 +262,17 @@ def test_windows_of_lives_are_refused_before_any_work() -> None:
         Nres().check(objective, 1)
 
 
+def test_what_needs_worlds_in_tensors_is_refused_before_any_work() -> None:
+    task = make_task("gym", horizon=10)
+    policy, _ = policy_and_params(task, 1)
+    with pytest.raises(UserError, match=r"capture = true.*GymEnv.*objective.capture = false"):
+        esmeta.PopulationEvaluator(policy, task, capture=True)
+    pendulum = ["task.name=gym", "task.id=Pendulum-v1", "task.horizon=640"]
+    config = configs.resolve(configs.load("displacement-epg"), pendulum)
+    with pytest.raises(UserError, match=r"GymEnv cannot be left.*objective.name = 'return'"):
+        train.build(config)
+
+
 def test_not_a_number_names_the_episode() -> None:
     task = make_task("gym", id="Probe-v0", kwargs={"nan_at": 2})
     env = task.make_env("cpu")
@@ -319,3 +333,20 @@ def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gymnasium, "make", missing)
     with pytest.raises(UserError, match=r"'Lander-v0'.*pip install 'esmeta\[box2d\]'"):
         make_task("gym", id="Lander-v0")
+
+
+def test_a_run_keeps_the_arguments_in_its_file() -> None:
+    raw = configs.load("gym-ppo")
+    changes = ["task.id=Pendulum-v1", "task.kwargs={g = 9.0}", "task.horizon=50"]
+    config = configs.resolve(raw, changes)
+    assert config.task.instance.kwargs == {"g": 9.0}
+    again = configs.resolve(tomllib.loads(configs.to_toml(config)))
+    assert again == config and configs.digest(again) == configs.digest(config)
+    assert configs.digest(config) != configs.digest(configs.resolve(raw, changes[:1]))
+    for change, words in (
+        ("task.id=Pendulun-v1", r"task\.id = 'Pendulun-v1'.*did you mean 'Pendulum-v1'"),
+        ("task.kwargs=continuous", r"task\.kwargs is 'continuous'"),
+        ("task.kwargs={gg = 1}", r"task\.id = 'CartPole-v1' cannot be made with kwargs.*'gg'"),
+    ):
+        with pytest.raises(UserError, match=words):
+            configs.resolve(raw, [change])

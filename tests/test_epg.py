@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
@@ -12,7 +14,8 @@ from test_bad_input import assert_says
 from tiny_runs import final_hash, overrides, run_here
 
 from esmeta import config as configs
-from esmeta import train
+from esmeta import evaluate, report, train
+from esmeta.analysis import losses
 from esmeta.errors import UserError
 from esmeta.learners._loss import PolicyGradient
 from esmeta.objectives.epg import EpgObjective
@@ -245,3 +248,44 @@ def test_the_same_theta_on_one_and_two_ranks(mpirun: Any, tmp_path: Path) -> Non
         assert done.returncode == 0, done.stderr
     assert final_hash(tmp_path / "r1") == final_hash(tmp_path / "r2")
     assert (ROOT / "runs" / "presets" / "displacement-epg.toml").is_file()
+
+
+def test_evaluate_and_report_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    assert run_here("displacement-epg", *overrides(*SMALL), "--out", run) == 0
+    capsys.readouterr()
+    assert evaluate.main([str(run), "--trials", "5", "--json"]) == 0
+    scores = json.loads(capsys.readouterr().out)
+    assert {"return", "untrained", "life", "steps"} <= set(scores)
+    made, theta, _ = evaluate.open_run(run)
+    expected = made.heldout(theta, 5).returns.mean()
+    assert scores["return"]["mean"] == pytest.approx(float(expected))
+    assert scores["return"]["best"] == pytest.approx(16.0)
+    assert evaluate.main([str(run), "--trials", "5", "--set", "task.test=right", "--json"]) == 0
+    right = json.loads(capsys.readouterr().out)
+    assert right["return"]["mean"] != scores["return"]["mean"]
+    assert evaluate.main([str(run), "--greedy"]) == 2
+    assert_says(capsys.readouterr().err, "--greedy and --lesion", "'epg'", "leave them out")
+    with pytest.raises(UserError, match="not a policy.*esmeta.evaluate"):
+        evaluate.load(run)
+    page = report.report([run])
+    text = page.read_text(encoding="utf-8")
+    assert "The learned loss" in text and "displacement epg openes" in text
+    assert len(list(page.parent.glob("l*.png"))) == 2
+
+
+def test_curves_and_surfaces_are_of_the_given_loss() -> None:
+    whole = objective()
+    eta = whole.init(0)
+    curves = losses.life_curves(whole, eta)
+    for split in ("train", "test"):
+        found = curves[split]
+        assert np.array_equal(found["learned loss"].mean, found["untrained loss"].mean)
+        assert not np.array_equal(found["PPO"].mean, found["learned loss"].mean)
+        assert found["PPO"].mean[0] == found["learned loss"].mean[0], "before the first update"
+    surface = losses.loss_surface(whole, eta, 0, 2)
+    assert surface.shape == (41, 41) and float(surface[20, 20]) == 0.0
+    blind = objective("objective.reward=false")
+    flat = losses.loss_surface(blind, eta, 0, 2)
+    assert bool((flat == flat[:1]).all()) and not bool((surface == surface[:1]).all())
+    assert float(surface[20].abs().max()) > 0, "displacements matter"

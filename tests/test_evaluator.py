@@ -28,10 +28,12 @@ POLICIES: dict[str, tuple[str, dict[str, Any]]] = {
 # Short, and long enough that one wrong bit in an action changes a return.
 TASKS: dict[str, dict[str, Any]] = {
     "bandit": {},
+    "displacement": {"horizon": 20, "episode_steps": 7},
     "gym": {"horizon": 20},
     "harlow": {"horizon": 40},
     "maze": {"size": 5, "horizon": 40},
     "navigation": {"horizon": 20},
+    "pendulum": {"horizon": 20, "episode_steps": 9},
     "point": {"horizon": 20, "episodes": 2},
 }
 POPULATION, TRIALS = 7, 11

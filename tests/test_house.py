@@ -22,7 +22,7 @@ LAYERS = [
     {"evaluator", "lives", "learners"},
     {"objectives", "optimizers"},
     {"record", "progress", "analysis", "watch", "cli", "provenance", "hosts"},
-    {"train", "evaluate", "report", "launch"},
+    {"train", "evaluate", "report", "launch", "learn"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 

@@ -26,10 +26,12 @@ POLICIES: dict[str, tuple[str, dict[str, Any]]] = {
 # Harlow trials end early here: 2 presentations take about 25 of the 60 steps.
 TASKS: dict[str, dict[str, Any]] = {
     "bandit": {"horizon": 14},
+    "displacement": {"horizon": 24, "episode_steps": 7},
     "harlow": {"horizon": 60, "presentations": 2},
     "maze": {"size": 4, "horizon": 24},
     "navigation": {"horizon": 20, "episodes": 2},
     "point": {"horizon": 20, "episodes": 2, "start": "square"},
+    "pendulum": {"horizon": 24, "episode_steps": 9},
 }
 # Their worlds cannot be left and gone back to (types.Hosted): tests/test_env_gym.py.
 NO_LIVES = {"gym"}

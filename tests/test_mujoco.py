@@ -245,6 +245,31 @@ def test_a_step_leaves_its_state_alone() -> None:
     assert torch.equal(env.step(states[0], acts[0])[0].rows, states[1].rows)
 
 
+def test_a_step_that_failed_leaves_no_trace() -> None:
+    task = make_task("hopper", horizon=30)
+    definition, calls = task.definition(), []
+
+    def reward(*args: object) -> Tensor:
+        calls.append(args)
+        if len(calls) == 3:
+            raise RuntimeError("a reward of the user's")
+        return definition.reward(*args)
+
+    changed = dataclasses.replace(definition, reward=reward)
+    env = MujocoEnv(task.body(), changed, horizon=30)
+    acts = actions(3, 1, 2, 3)
+    tasks = task.sample(2, "train", Rng(0))
+    with pytest.raises(RuntimeError):
+        play(task, env, acts, tasks)
+    state, *_ = play(task, env, acts[:2], tasks)
+    calls[:] = calls[:2]
+    with pytest.raises(RuntimeError):
+        env.step(state, acts[2])
+    again, _ = env.step(state, acts[2])
+    *_, states = play(task, task.make_env("cpu"), acts, tasks)
+    assert torch.equal(again.rows, states[3].rows)
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_finished_worlds_cost_no_physics(engine: str, monkeypatch) -> None:
     task = make_task("hopper", engine=engine, horizon=60)

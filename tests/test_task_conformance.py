@@ -173,7 +173,7 @@ def test_bad_requests_are_refused(task: Task) -> None:
 
 
 def test_names_are_the_modules_of_the_folder() -> None:
-    assert {"bandit", "displacement", "harlow", "maze"} <= set(task_names())
+    assert {"bandit", "displacement", "harlow", "maze", "pendulum"} <= set(task_names())
     assert not any(name.startswith("_") for name in task_names())
 
 
@@ -195,6 +195,11 @@ def test_names_are_the_modules_of_the_folder() -> None:
         ("bandit", {"arms": 4}, ["4 arms", "reward_probability=1.0"]),
         ("bandit", {"arms": 1}, ["arms is 1", "2 to 100", "arms=2"]),
         ("displacement", {"train": "up"}, ["'up'", "right, left, all", "train='right'"]),
+        ("pendulum", {"gravity": (13.0, 7.0)}, ["(13.0, 7.0)", "lowest", "gravity=(7.0, 13.0)"]),
+        ("pendulum", {"length": (0.0, 1.0)}, ["(0.0, 1.0)", "above 0", "length=(0.7, 1.3)"]),
+        ("displacement", {"width": 360.0}, ["360.0", "between 0 and 360", "width=180.0"]),
+        ("displacement", {"reward_scale": 0.0}, ["0.0", "above 0", "reward_scale=10.0"]),
+        ("displacement", {"strata": 0}, ["strata is 0", "strata=1"]),
         ("displacement", {"episode_steps": 0}, ["episode_steps is 0", "episode_steps=1"]),
         ("no_such_package.tasks:Mine", {}, ["cannot load", "package.module:Name"]),
         ("esmeta.rng:nothing", {}, ["cannot load", "nothing"]),

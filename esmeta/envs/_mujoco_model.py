@@ -6,6 +6,7 @@ import contextlib
 import functools
 import importlib
 import importlib.util
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,11 @@ def import_mujoco() -> Any:
         raise errors.UserError(
             f"this task needs MuJoCo, which cannot be imported ({error}); install it with: "
             'pip install "esmeta[mujoco]"'
+        ) from error
+    except AttributeError as error:  # of PyOpenGL, which it loads for osmesa
+        raise errors.UserError(
+            f"MUJOCO_GL = {os.environ.get('MUJOCO_GL')!r}: MuJoCo cannot be imported so ({error}); "
+            "install libosmesa6, write MUJOCO_GL=egl, or leave it unset"
         ) from error
 
 

@@ -64,7 +64,7 @@ class _Worlds:
         )
         self.qpos, self.qvel, self.ctrl = (self.rows[:, each] for each in (qpos, qvel, ctrl))
         assert qpos.stop == qvel.start, (qpos, qvel)
-        self._motion = self.rows[:, qpos.start : qvel.stop]
+        self._motion = engine.rows[:, qpos.start : qvel.stop]
         self.outputs = {name: torch.from_numpy(a) for name, a in engine.outputs.items()}
         self.changes: Data | None = None
         self._held: Tensor | None = None
@@ -90,13 +90,17 @@ class _Worlds:
             self._views[shape] = Snapshot(*leaves)
         return self._views[shape]
 
-    def unstable(self, lost: np.ndarray) -> Tensor:
-        """Worlds that MuJoCo gave up on, or whose numbers are not finite or huge, bool ``[N]``."""
-        # amax hands on NaN, and NaN is not below anything.
-        bad = ~(self._motion.abs().amax(-1) < _HUGE)
-        if len(lost):
-            bad[torch.from_numpy(lost)] = True
-        return bad
+    def unstable(self, lost: np.ndarray) -> Tensor | None:
+        """Worlds that MuJoCo gave up on, or whose numbers are not finite or huge, bool ``[N]``.
+
+        None where all are well.
+        """
+        # Both hand on NaN, which is not between anything. Two numbers for all worlds are cheap.
+        if not len(lost) and -_HUGE < self._motion.min() and self._motion.max() < _HUGE:
+            return None
+        bad = ~(np.abs(self._motion).max(axis=-1) < _HUGE)
+        bad[lost] = True
+        return torch.from_numpy(bad)
 
 
 class MujocoEnv:
@@ -202,29 +206,28 @@ class MujocoEnv:
         worlds.load(state.rows)
         worlds.ctrl.copy_(self._torque(applied).flatten(0, 1))
         chosen = None if going is None else going.flatten().nonzero().squeeze(-1).numpy()
-        lost = worlds.engine.step(chosen, self._substeps)
-        bad = worlds.unstable(lost).unflatten(0, shape)
+        lost = worlds.unstable(worlds.engine.step(chosen, self._substeps))
+        no = torch.zeros_like(over)
+        bad = no if lost is None else lost.unflatten(0, shape) & ~over
         if definition.current:
             worlds.engine.forward((~(bad | over)).flatten().nonzero().squeeze(-1).numpy())
         now = worlds.snapshot(shape)
-        place = definition.place(now)
-        velocity = (place - state.place) / self.seconds
+        velocity = (definition.place(now) - state.place) / self.seconds
         reward = definition.reward(now, velocity, applied.double(), data)
         time = state.time + (1 if going is None else going)
-        terminated = bad if definition.healthy is None else bad | ~definition.healthy(now)
-        if going is not None:
-            bad, terminated, reward = bad & going, terminated & going, reward.masked_fill(over, 0.0)
-        truncated = (time >= self._horizon) & ~(terminated | over)
-        if lost_some := bool(bad.any()):
-            reward = reward.masked_fill(bad, 0.0)
+        terminated = bad if definition.healthy is None else (bad | ~definition.healthy(now)) & ~over
+        late = time.numpy().max() >= self._horizon
+        truncated = (time >= self._horizon) & ~(terminated | over) if late else no
+        if going is not None or lost is not None:
+            reward = reward.masked_fill(over | bad, 0.0)
+        # Half the price of torch's look-up; worlds that are over are in no phase.
         counted = time if going is None else time * going
-        # Half the price of torch's look-up.
         inside = torch.from_numpy(self._phase[counted.numpy()])
         later = state._replace(
             time=time,
-            paid=torch.addcmul(state.paid, inside, reward.unsqueeze(-1)),
+            paid=state.paid + inside * reward.unsqueeze(-1),
             spent=state.spent + inside,
-            unstable=state.unstable | bad if lost_some else state.unstable,
+            unstable=state.unstable | bad,
         )
         if definition.success is not None:
             reached = definition.success(now, data) & ~(over | bad)
@@ -232,7 +235,7 @@ class MujocoEnv:
         later, again = self._ended(later, worlds, terminated | truncated, bad)
         place = definition.place(now).clone()
         obs = definition.observe(now)
-        if lost_some or going is not None:
+        if going is not None or lost is not None:
             obs = obs.masked_fill((over | bad).unsqueeze(-1), 0.0)
         later = later._replace(rows=worlds.saved(shape), place=place)
         fresh = later.over if again is None else later.over | again

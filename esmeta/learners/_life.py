@@ -20,8 +20,9 @@ from esmeta.evaluator import place_tasks
 from esmeta.learners._agent import Agent
 from esmeta.learners._experience import Experience, Keep
 from esmeta.learners._loss import Loss
+from esmeta.lives import check_can_be_left
 from esmeta.rng import Rng
-from esmeta.types import Params, PolicyOut, Task, Tasks, TimeStep
+from esmeta.types import BatchedEnv, Params, PolicyOut, Task, Tasks, TimeStep
 
 
 class Learner(Protocol):
@@ -56,13 +57,15 @@ class Life(NamedTuple):
     """P agents somewhere in their lives.
 
     ``state`` is the learner's, ``end`` where the rollout was left, ``noise [T, P, 1, k]`` that of
-    all actions of the life; ``tasks`` leaves ``[P, 1, ...]``.
+    all actions of the life; ``tasks`` leaves ``[P, 1, ...]``; ``env`` is the environment they are
+    in, which some simulators are part of.
     """
 
     state: Any
     end: loop.End
     noise: Tensor
     tasks: Tasks
+    env: BatchedEnv
 
 
 class EpisodeReturns:
@@ -102,7 +105,8 @@ class Lives:
         return self.task.spec.horizon // self.learner.period
 
     def check(self) -> None:
-        """Refuse a life without an update, or one that ends between two."""
+        """Refuse a life without an update, one that ends between two, or that cannot be left."""
+        check_can_be_left(self.task.make_env(self.device))
         horizon, period = self.task.spec.horizon, self.learner.period
         if horizon < period or horizon % period:
             raise UserError(
@@ -129,11 +133,11 @@ class Lives:
                 "observations: clip or rescale them in the task"
             )
         end = loop.End(memory, env_state, ts, t, torch.ones_like(ts.new_trial))
-        return Life(state, end, noise, tasks)
+        return Life(state, end, noise, tasks, env)
 
     def advance(self, life: Life, loss: Loss, split: str) -> tuple[Life, Experience]:
         """One period of acting and the update that follows; also what was lived through."""
-        learner, env = self.learner, self.task.make_env(self.device)
+        learner, env = self.learner, life.env
         acting = learner.acting(life.state)
         begin = loop.go_on(learner.agent, acting, life.end, life.noise)
         keep = Keep(learner.agent.spec)

@@ -127,7 +127,8 @@ class PolicyGradient:
 
     ``clip`` > 0 is PPO's (Schulman et al. 2017, https://arxiv.org/abs/1707.06347, eq. 7):
     ``-min(r A, clip(r, 1 - clip, 1 + clip) A) + kl_coef KL(old || new)``; 0 is REINFORCE,
-    ``-log pi A``. ``value_coef`` times the squared error of V is added. Advantages are GAE
+    ``-log pi A``. ``value_coef`` times the squared error of V is added (``policy = False``: that
+    alone). Rewards are multiplied by ``reward_scale``. Advantages are GAE
     (``gamma``, ``gae_lambda``), standardised over the newest steps; ``A`` and ``old`` are constant.
     """
 
@@ -137,6 +138,7 @@ class PolicyGradient:
     kl_coef: float = 0.0
     value_coef: float = 1.0
     policy: bool = True
+    reward_scale: float = 1.0
 
     @property
     def heads(self) -> frozenset[Head]:
@@ -156,6 +158,7 @@ class PolicyGradient:
     def prepare(self, agent: Agent, params: Params, batch: Batch) -> Params:
         """Advantages, value targets, and the policy before the update."""
         steps = batch.steps.last(batch.newest)
+        steps = steps._replace(reward=steps.reward * self.reward_scale)
         raw, target = advantages(agent, params, steps, gamma=self.gamma, lambda_=self.gae_lambda)
         out = agent.policy(params, steps.obs)
         first, second = (out.logits, out.logits) if out.mean is None else (out.mean, out.std)
@@ -173,8 +176,10 @@ class PolicyGradient:
         """The loss ``[P]`` on ``rows`` of the newest steps."""
         steps = batch.steps.last(batch.newest)
         obs, action = pick(steps.obs, rows), pick(steps.action, rows)
-        error = agent.value(params, obs) - pick(prepared["target"], rows)
-        loss = self.value_coef * error.square().mean(dim=1)
+        loss = torch.zeros_like(obs[:, 0, 0])
+        if self.value_coef > 0:
+            error = agent.value(params, obs) - pick(prepared["target"], rows)
+            loss = loss + self.value_coef * error.square().mean(dim=1)
         if not self.policy:
             return loss
         new = agent.policy(params, obs)

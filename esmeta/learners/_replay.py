@@ -215,7 +215,8 @@ class ReplayLearner:
         if self.twin:
             second = self.agent.critic(target, CRITICS[1], steps.next_obs, action)
             following = torch.minimum(following, second)
-        return steps.reward + self.gamma * (~steps.terminated) * following
+        alive = (~steps.terminated).to(following.dtype)
+        return steps.reward + self.gamma * alive * following
 
     def critic_loss(self, params: Params, steps: Experience, goal: Tensor) -> Tensor:
         """Sum over critics of the mean squared error ``[P]``, where the successor is known."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -10,12 +11,14 @@ from torch import Tensor
 
 from esmeta.learners._agent import Agent
 from esmeta.learners._experience import Experience, nothing
-from esmeta.learners._loss import Batch, Loss
+from esmeta.learners._loss import Batch, Loss, PolicyGradient
 from esmeta.learners._state import Adam, Statistics, adam_step, clip_norm
 from esmeta.policy import _heads as heads
 from esmeta.rng import Rng
 from esmeta.rollout import Act
 from esmeta.types import Params
+
+_VALUE = PolicyGradient(policy=False)
 
 
 class Segments(NamedTuple):
@@ -76,7 +79,8 @@ class SegmentLearner:
         minibatch: steps per gradient; the last ones of a pass that do not fill one are left out.
         learning_rate: of Adam.
         normalize: inputs of the networks are measured in units of what the agent has seen.
-        value_epochs: passes of V alone afterwards, for a loss that has ``value_only``.
+        value_epochs: passes of V alone afterwards, towards the targets of a hand-written loss, in
+            minibatches of ``value_minibatch`` with Adam's rate ``value_learning_rate``.
     """
 
     agent: Agent
@@ -86,6 +90,9 @@ class SegmentLearner:
     minibatch: int = 32
     learning_rate: float = 1e-3
     normalize: bool = True
+    value_epochs: int = 0
+    value_minibatch: int = 32
+    value_learning_rate: float = 1e-3
 
     def init(self, rng: Rng, index: Tensor) -> Segments:
         """Fresh agents with the numbers ``index`` int64 ``[P]``: nothing learned, nothing seen."""
@@ -125,20 +132,28 @@ class SegmentLearner:
         batch = self.batch(buffer, statistics, updates)
         params, adam = state.params, state.adam
         prepared = loss.prepare(self.agent, params, batch)
-        for epoch in range(self.epochs):
-            order = self._order(state, rng.fold("rows", int(updates[0]), epoch))
-            for rows in order.split(self.minibatch, dim=1):
-                if rows.shape[1] == min(self.minibatch, self.period):
+        passes = [
+            (loss, self.epochs, self.minibatch, self.learning_rate),
+            (_VALUE, self.value_epochs, self.value_minibatch, self.value_learning_rate),
+        ]
+        for part, (what, epochs, size, rate) in enumerate(passes):
+            for epoch in range(epochs):
+                draw = rng.fold("rows", int(updates[0]), part, epoch)
+                for rows in self._minibatches(state.index, draw, size):
                     params, adam = descend(
-                        self.agent, loss, batch, prepared, rows, params, adam, self.learning_rate
+                        self.agent, what, batch, prepared, rows, params, adam, rate
                     )
         return Segments(params, adam, statistics, buffer, state.index, updates)
 
-    def _order(self, state: Segments, rng: Rng) -> Tensor:
-        if self.minibatch >= self.period:
-            rows = torch.arange(self.period, device=state.index.device)
-            return rows.expand(len(state.index), -1)
-        return rng.uniform(state.index, self.period).argsort(dim=1, stable=True)
+    def _minibatches(self, index: Tensor, rng: Rng, size: int) -> Iterator[Tensor]:
+        """Rows ``[P, size]`` of the newest steps in random order, in order if all are taken."""
+        if size >= self.period:
+            yield torch.arange(self.period, device=index.device).expand(len(index), -1)
+            return
+        numbers, place = index.unique(return_inverse=True)
+        order = rng.uniform(numbers, self.period).argsort(dim=1, stable=True)[place]
+        for first in range(0, self.period - size + 1, size):
+            yield order[:, first : first + size]
 
     def batch(self, buffer: Experience, statistics: Statistics, updates: Tensor) -> Batch:
         """The buffer as losses see it: scaled where it is filled, zeros elsewhere."""

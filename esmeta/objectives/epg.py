@@ -44,7 +44,10 @@ class Objective:
         reward: whether the loss network sees rewards (off: no-reward EPG).
         memory: whether the memory unit learns (off as in the released launcher).
         evolve_init: evolve the policy's first parameters too.
-        ppo_generations: generations over which PPO's share falls from 1 to ``ppo_last``; 0: no PPO.
+        ppo_generations: generations over which PPO's share falls from ``ppo_first`` to
+            ``ppo_last``; 0: no PPO.
+        ppo_first: share of PPO's loss at first. Its gradient is some ten times as large as that of
+            a fresh loss network: from 1, most of the fall is spent where only PPO counts.
         ppo_last: share of PPO's loss that stays.
         test_episodes: episodes after a life whose mean return is its fitness.
         test_steps: steps of such an episode at most.
@@ -61,6 +64,7 @@ class Objective:
     memory: bool = False
     evolve_init: bool = False
     ppo_generations: int = 250
+    ppo_first: float = 1.0
     ppo_last: float = 0.0
     test_episodes: int = 3
     test_steps: int = 1000
@@ -73,6 +77,7 @@ class Objective:
             errors.positive_int("hidden", width, example=64)
         errors.finite_positive("learning_rate", self.learning_rate, example=0.001)
         errors.non_negative_int("ppo_generations", self.ppo_generations, example=100)
+        errors.fraction("ppo_first", self.ppo_first)
         errors.fraction("ppo_last", self.ppo_last)
         errors.positive_int("chunk", self.chunk, example=64)
         if self.chunk < 2:
@@ -147,7 +152,7 @@ class EpgObjective:
         if config.ppo_generations:
             heads |= self._ppo.heads
         agent = Agent(task.spec, config.hidden, heads=heads)
-        learner = SegmentLearner(
+        self.learner = SegmentLearner(
             agent,
             period=config.period,
             context=config.buffer,
@@ -156,7 +161,7 @@ class EpgObjective:
             learning_rate=config.learning_rate,
         )
         self.lives = Lives(
-            learner,
+            self.learner,
             task,
             seed,
             self.device,
@@ -175,7 +180,7 @@ class EpgObjective:
         return {**eta, **self._init_leaves()} if self.config.evolve_init else eta
 
     def _init_leaves(self) -> Params:
-        agent = self.lives.learner.agent
+        agent = self.learner.agent
         params = agent.init(Rng(self.seed).fold("eta"), torch.zeros(1, dtype=torch.int64))
         return {k: v for k, v in params.items() if k.partition(".")[0] in ("policy", "log_std")}
 
@@ -193,10 +198,10 @@ class EpgObjective:
 
     def share(self, generation: int) -> float:
         """PPO's share of the loss in a generation."""
-        last = self.config.ppo_last
+        first, last = self.config.ppo_first, self.config.ppo_last
         if self.config.ppo_generations == 0:
             return 0.0
-        return last + (1.0 - last) * max(0.0, 1.0 - generation / self.config.ppo_generations)
+        return last + (first - last) * max(0.0, 1.0 - generation / self.config.ppo_generations)
 
     # --- fitness -------------------------------------------------------------------------------
 

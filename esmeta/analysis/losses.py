@@ -1,0 +1,166 @@
+"""Figures of a learned loss: what agents earn while they learn by it, and what it looks like."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from esmeta.analysis.plots import COLOURS, GREY, new_figure, save
+from esmeta.learners._experience import Experience
+from esmeta.learners._life import Lives
+from esmeta.learners._loss import Batch, Loss, PolicyGradient
+from esmeta.learners._record import Diary
+from esmeta.types import Params
+
+if TYPE_CHECKING:
+    from esmeta.objectives.epg import EpgObjective
+
+LIVES = 32
+"""Lives that a curve is the mean of."""
+_GRID = 41
+
+
+class LifeCurve(NamedTuple):
+    """Reward per step over a life: mean over agents and its standard error, by update."""
+
+    steps: np.ndarray
+    mean: np.ndarray
+    se: np.ndarray
+
+
+def life_curve(lives: Lives, loss: Loss, split: str, count: int = LIVES) -> LifeCurve:
+    """Let ``count`` agents learn by one loss, each on a task of its own."""
+    diary, life = Diary(), lives.begin(torch.arange(count), split)
+    for _ in range(lives.updates):
+        life, new = lives.advance(life, loss, split)
+        diary.add(new)
+    period = lives.learner.period
+    parts = diary.reward.unflatten(1, (-1, period)).mean(dim=2)
+    steps = period * (np.arange(parts.shape[1]) + 1)
+    spread = parts.std(dim=0) / math.sqrt(count)
+    return LifeCurve(steps, parts.mean(dim=0).numpy(), spread.numpy())
+
+
+def life_curves(objective: EpgObjective, eta: Params) -> dict[str, dict[str, LifeCurve]]:
+    """Split -> name of a loss -> curve: the learned one, its first values, and PPO's.
+
+    All on the same tasks, from the same first networks, with the same number of updates.
+    """
+    agents = torch.zeros(LIVES, dtype=torch.int64)
+    learned, first = (
+        objective.network.loss({k: leaf[agents] for k, leaf in tree.items() if "loss." in k})
+        for tree in (eta, objective.init(objective.seed))
+    )
+    learner = objective.learner
+    agent = replace(learner.agent, heads=learner.agent.heads | PolicyGradient().heads)
+    lives = replace(objective.lives, learner=replace(learner, agent=agent))
+    losses: Mapping[str, Loss] = {
+        "learned loss": learned,
+        "PPO": PolicyGradient(kl_coef=0.001),
+        "untrained loss": first,
+    }
+    return {
+        split: {name: life_curve(lives, loss, split) for name, loss in losses.items()}
+        for split in ("train", "test")
+    }
+
+
+def draw_life_curves(curves: Mapping[str, Mapping[str, LifeCurve]], best: float, out: Path) -> Path:
+    """One panel per split; ``best`` is the best possible reward per step."""
+    figure, panels = new_figure(len(curves))
+    titles = {"train": "tasks of meta-training", "test": "held-out tasks"}
+    for axes, (split, found) in zip(panels, curves.items(), strict=True):
+        for (name, curve), colour in zip(found.items(), COLOURS, strict=False):
+            axes.plot(curve.steps, curve.mean, color=colour, lw=2, label=name)
+            low, high = curve.mean - curve.se, curve.mean + curve.se
+            axes.fill_between(curve.steps, low, high, color=colour, alpha=0.2, lw=0)
+        if math.isfinite(best):
+            axes.axhline(best, color=GREY, lw=1, ls="--")
+        axes.axhline(0.0, color=GREY, lw=1, ls=":")
+        axes.set_title(titles[split], loc="left", fontsize=11)
+        axes.set_xlabel("steps of the agent's life")
+        axes.set_ylabel("reward per step")
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].legend(frameon=False, fontsize=9)
+    return save(figure, out)
+
+
+def loss_surface(
+    objective: EpgObjective, eta: Params, agent: int, updates: int, split: str = "test"
+) -> Tensor:
+    """The loss of an agent's newest step as if its action and reward had been others.
+
+    Rows: rewards over the range the agent has met; columns: displacement of the first action
+    dimension from the policy's mean, -2 to 2 standard deviations. float32 ``[41, 41]``, 0 in the
+    middle. ``updates`` (>= 1): how long the agent has learned before.
+    """
+    lives, learner = objective.lives, objective.learner
+    loss = objective.network.loss({k: v for k, v in eta.items() if "loss." in k})
+    life = lives.begin(torch.tensor([agent, agent]), split)
+    for _ in range(updates):
+        life, _ = lives.advance(life, loss, split)
+    state: Any = life.state
+    batch = learner.batch(state.buffer, state.statistics, state.updates)
+    cells = _GRID * _GRID
+    _, std = state.statistics.mean_std()
+    size = learner.agent.spec.obs_size
+    out = learner.agent.policy(state.params, batch.steps.obs[:, -1:])
+    assert out.mean is not None and out.std is not None
+    move = torch.linspace(-2.0, 2.0, _GRID) * out.std[0, 0, 0]
+    most = batch.steps.reward[0].abs().max()
+    reward = torch.linspace(-1.0, 1.0, _GRID) * most
+    action = state.buffer.action[:1].expand(cells, -1, -1).clone()
+    action[:, -1] = out.mean[0, 0]
+    action[:, -1, 0] += move.repeat(_GRID)
+    rewards = batch.steps.reward[:1].expand(cells, -1).clone()
+    rewards[:, -1] = reward.repeat_interleave(_GRID)
+    change = (action[:, -1] - state.buffer.action[0, -1]) / std[0, size:]
+    scaled = batch.scaled_action[:1].expand(cells, -1, -1).clone()
+    scaled[:, -1] += change
+    same = Experience(*(leaf[:1].expand(cells, *leaf.shape[1:]) for leaf in batch.steps))
+    grid = Batch(
+        same._replace(action=action, reward=rewards), scaled,
+        batch.inside[:1].expand(cells, -1), batch.newest,
+    )  # fmt: skip
+    params = {k: v[:1].expand(cells, *v.shape[1:]) for k, v in state.params.items()}
+    rows = torch.full((cells, 1), batch.newest - 1)
+    with torch.no_grad():
+        prepared = loss.prepare(learner.agent, params, grid)
+        value = loss(learner.agent, params, grid, prepared, rows).reshape(_GRID, _GRID)
+    return value - value[_GRID // 2, _GRID // 2]
+
+
+def draw_gallery(objective: EpgObjective, eta: Params, out: Path) -> Path:
+    """The loss against displacement and reward: four agents, at three times of their lives."""
+    from matplotlib.figure import Figure
+
+    times = sorted({1, max(1, objective.life_steps // 4), max(1, objective.life_steps - 1)})
+    figure = Figure(figsize=(9.0, 2.3 * len(times)), dpi=90, layout="constrained")
+    grid: Sequence[Sequence[Any]] = figure.subplots(len(times), 4, squeeze=False).tolist()
+    for row, updates in zip(grid, times, strict=True):
+        for agent, axes in enumerate(row):
+            surface = loss_surface(objective, eta, agent, updates).numpy()
+            most = max(float(np.abs(surface).max()), 1e-12)
+            axes.imshow(
+                surface, origin="lower", cmap="RdBu_r", vmin=-most, vmax=most, aspect="auto",
+                extent=(-2, 2, -1, 1),
+            )  # fmt: skip
+            axes.contour(
+                np.linspace(-2, 2, _GRID), np.linspace(-1, 1, _GRID), surface, 6,
+                colors="black", linewidths=0.4,
+            )  # fmt: skip
+            if updates == times[0]:
+                axes.set_title(f"agent {agent}", fontsize=9)
+            if agent == 0:
+                axes.set_ylabel(f"after {updates} updates\nreward", fontsize=8)
+            axes.tick_params(labelsize=7)
+    for axes in grid[-1]:
+        axes.set_xlabel("action - mean (std)", fontsize=8)
+    return save(figure, out)

@@ -1,0 +1,322 @@
+"""Environments whose worlds are simulated by all ranks of a machine, for one rank that learns.
+
+The learner holds policy and optimizer, with the whole batch in one policy core. Every rank of its
+machine, the learner too, simulates a share of the P x B worlds, cut along the longer of the two
+axes; actions and time steps lie in one shared-memory window, so that a step costs two flags and no
+message. A world does not depend on its batch mates, so that the numbers are those of one process.
+
+What a rank that serves raises is raised on the learner, with the rank and its traceback. A rank
+that hangs is named after the learner's time limit.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from esmeta.comm import EXIT_USER_ERROR, MPIComm
+from esmeta.envs._shard import Shard
+from esmeta.errors import UserError
+from esmeta.rng import Rng
+from esmeta.types import Reference, Spec, Task, Tasks, TimeStep
+from esmeta.wire import share
+
+_MAKE, _RESET, _STEP, _SCORE, _SEND_SCORES, _CLOSE = range(1, 7)
+_NAMES = {_MAKE: "make_env", _RESET: "reset", _STEP: "step", _SCORE: "metrics", _CLOSE: "close"}
+_WORDS = 8  # int64 per row: a cache line of its own for each rank
+_TEXT = 4096  # bytes of a traceback
+# A wait spins at first, then naps, then sleeps: between two updates the learner needs the core.
+_SPIN_S, _NAP_FOR_S, _NAP_S, _SLEEP_S = 1e-3, 0.1, 5e-5, 1e-3
+
+
+class State(NamedTuple):
+    """Names the trials that a :class:`RemoteEnv` runs and their step; the ranks hold the rest."""
+
+    trials: int
+    step: int
+
+
+class Node:
+    """The ranks of one machine. Rank 0 of them learns, and asks the others to serve.
+
+    Args:
+        comm: :class:`esmeta.comm.MPIComm` of all ranks of the job, which must all make a Node.
+        limit_s: how long (seconds) a rank that serves waits for the learner.
+        stop_wanted: whether this rank was told to stop; a learner is told so by those that serve.
+    """
+
+    def __init__(self, comm: Any, limit_s: float, stop_wanted: Callable[[], bool]) -> None:
+        assert isinstance(comm, MPIComm), f"ranks of {comm} share no memory"
+        self._here = comm.of_this_machine()
+        self._limit_s, self._stop_wanted = limit_s, stop_wanted
+        self.learners = comm.among(self._here.rank == 0)
+        """Communicator of the learners of all machines; None on ranks that serve."""
+        rows = self._here.size + 1
+        memory, self._sync = self._here.shared_memory(8 * _WORDS * rows + _TEXT * rows)
+        numbers = np.frombuffer(memory[: 8 * _WORDS * rows], dtype=np.int64).reshape(rows, _WORDS)
+        # A row of each rank: number of the last command it did (negative: that failed), whether it
+        # was told to stop. The last row: number of the command, what, of which environment.
+        self._ranks, self._command = numbers[:-1], numbers[-1]
+        self._text = np.frombuffer(memory[8 * _WORDS * rows :], dtype=np.uint8).reshape(rows, _TEXT)
+        self._shards: list[Shard] = []
+        self._closed = False
+
+    def lead_or_serve(self, task: Task, learn: Callable[[MPIComm], int], threads: int = 1) -> int:
+        """``learn(learners)`` on the rank that learns, :meth:`serve` on the others.
+
+        Returns the exit code of ``learn`` on all of them. An error of the user's ends all ranks
+        alike; any other is left to the hook that ends the job.
+        """
+        if self.learners is None:
+            torch.set_num_threads(threads)
+            return self.serve(task)
+        try:
+            code = learn(self.learners)
+        except UserError:
+            self.close(EXIT_USER_ERROR)
+            raise
+        self.close(code)
+        return code
+
+    @property
+    def ranks(self) -> int:
+        """Ranks of this machine."""
+        return self._here.size
+
+    def task(self, task: Task) -> RemoteTask:
+        """The same task, with environments that all ranks of this machine simulate."""
+        return RemoteTask(task, self)
+
+    def stop_wanted(self) -> bool:
+        """Whether any rank of this machine was told to stop."""
+        self._sync()
+        return bool(self._ranks[:, 1].any())
+
+    # --- the learner ---------------------------------------------------------------------------
+
+    def make(self, task: Task) -> tuple[int, Shard]:
+        """A new environment on all ranks: its number, and this rank's share of it."""
+        number = len(self._shards)
+        self.ask(_MAKE, number, lambda: self._shards.append(Shard(self._here, task)))
+        return number, self._shards[number]
+
+    def ask(
+        self,
+        what: int,
+        number: int,
+        own: Callable[[], None],
+        meet: Callable[[], None] | None = None,
+    ) -> None:
+        """Have every rank do its part of something, this one too, and wait for all of them.
+
+        ``meet`` are the collectives that all ranks come to before.
+        """
+        self._command[1:3] = what, number
+        self._sync()
+        self._command[0] += 1
+        self._sync()
+        if meet is not None:
+            meet()
+        try:
+            own()
+        finally:
+            # Also after an error here: the next command must not overtake this one.
+            self._wait_for_all(_NAMES.get(what, "metrics"))
+        failed = [rank for rank in range(1, self._here.size) if self._ranks[rank, 0] < 0]
+        if failed:
+            raise RuntimeError("\n".join(map(self._last_words, failed)))
+
+    def _wait_for_all(self, operation: str) -> None:
+        assert self.learners is not None
+        number, others = self._command[0], self._ranks[1:, 0]
+        start = time.monotonic()
+
+        def done() -> bool:
+            self._sync()
+            return bool((np.abs(others) == number).all())
+
+        in_time = _poll(done, self.learners.timeout_s)
+        waited = time.monotonic() - start
+        self.learners.waited_s += waited
+        if not in_time:
+            missing = [1 + int(k) for k in np.flatnonzero(np.abs(others) != number)]
+            self._here.label = self.learners.label
+            raise self._here.too_late(operation, waited, missing)
+
+    def _last_words(self, rank: int) -> str:
+        name, text = self._here.names[rank], self._text[rank].tobytes().rstrip(b"\0")
+        return f"rank {name} failed while it served environments:\n{text.decode(errors='replace')}"
+
+    def share(self, payload: dict[str, Any] | None) -> dict[str, Any]:
+        """The learner's plain data on every rank of this machine."""
+        if self.learners is not None:
+            self._here.timeout_s = self.learners.timeout_s
+            self._here.label = self.learners.label
+        found = share(self._here, payload)
+        assert found is not None
+        return found
+
+    def close(self, code: int) -> None:
+        """Let the ranks that serve leave with exit code ``code``; a second call does nothing."""
+        if not self._closed:
+            self._closed = True
+            self.ask(_CLOSE, code, lambda: None)
+
+    # --- the ranks that serve ------------------------------------------------------------------
+
+    def serve(self, task: Task) -> int:
+        """Simulate what the learner asks for until it closes; returns its exit code."""
+        done = 0
+        while True:
+            what, number = self._next(done)
+            if what == _CLOSE:
+                self._ranks[self._here.rank, 0] = done + 1
+                self._sync()
+                if number == EXIT_USER_ERROR:
+                    raise UserError("the learner was refused, and says why")
+                return number
+            self._meet(what, number)
+            ok = self._try(what, number, task)
+            done += 1
+            self._ranks[self._here.rank, 0] = done if ok else -done
+            self._sync()
+
+    def _next(self, done: int) -> tuple[int, int]:
+        def asked() -> bool:
+            self._ranks[self._here.rank, 1] = self._stop_wanted()
+            self._sync()
+            return bool(self._command[0] > done)
+
+        start = time.monotonic()
+        if not _poll(asked, self._limit_s):
+            self._here.label = f"command {done}"
+            raise self._here.too_late("serving", time.monotonic() - start, [0])
+        return int(self._command[1]), int(self._command[2])
+
+    def _meet(self, what: int, number: int) -> None:
+        """The collectives of a command; what may fail comes after them."""
+        self._here.timeout_s = self._limit_s
+        if what == _RESET:
+            self._payload = self.share(None)
+            self._shards[number].share_out(tuple(self._payload["shape"]))
+        elif what == _SEND_SCORES:
+            self._shards[number].gather_scores(self.share(None)["names"])
+
+    def _try(self, what: int, number: int, task: Task) -> bool:
+        try:
+            if what == _MAKE:
+                self._shards.append(Shard(self._here, task))
+            elif what == _RESET:
+                got = self._payload
+                self._shards[number].reset(Tasks(got["index"], got["data"]), got["key"])
+            elif what == _STEP:
+                self._shards[number].step()
+            elif what == _SCORE:
+                self._shards[number].score()
+        except Exception:  # noqa: BLE001 - whatever it is, the learner raises it
+            said = traceback.format_exc().encode()[-_TEXT:]
+            self._text[self._here.rank] = 0
+            self._text[self._here.rank, : len(said)] = np.frombuffer(said, dtype=np.uint8)
+            return False
+        return True
+
+
+def _poll(done: Callable[[], bool], limit_s: float) -> bool:
+    """Wait until ``done()``; False after ``limit_s`` seconds."""
+    start = time.monotonic()
+    while not done():
+        waited = time.monotonic() - start
+        if waited > limit_s:
+            return False
+        time.sleep(0 if waited < _SPIN_S else _NAP_S if waited < _SPIN_S + _NAP_FOR_S else _SLEEP_S)
+    return True
+
+
+class RemoteEnv:
+    """A :class:`esmeta.types.BatchedEnv` on all ranks of a machine; made by :meth:`Node.task`."""
+
+    def __init__(self, node: Node, task: Task, device: torch.device | str) -> None:
+        self._node, self._device = node, device
+        self._number, self._shard = node.make(task)
+        self.most_worlds = self._shard.most_worlds
+        self._state = State(0, 0)
+
+    def reset(self, tasks: Tasks, rng: Rng, population: int = 1) -> tuple[State, TimeStep]:
+        """Begin the trials on all ranks; the trials before them are given up."""
+        shape = (population, tasks.index.shape[1])
+        index = tasks.index.cpu()
+        data = {name: leaf.cpu() for name, leaf in tasks.data.items()}
+
+        def meet() -> None:
+            parts = {"index": index, "data": data, "key": rng.key, "shape": list(shape)}
+            self._node.share(parts)
+            self._shard.share_out(shape)
+
+        self._state = State(self._state.trials + 1, 0)
+        own = functools.partial(self._shard.reset, Tasks(index, data), rng.key)
+        self._node.ask(_RESET, self._number, own, meet)
+        return self._state, self._told()
+
+    def step(self, state: State, action: Tensor) -> tuple[State, TimeStep]:
+        """Step all worlds, each rank its share."""
+        self._check(state)
+        self._shard.buffers.action[:] = action.detach().cpu().numpy()
+        self._state = State(state.trials, state.step + 1)
+        self._node.ask(_STEP, self._number, self._shard.step)
+        return self._state, self._told()
+
+    def metrics(self, state: State) -> dict[str, Tensor]:
+        """The task's own scores, float32 ``[P, B]``."""
+        self._check(state)
+        self._node.ask(_SCORE, self._number, self._shard.score)
+        names = sorted(self._shard.scores)
+        found: dict[str, Tensor] = {}
+
+        def meet() -> None:
+            self._node.share({"names": names})
+            found.update(self._shard.gather_scores(names))
+
+        self._node.ask(_SEND_SCORES, self._number, lambda: None, meet)
+        return {name: leaf.to(self._device) for name, leaf in found.items()}
+
+    def _told(self) -> TimeStep:
+        return TimeStep(*(leaf.to(self._device) for leaf in self._shard.tell()))
+
+    def _check(self, state: State) -> None:
+        if state != self._state:
+            raise RuntimeError(
+                f"trials {state.trials} at step {state.step} were left: the ranks now run trials "
+                f"{self._state.trials} at step {self._state.step} and cannot go back; finish "
+                "trials before new ones begin, or make another environment"
+            )
+
+
+@dataclass(frozen=True)
+class RemoteTask:
+    """A task whose environments are simulated by all ranks of the machine."""
+
+    task: Task
+    node: Node
+
+    @property
+    def spec(self) -> Spec:
+        return self.task.spec
+
+    @property
+    def reference(self) -> Reference:
+        return self.task.reference
+
+    def sample(self, batch: int | Tensor, split: str, rng: Rng) -> Tasks:
+        return self.task.sample(batch, split, rng)
+
+    def make_env(self, device: torch.device | str) -> RemoteEnv:
+        """Environments on the ranks' CPUs; tensors for the learner on ``device``."""
+        return RemoteEnv(self.node, self.task, device)

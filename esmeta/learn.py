@@ -1,0 +1,147 @@
+"""``python -m esmeta.learn LEARNER``: train a batch of agents by a hand-written loss.
+
+The baselines of learned losses, in the same harness: every agent lives one trial of its own task,
+from fresh networks, and the return over that life is reported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from esmeta import config as configs
+from esmeta import errors
+from esmeta.cli import Parser, prepare_process
+
+if TYPE_CHECKING:
+    from esmeta.learners._life import Lives
+    from esmeta.learners._loss import Loss
+    from esmeta.learners._record import Diary
+    from esmeta.types import Task
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line; a test freezes its flags."""
+    p = Parser(
+        prog="python -m esmeta.learn",
+        description="Train a batch of agents by a hand-written loss and report the return over "
+        "their lives: mean ± standard error over agents.",
+    )
+    p.add_argument("learner", help="ppo, reinforce, td3, offpolicy_reinforce, or package.module:C")
+    p.add_argument("--task", required=True, help="task distribution, or package.module:Class")
+    p.add_argument(
+        "--steps", type=int, default=10_000, help="of a life: task.horizon (%(default)s)"
+    )
+    p.add_argument("--agents", type=int, default=4, help="trained as one batch (%(default)s)")
+    p.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="SECTION.KEY=VALUE",
+        help="an option of the learner or the task, e.g. learner.hidden=[64,64]; may be repeated",
+    )
+    p.add_argument("--split", default="test", choices=("train", "test"), help="of the tasks")
+    p.add_argument("--seed", type=int, default=0, help="seed of everything random (%(default)s)")
+    p.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:N")
+    p.add_argument("--parts", type=int, default=10, help="parts of the life in the table")
+    p.add_argument("--out", type=Path, metavar="FILE.json", help="also write the numbers there")
+    return p
+
+
+def build(args: argparse.Namespace) -> tuple[Lives, Loss]:
+    """The lives and the loss that the command line names."""
+    import torch
+
+    from esmeta.learners._life import Lives
+
+    tables: dict[str, dict[str, Any]] = {"task": {"horizon": args.steps}, "learner": {}}
+    for text in args.set:
+        section, _, rest = text.partition(".")
+        if section not in tables:
+            raise errors.UserError(f"--set {text!r}: write task.KEY=VALUE or learner.KEY=VALUE")
+        _, key, value = configs.parse_override(f"task.{rest}")
+        tables[section][key] = value
+    for name, value in (
+        ("--steps", args.steps),
+        ("--agents", args.agents),
+        ("--parts", args.parts),
+    ):
+        errors.positive_int(name, value, example=4)
+    errors.non_negative_int("--seed", args.seed)
+    options = configs.load_class("learner", args.learner)
+    maker = errors.check_options(options, tables["learner"], "learner")
+    kind = configs.load_class("task", args.task)
+    task: Task = errors.check_options(kind, tables["task"], "task")
+    learner, loss = maker.make(task.spec, task.spec.horizon)
+    lives = Lives(learner, task, args.seed, torch.device(args.device), test_steps=args.steps)
+    lives.check()
+    return lives, loss
+
+
+def learn(lives: Lives, loss: Loss, agents: int, split: str) -> Diary:
+    """Let ``agents`` agents, numbers 0 and up, live and learn."""
+    import torch
+
+    from esmeta.learners._record import Diary
+    from esmeta.progress import progress
+
+    # A batch of one rounds differently; its twin is left out.
+    index = torch.arange(max(2, agents))
+    diary, life = Diary(), lives.begin(index, split)
+    with progress(lives.updates, "learning") as bar:
+        for update in range(lives.updates):
+            life, new = lives.advance(life, loss, split)
+            diary.add(type(new)(*(leaf[:agents] for leaf in new)))
+            bar.update(update + 1, (update + 1) / lives.updates)
+    return diary
+
+
+def table(diary: Diary, parts: int) -> list[dict[str, float]]:
+    """Mean return of episodes and its standard error over agents, by part of the life."""
+    from esmeta.evaluate import summary
+
+    steps = diary.reward.shape[1]
+    rows = []
+    for k, column in enumerate(diary.curve(parts).unbind(1)):
+        mean, error, count = summary(column)
+        rows.append(
+            {"steps": steps * (k + 1) // parts, "return": mean, "se": error, "agents": count}
+        )
+    return rows
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    args = parser().parse_args(argv)
+    prepare_process()
+    import torch
+
+    torch.set_num_threads(1)
+    try:
+        lives, loss = build(args)
+        began = time.monotonic()
+        diary = learn(lives, loss, args.agents, args.split)
+        rows = table(diary, args.parts)
+        seconds = time.monotonic() - began
+        if args.out is not None:
+            facts = {"learner": args.learner, "task": args.task, "set": args.set, "seed": args.seed}
+            args.out.write_text(json.dumps({**facts, "seconds": seconds, "curve": rows}) + "\n")
+    except errors.UserError as error:
+        print(f"esmeta: error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"esmeta: error: --out {args.out}: {error.strerror or error}", file=sys.stderr)
+        return 2
+    print(f"{args.task} by {args.learner}: {args.agents} agents, {seconds:.0f} s")
+    for row in rows:
+        print(f"{row['steps']:>10,} steps  return {row['return']:10.3f} ± {row['se']:.3f}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,40 @@
+"""Off-policy REINFORCE with GAE: MetaGenRL's own control (https://arxiv.org/abs/1910.04098).
+
+Agent, replay, critics and schedule are those of ``td3``; the policy is pulled towards actions of
+the replay whose advantage is positive (baselines sheet 9.2).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from esmeta import errors
+from esmeta.learners._loss import Loss
+from esmeta.learners._off_policy_losses import OffPolicyReinforce
+from esmeta.learners._replay import ReplayLearner
+from esmeta.learners.td3 import OffPolicyOptions
+from esmeta.types import Spec
+
+
+@dataclass(frozen=True)
+class Learner(OffPolicyOptions):
+    """Options of off-policy REINFORCE, besides those of every learner from a replay.
+
+    Attributes:
+        snippet: steps in a row over which advantages are estimated.
+        gae_lambda: of the advantages.
+    """
+
+    clip: float = 1.0
+    snippet: int = 20
+    gae_lambda: float = 0.97
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        errors.positive_int("snippet", self.snippet, example=20)
+        errors.fraction("gae_lambda", self.gae_lambda)
+
+    def make(self, spec: Spec, horizon: int) -> tuple[ReplayLearner, Loss]:
+        """The learner and its loss for tasks of ``spec``, lives of ``horizon`` steps."""
+        loss = OffPolicyReinforce(self.snippet, self.gamma, self.gae_lambda)
+        return self.learner(spec, horizon, loss), loss

@@ -1,0 +1,88 @@
+"""PPO (Schulman et al. 2017, https://arxiv.org/abs/1707.06347): clipped policy gradient with GAE.
+
+What differs from the usual recipe: nothing stops a pass early, V is learned in the same minibatches
+with a coefficient, and networks are EPG's (tanh, separate for policy and V, inputs normalised).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from esmeta import errors
+from esmeta.learners._agent import Agent
+from esmeta.learners._loss import Loss, PolicyGradient
+from esmeta.learners._segments import SegmentLearner
+from esmeta.types import Spec
+
+
+@dataclass(frozen=True)
+class Learner:
+    """Options of PPO.
+
+    Attributes:
+        period: environment steps between updates.
+        epochs: passes over them.
+        minibatch: steps per gradient.
+        learning_rate: of Adam.
+        hidden: widths of the layers of policy and V.
+        clip: of the probability ratio.
+        gamma: discount.
+        gae_lambda: of the advantages.
+        kl_coef: weight of KL(old || new).
+        value_coef: weight of V's squared error.
+        reward_scale: factor on rewards; that of V's errors is its square.
+    """
+
+    period: int = 2000
+    epochs: int = 10
+    minibatch: int = 50
+    learning_rate: float = 1e-3
+    hidden: tuple[int, ...] = (64, 64)
+    clip: float = 0.2
+    gamma: float = 0.99
+    gae_lambda: float = 0.95
+    kl_coef: float = 0.0
+    value_coef: float = 1.0
+    reward_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_segments(self.period, self.epochs, self.minibatch, self.learning_rate, self.hidden)
+        errors.finite_positive("clip", self.clip, example=0.2)
+        errors.fraction("gamma", self.gamma)
+        errors.fraction("gae_lambda", self.gae_lambda)
+        errors.non_negative("kl_coef", self.kl_coef)
+        errors.non_negative("value_coef", self.value_coef)
+        errors.finite_positive("reward_scale", self.reward_scale, example=1.0)
+
+    def make(self, spec: Spec, horizon: int) -> tuple[SegmentLearner, Loss]:
+        """The learner and its loss for tasks of ``spec``, lives of ``horizon`` steps."""
+        loss = PolicyGradient(
+            self.clip,
+            self.gamma,
+            self.gae_lambda,
+            self.kl_coef,
+            self.value_coef,
+            reward_scale=self.reward_scale,
+        )
+        agent = Agent(spec, self.hidden, heads=loss.heads)
+        learner = SegmentLearner(
+            agent,
+            period=self.period,
+            context=self.period,
+            epochs=self.epochs,
+            minibatch=self.minibatch,
+            learning_rate=self.learning_rate,
+        )
+        return learner, loss
+
+
+def check_segments(
+    period: int, epochs: int, minibatch: int, learning_rate: float, hidden: tuple[int, ...]
+) -> None:
+    """Refuse sizes that are no sizes."""
+    errors.positive_int("period", period, example=2000)
+    errors.positive_int("epochs", epochs, example=10)
+    errors.positive_int("minibatch", minibatch, example=50)
+    errors.finite_positive("learning_rate", learning_rate, example=0.001)
+    for width in hidden:
+        errors.positive_int("hidden", width, example=64)

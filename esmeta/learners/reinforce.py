@@ -1,0 +1,74 @@
+"""On-policy REINFORCE with GAE (Schulman et al. 2016, https://arxiv.org/abs/1506.02438).
+
+One full-batch policy step per period, then V alone for some passes, as in the "VPG" that MetaGenRL
+compares with (baselines sheet 9.1); networks are EPG's (tanh, inputs normalised).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from esmeta import errors
+from esmeta.learners._agent import Agent
+from esmeta.learners._loss import Loss, PolicyGradient
+from esmeta.learners._segments import SegmentLearner
+from esmeta.learners.ppo import check_segments
+from esmeta.types import Spec
+
+
+@dataclass(frozen=True)
+class Learner:
+    """Options of REINFORCE.
+
+    Attributes:
+        period: environment steps between updates.
+        value_epochs: passes of V over them.
+        minibatch: steps per gradient of V.
+        learning_rate: of the policy's Adam.
+        value_learning_rate: of V's.
+        hidden: widths of the layers of policy and V.
+        gamma: discount.
+        gae_lambda: of the advantages.
+        reward_scale: factor on rewards.
+    """
+
+    period: int = 4000
+    value_epochs: int = 10
+    minibatch: int = 200
+    learning_rate: float = 3e-3
+    value_learning_rate: float = 1e-3
+    hidden: tuple[int, ...] = (64, 64)
+    gamma: float = 0.99
+    gae_lambda: float = 0.97
+    reward_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_segments(
+            self.period, self.value_epochs, self.minibatch, self.learning_rate, self.hidden
+        )
+        errors.finite_positive("value_learning_rate", self.value_learning_rate, example=0.001)
+        errors.fraction("gamma", self.gamma)
+        errors.fraction("gae_lambda", self.gae_lambda)
+        errors.finite_positive("reward_scale", self.reward_scale, example=1.0)
+
+    def make(self, spec: Spec, horizon: int) -> tuple[SegmentLearner, Loss]:
+        """The learner and its loss for tasks of ``spec``, lives of ``horizon`` steps."""
+        loss = PolicyGradient(
+            0.0,
+            self.gamma,
+            self.gae_lambda,
+            value_coef=0.0,
+            reward_scale=self.reward_scale,
+        )
+        agent = Agent(spec, self.hidden, heads=loss.heads)
+        learner = SegmentLearner(
+            agent,
+            period=self.period,
+            context=self.period,
+            minibatch=self.period,
+            learning_rate=self.learning_rate,
+            value_epochs=self.value_epochs,
+            value_minibatch=self.minibatch,
+            value_learning_rate=self.value_learning_rate,
+        )
+        return learner, loss

@@ -1,0 +1,99 @@
+"""TD3 (Fujimoto, van Hoof & Meger 2018, https://arxiv.org/abs/1802.09477), and DDPG.
+
+Sizes, exploration and schedule are MetaGenRL's; DDPG (Lillicrap et al. 2016,
+https://arxiv.org/abs/1509.02971) is ``twin = false``, ``delay = 1``, ``target_noise = 0``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from esmeta import errors
+from esmeta.learners._agent import Agent
+from esmeta.learners._loss import Loss
+from esmeta.learners._off_policy_losses import DeterministicGradient
+from esmeta.learners._replay import ReplayLearner
+from esmeta.types import Spec
+
+
+@dataclass(frozen=True)
+class OffPolicyOptions:
+    """Options of learners from a replay; see :class:`esmeta.learners._replay.ReplayLearner`.
+
+    Attributes:
+        hidden: widths of the ReLU layers of policy and critics, each with layer norm.
+        period: environment steps between updates; as many update rounds follow.
+        capacity: steps that the replay holds at most (a life's, where that is less).
+        batch: transitions (or snippets) per step.
+        start: steps of uniformly random actions at first.
+        update_after: steps before the first update.
+        gamma: discount.
+        polyak: what targets keep of themselves.
+        exploration: spread of actions, in units of their limit.
+        target_noise: spread of the target's actions, in units of their limit.
+        target_clip: limit of that noise.
+        delay: critic steps per policy step.
+        twin: the smaller of two critics is the target.
+        learning_rate: of Adam.
+        clip: global norm of the policy's gradient at most; 0: no limit.
+    """
+
+    hidden: tuple[int, ...] = (350, 350)
+    period: int = 50
+    capacity: int = 1_000_000
+    batch: int = 100
+    start: int = 10_000
+    update_after: int = 1_000
+    gamma: float = 0.99
+    polyak: float = 0.995
+    exploration: float = 0.1
+    target_noise: float = 0.2
+    target_clip: float = 0.5
+    delay: int = 2
+    twin: bool = True
+    learning_rate: float = 1e-3
+    clip: float = 0.0
+
+    def __post_init__(self) -> None:
+        for width in self.hidden:
+            errors.positive_int("hidden", width, example=64)
+        for name in ("period", "capacity", "batch", "update_after", "delay"):
+            errors.positive_int(name, getattr(self, name), example=100)
+        errors.non_negative_int("start", self.start, example=1000)
+        for name in ("exploration", "target_noise", "target_clip", "clip"):
+            errors.non_negative(name, getattr(self, name))
+        errors.finite_positive("learning_rate", self.learning_rate, example=0.001)
+        errors.fraction("gamma", self.gamma)
+        errors.fraction("polyak", self.polyak)
+
+    def learner(self, spec: Spec, horizon: int, loss: Loss) -> ReplayLearner:
+        """The learner for a loss, which must fit into its replay."""
+        agent = Agent(spec, self.hidden, style="relu", heads=loss.heads, std=self.exploration)
+        learner = ReplayLearner(
+            agent,
+            period=self.period,
+            capacity=min(self.capacity, horizon),
+            batch=self.batch,
+            start=self.start,
+            update_after=self.update_after,
+            gamma=self.gamma,
+            polyak=self.polyak,
+            target_noise=self.target_noise,
+            target_clip=self.target_clip,
+            delay=self.delay,
+            twin=self.twin,
+            learning_rate=self.learning_rate,
+            clip=self.clip,
+        )
+        learner.check(loss)
+        return learner
+
+
+@dataclass(frozen=True)
+class Learner(OffPolicyOptions):
+    """Options of TD3: those of every learner from a replay."""
+
+    def make(self, spec: Spec, horizon: int) -> tuple[ReplayLearner, Loss]:
+        """The learner and its loss for tasks of ``spec``, lives of ``horizon`` steps."""
+        loss = DeterministicGradient()
+        return self.learner(spec, horizon, loss), loss

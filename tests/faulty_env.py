@@ -1,0 +1,45 @@
+"""The bandit with environments that fail on one rank, as an environment variable says.
+
+``ESMETA_TEST_ENV_FAULT=KIND:RANK:STEP``, where KIND is raise, hang, exit or kill and STEP counts
+the calls of ``step`` of one environment.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from esmeta.tasks.bandit import BanditEnv
+from esmeta.tasks.bandit import Task as Bandit
+
+VARIABLE = "ESMETA_TEST_ENV_FAULT"
+
+
+class FaultyEnv(BanditEnv):
+    calls = 0
+
+    def step(self, state: Any, action: Any) -> Any:
+        kind, rank, step = os.environ.get(VARIABLE, "none:0:-1").split(":")
+        self.calls += 1
+        if self.calls == int(step) and os.environ.get("PMI_RANK", "0") == rank:
+            if kind == "raise":
+                raise ArithmeticError("a world fell apart")
+            if kind == "exit":
+                sys.exit(0)
+            if kind == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            assert kind == "hang", kind
+            time.sleep(600)
+        return super().step(state, action)
+
+
+@dataclass(frozen=True)
+class Task(Bandit):
+    """The bandit, with the fault."""
+
+    def make_env(self, device: Any) -> FaultyEnv:
+        return FaultyEnv(self, device)

@@ -1,0 +1,159 @@
+"""Environments on all ranks of a machine: the same bits as on one, and failures with a name."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from conftest import OPEN_MPI, ROOT, environment, find_mpirun, kill_leftovers
+from faulty_env import VARIABLE
+from tiny_runs import final_hash, overrides, run_here, summary, write_preset
+
+pytestmark = pytest.mark.mpi
+slow = pytest.mark.slow
+SCRIPT = ROOT / "tests" / "mpi" / "remote.py"
+PATHS = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+
+
+@pytest.mark.parametrize(("ranks", "names"), [(2, ""), (4, "gym harlow point cheetah_dir")])
+def test_every_task_has_the_same_bits(mpirun: Any, ranks: int, names: str) -> None:
+    done = mpirun(ranks, SCRIPT, *names.split())
+    assert done.returncode == 0, done.stderr
+    assert f"ok {ranks} ranks, " in done.stdout
+
+
+def test_a_world_that_fails_is_told_to_the_learner_which_may_go_on(mpirun: Any) -> None:
+    done = mpirun(3, SCRIPT, "fault", env={VARIABLE: "raise:1:3", "PYTHONPATH": PATHS})
+    assert done.returncode == 0, done.stderr
+    assert "told after 2 steps: rank 1 failed while it served environments:" in done.stdout
+    assert "ArithmeticError: a world fell apart" in done.stdout and "faulty_env.py" in done.stdout
+    assert "ok 3 ranks" in done.stdout
+
+
+OPTIONS = overrides("run.remote_envs=true", "run.rank_timeout=5", "run.tensorboard=false")
+
+
+@pytest.mark.parametrize(
+    ("preset", "more"),
+    [
+        ("gym-ppo", ["task.horizon=40", "task.trials=6", "optimizer.minibatches=2"]),
+        pytest.param(
+            "gym-ppo",
+            ["optimizer.name=openes", "optimizer.popsize=6", "task.id=Pendulum-v1"],
+            marks=slow,
+        ),
+        pytest.param("harlow-openes", ["optimizer.popsize=8", "task.horizon=30"], marks=slow),
+    ],
+)
+def test_a_run_learns_the_same_theta(
+    tmp_path: Path, mpirun: Any, preset: str, more: list[str]
+) -> None:
+    """One that learns and one that serves, against one process; evolution and gradients."""
+    if "task.id=Pendulum-v1" in more:
+        more = [*more, "task.horizon=20", "task.trials=3", "policy.std=learned"]
+    steps = "budget.updates=3" if preset == "gym-ppo" else "budget.generations=3"
+    words = overrides(
+        *more, steps, "budget.target=none", "run.evaluate_every=2", "run.evaluate_trials=8"
+    )
+    args = [preset, *words, *OPTIONS, "--out"]
+    done = mpirun(2, "-m", "esmeta.train", *args, tmp_path / "two")
+    assert done.returncode == 0, done.stderr
+    assert "environments: 2 ranks of this machine" in done.stdout
+    assert run_here(*args, tmp_path / "one") == 0
+    assert final_hash(tmp_path / "two") == final_hash(tmp_path / "one")
+    assert summary(tmp_path / "two")["ranks"] == 1, "of those that learn"
+
+
+@pytest.mark.parametrize(
+    ("kind", "rank", "code", "words"),
+    [
+        ("raise", 1, 3, ["rank 0: exception at ", "rank 1 failed while it served", "fell apart"]),
+        pytest.param(
+            "raise", 0, 3, ["rank 0: exception at ", "ArithmeticError: a world"], marks=slow
+        ),
+        ("hang", 1, 3, ["TimeoutError: rank 0 of 2: step waited 5 s at ", "for rank 1 (hangs"]),
+        pytest.param(
+            "hang",
+            0,
+            3,
+            ["TimeoutError: rank 1 of 2: serving waited 5 s at ", "for rank 0 (hangs"],
+            marks=slow,
+        ),
+        pytest.param("exit", 1, 3, ["rank 1: sys.exit(0) at "], marks=slow),
+        pytest.param("kill", 1, 9, [], marks=slow),
+    ],
+)
+def test_failures_end_the_job_and_are_named(
+    tmp_path: Path, mpirun: Any, kind: str, rank: int, code: int, words: list[str]
+) -> None:
+    """In the third step of an environment; the others are told why, or who is missing."""
+    args = [write_preset(tmp_path), "--optimizer", "a2c", "--task", "faulty_env:Task"]
+    args += [*OPTIONS, *overrides("task.horizon=5"), "--out", tmp_path / "run"]
+    env = {VARIABLE: f"{kind}:{rank}:3", "PYTHONPATH": PATHS}
+    start = time.monotonic()
+    done = mpirun(2, "-m", "esmeta.train", *args, env=env, timeout=60)
+    assert done.returncode == code, done.stderr
+    for word in words:
+        assert word in done.stderr, done.stderr
+    assert time.monotonic() - start < 40
+
+
+def test_windows_of_lives_are_refused_in_one_line(tmp_path: Path, mpirun: Any) -> None:
+    args = [write_preset(tmp_path), "--optimizer", "nres", *OPTIONS, "--out", tmp_path / "run"]
+    done = mpirun(2, "-m", "esmeta.train", *args)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.strip().count("\n") == 0, done.stderr
+    assert "RemoteEnv cannot be left and gone back to" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_signal_to_a_rank_that_serves_stops_the_run(tmp_path: Path) -> None:
+    mpirun = find_mpirun()
+    if mpirun is None:
+        pytest.skip("no mpirun")
+    mark = "remote-stop"
+    args = [write_preset(tmp_path), *OPTIONS, *overrides("budget.generations=1000000")]
+    job = subprocess.Popen(
+        [mpirun, "-n", "2", sys.executable, "-m", "esmeta.train", *map(str, args), "--out", "run"],
+        cwd=tmp_path,
+        env=environment({**OPEN_MPI, "ESMETA_TEST_JOB": mark}),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "run" / "metrics.jsonl").exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        serving = [
+            process
+            for process in psutil.Process(job.pid).children(recursive=True)
+            if process.environ().get("PMI_RANK") == "1"
+        ]
+        serving[-1].send_signal(signal.SIGTERM)
+        _, err = job.communicate(timeout=60)
+    finally:
+        assert not kill_leftovers(mark, grace=5)
+    assert job.returncode == 75, err
+    assert summary(tmp_path / "run")["stopped_by"] == "signal"
+
+
+@pytest.mark.parametrize("value", ["maybe", "1", '"yes"'])
+def test_bad_values(tmp_path: Path, value: str) -> None:
+    from esmeta.errors import UserError
+
+    with pytest.raises(UserError, match=r"run\.remote_envs = .*true or false"):
+        run_here(
+            write_preset(tmp_path),
+            "--out",
+            tmp_path / "run",
+            *overrides(f"run.remote_envs={value}"),
+        )

@@ -1,0 +1,99 @@
+"""The tasks that learned losses are tried on, displacement and pendulum, by hand."""
+
+from __future__ import annotations
+
+import math
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+
+from esmeta.rng import Rng
+from esmeta.tasks import make_task
+from esmeta.types import Tasks
+
+
+def test_pendulum_equals_gymnasiums() -> None:
+    theirs = gymnasium.make("Pendulum-v1").unwrapped
+    task = make_task("pendulum")
+    env = task.make_env("cpu")
+    state, ts = env.reset(task.sample(3, "train", Rng(0)), Rng(1))
+    rng = np.random.default_rng(0)
+    for trial in range(3):
+        current, step = state, ts
+        theirs.reset(seed=0)
+        theirs.state = np.array([float(state.angle[0, trial]), float(state.speed[0, trial])])
+        worst = np.zeros(2)
+        for _ in range(200):
+            torque = rng.uniform(-2.5, 2.5)
+            current, step = env.step(current, torch.full((1, 3, 1), torque))
+            # From the same state at every step: errors of float32 would add up else.
+            obs, reward, _, truncated, _ = theirs.step(np.array([torque]))
+            worst[0] = max(worst[0], np.abs(step.obs[0, trial].numpy() - obs).max())
+            worst[1] = max(worst[1], abs(float(step.reward[0, trial]) - reward))
+            angle, speed = float(current.angle[0, trial]), float(current.speed[0, trial])
+            theirs.state = np.array([angle, speed])
+        assert worst[0] < 1e-6 * 8 and worst[1] < 1e-6 * 16, worst
+        assert bool(step.truncated[0, trial]) and not truncated
+
+
+def test_pendulum_gravity_length_and_episodes() -> None:
+    task = make_task("pendulum", gravity=(7.0, 13.0), length=(0.7, 1.3), horizon=7, episode_steps=3)
+    tasks = task.sample(500, "train", Rng(0))
+    for name, low, high in (("gravity", 7.0, 13.0), ("length", 0.7, 1.3)):
+        values = tasks.data[name]
+        assert low <= float(values.min()) < low + 0.05 * (high - low)
+        assert high >= float(values.max()) > high - 0.05 * (high - low)
+    data = {"gravity": torch.tensor([[8.0]]), "length": torch.tensor([[0.5]])}
+    one = Tasks(tasks.index[:, :1], {**data, "seed": tasks.data["seed"][:, :1]})
+    env = task.make_env("cpu")
+    state, ts = env.reset(one, Rng(2))
+    angle, speed = float(state.angle), float(state.speed)
+    assert -math.pi <= angle <= math.pi and -1 <= speed <= 1
+    state, ts = env.step(state, torch.full((1, 1, 1), 9.0))  # clipped to 2
+    faster = speed + (1.5 * 8.0 / 0.5 * math.sin(angle) + 3.0 / 0.25 * 2.0) * 0.05
+    faster = min(8.0, max(-8.0, faster))
+    cost = angle**2 + 0.1 * speed**2 + 0.001 * 4.0
+    assert float(ts.reward) == pytest.approx(-cost, rel=1e-5)
+    assert float(ts.obs[0, 0, 2]) == pytest.approx(faster, rel=1e-5)
+    flags = [bool(ts.new_episode)]
+    for _ in range(6):
+        state, ts = env.step(state, torch.zeros(1, 1, 1))
+        flags.append(bool(ts.new_episode))
+    assert flags == [False, False, True, False, False, True, True] and bool(ts.new_trial)
+    assert len({float(x) for x in state.starts.flatten()}) == 6
+
+
+def test_displacement_by_hand() -> None:
+    task = make_task("displacement", horizon=5, episode_steps=2, reward_scale=10.0)
+    tasks = Tasks(torch.tensor([[0]]), {"direction": torch.tensor([[[0.6, -0.8]]])})
+    env = task.make_env("cpu")
+    state, ts = env.reset(tasks, Rng(0))
+    assert not ts.obs.any()
+    rows = []
+    for action in ([0.5, 0.0], [3.0, -4.0], [0.0, 1.0], [0.0, -1.0], [1.0, 0.0], [1.0, 0.0]):
+        state, ts = env.step(state, torch.tensor([[action]]))
+        rows.append((round(float(ts.reward), 5), [round(x, 5) for x in ts.obs[0, 0].tolist()]))
+    assert rows[0] == (0.3, [0.05, 0.0, 0.05, 0.0])
+    assert rows[1] == (1.0, [0.0, 0.0, 0.0, 0.0])  # the longest step, along u; a new episode
+    assert rows[2] == (-0.8, [0.0, 0.1, 0.0, 0.1])
+    assert [row[0] for row in rows[3:]] == [0.8, 0.6, 0.0]
+    assert float(env.metrics(state)["share"]) == pytest.approx(1.9 / 5, rel=1e-5)
+
+
+def test_directions_of_the_halves_and_strata() -> None:
+    task = make_task("displacement", strata=4)
+    for split, sign in (("train", 1), ("test", -1)):
+        u = task.sample(400, split, Rng(3)).data["direction"][0]
+        assert bool((sign * u[:, 0] > 0).all())
+        assert torch.allclose(u.norm(dim=1), torch.ones(400))
+        angle = torch.atan2(u[:, 1] * sign, u[:, 0] * sign) / math.pi + 0.5
+        assert (angle * 4).long().tolist() == [k % 4 for k in range(400)]
+    wide = make_task("displacement", width=240.0)
+    for split, low, high in (("train", 0.0, 120.0), ("test", 120.0, 180.0)):
+        u = wide.sample(4000, split, Rng(3)).data["direction"][0]
+        away = torch.atan2(u[:, 1], u[:, 0]).abs() * 180.0 / math.pi
+        assert low <= float(away.min()) < low + 1 and high - 1 < float(away.max()) <= high
+    everywhere = make_task("displacement", train="all").sample(400, "train", Rng(3))
+    assert 120 < int((everywhere.data["direction"][..., 0] > 0).sum()) < 280
