@@ -107,7 +107,8 @@ class Run:
     many seconds ranks wait for one that does not come before they end the job; 0 chooses 600 s for
     the first steps and while rank 0 works alone between steps, later 60 s or ten times the median
     of the last steps, whichever is more. ``remote_envs``: under mpirun, one rank of each machine
-    learns, and all ranks of that machine simulate its environments; else every rank learns.
+    learns, and all ranks of that machine simulate its environments; else every rank learns. Those
+    that serve wait for 600 s at least, as the learner may work alone for long.
     """
 
     seed: int = 0

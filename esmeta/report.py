@@ -17,6 +17,8 @@ from esmeta.errors import UserError, non_negative_int
 
 if TYPE_CHECKING:
     from esmeta.analysis.groups import Group, RunData
+    from esmeta.objectives.metagenrl import MetaGenRLObjective
+    from esmeta.types import Params
 
 
 _FILM_FPS = 20
@@ -187,12 +189,15 @@ def _loss_figures(group: Group, where: Destination) -> list[str]:
     from esmeta.evaluate import open_run
 
     run = group.runs[0]
-    if run.tables["objective"]["name"] != "epg":
+    kind = run.tables["objective"]["name"]
+    if kind not in ("epg", "metagenrl"):
         return []
     try:
         objective, eta, config = open_run(run.path)
     except UserError as error:
         return [page.paragraph(f"No figures of the loss: {error}", note=True)]
+    if kind == "metagenrl":
+        return _objective_figures(objective, eta, group, where)
     curves = losses.life_curves(objective, eta)
     best = group.reference.best / min(objective.config.test_steps, config.task.instance.horizon)
     lives = losses.draw_life_curves(curves, best, where.figure(f"lives-{group.slug}.png"))
@@ -202,6 +207,21 @@ def _loss_figures(group: Group, where: Destination) -> list[str]:
     )
     seen = "Its value at an agent's newest step, as if action and reward had been others."
     return [page.image(lives, caption), page.image(loss, f"The learned loss. {seen}")]
+
+
+def _objective_figures(
+    objective: MetaGenRLObjective, alpha: Params, group: Group, where: Destination
+) -> list[str]:
+    from esmeta.analysis import losses, objectives, page
+
+    episode = objective.task.spec.horizon / objective.task.spec.episodes_per_trial
+    curves = objectives.life_curves(objective, alpha)
+    best, out = group.reference.best / episode, where.figure(f"lives-{group.slug}.png")
+    lives = losses.draw_life_curves(curves, best, out)
+    loss = objectives.draw_gallery(objective, alpha, where.figure(f"loss-{group.slug}.png"))
+    caption = f"{objectives.AGENTS} agents that learn, mean ± s.e.; dashed: the best known."
+    shape = "The sum of l_t over a snippet in which one step is not zero, against both actions."
+    return [page.image(lives, caption), page.image(loss, shape)]
 
 
 def _section(group: Group, where: Destination, wanted: Pictures | None) -> list[str]:

@@ -232,9 +232,14 @@ class Trainer:
         return scores
 
     def _save(self) -> None:
+        from esmeta.types import Spread
+
+        optimizer = self.parts.optimizer
+        if isinstance(optimizer, Spread):
+            self.comm.timeout_s = self.limit.between_steps()
+            self.state = optimizer.gather(self.state, self.parts.objective, self.comm)
         if self.comm.rank != 0:
             return
-        optimizer = self.parts.optimizer
         payload = {
             "optimizer": optimizer.state_dict(self.state),
             "counters": dict(vars(self.count)),
@@ -291,7 +296,8 @@ def report(parts: Parts, trainer: Trainer, reason: str, out: Path) -> None:
     from esmeta.analysis.plots import learning_curve
 
     theta = parts.optimizer.theta(trainer.state)
-    trials = max(256, parts.config.run.evaluate_trials)
+    # Where a trial is the whole training of an agent, more of them would take as long as the run.
+    trials = max(1 if parts.policy is None else 256, parts.config.run.evaluate_trials)
     scores = heldout(parts.objective, theta, trials)
     reference = parts.config.objective.instance.reference(parts.task)
     picture = learning_curve([out], out / "curve.png", reference)
@@ -322,7 +328,8 @@ def run(args: argparse.Namespace, comm: SelfComm | MPIComm, stop: Stop) -> int:
     from esmeta.envs.remote import Node
     from esmeta.watch import START_S
 
-    node = Node(comm, config.run.rank_timeout or START_S, lambda: stop.noted)
+    # Between two requests the learner updates, compiles, writes files and draws, perhaps slowly.
+    node = Node(comm, max(config.run.rank_timeout, START_S), lambda: stop.noted)
     stop.others = node.stop_wanted
     return node.lead_or_serve(
         config.task.instance,

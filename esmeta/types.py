@@ -13,7 +13,6 @@ a leading 1 means that all members face the same tasks.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
@@ -158,19 +157,6 @@ class Task(Protocol):
     def make_env(self, device: torch.device | str) -> BatchedEnv: ...
 
 
-@runtime_checkable
-class Drawn(Protocol):
-    """A task that says how its states are drawn; others have a function ``render`` beside them."""
-
-    def renderer(self) -> Callable[..., Any]:
-        """A function ``(state, p, b, scale)`` to pictures uint8 ``[H, W, 3]``."""
-        ...
-
-    def frame_rate(self) -> float:
-        """Steps per second of real time."""
-        ...
-
-
 class PolicyOut(NamedTuple):
     """What the heads say; leaves ``[(T,) P, B, ...]``.
 
@@ -309,9 +295,8 @@ class Lifetimes(Protocol):
     A life is all that one evaluation of a member goes through: a trial with its fast weights, or
     the training of an agent by a learned loss. It is addressed by its number, so that members of
     one number meet the same tasks and randomness, and what happens in it depends on that number
-    and the parameters given for each window alone: not on other members, calls or ranks. The
-    ``lives`` below are the lives of P members, all in the same life and at the same step of it;
-    nothing but these methods looks into them.
+    and the parameters given for each window alone: not on other members, calls or ranks.
+    ``lives`` are those of P members at one step of one life, and known to these methods alone.
     """
 
     @property
@@ -337,6 +322,52 @@ class Lifetimes(Protocol):
 
     def restore(self, saved: State) -> Any:
         """The inverse of :meth:`save`, bit for bit, also for some of the rows."""
+        ...
+
+
+@runtime_checkable
+class MetaLoss(Protocol):
+    """An objective that is differentiable: agents learn by theta, and tell how to improve it.
+
+    The ``agents`` live as long as the run; their rows are spread over the ranks, and nothing but
+    these methods looks into them.
+    """
+
+    def check_ranks(self, ranks: int) -> None:
+        """Refuse more ranks than can be given agents."""
+        ...
+
+    def start(self, rank: int, size: int) -> Any:
+        """This rank's share of the agents, fresh."""
+        ...
+
+    def rows(self, agents: Any) -> int:
+        """How many they are, P."""
+        ...
+
+    def loss(self, params: Params, agents: Any) -> tuple[Any, Tensor, dict[str, Tensor]]:
+        """The agents after living and learning on, the loss ``[P]`` of each, and its metrics.
+
+        Differentiable in ``params``, leaves ``[P, ...]``: a copy of theta for each agent. Metrics
+        are ``[P]`` (NaN where undefined); ``env_steps`` are the environment steps taken.
+        """
+        ...
+
+    def save(self, agents: Any) -> State:
+        """Agents as plain tensors; rows are agents."""
+        ...
+
+    def restore(self, saved: State, rank: int, size: int) -> Any:
+        """This rank's share of the agents of all ranks, saved and joined."""
+        ...
+
+
+@runtime_checkable
+class Spread(Protocol):
+    """An optimizer whose state lies on all ranks; it is collected before it is saved."""
+
+    def gather(self, state: Any, objective: Any, comm: Comm) -> Any:
+        """The state with all that :meth:`Optimizer.state_dict` needs, on rank 0."""
         ...
 
 

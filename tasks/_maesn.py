@@ -1,8 +1,8 @@
 """What the tasks of MAESN share (Gupta et al. 2018, https://arxiv.org/abs/1802.07245).
 
 There is a place to be and a distance to it. ``reward="dense"``, for training, pays for the distance
-everywhere. ``reward="sparse"``, for testing, pays the same constant everywhere but near the goal:
-what the dense reward is at the origin, or with the goal at the origin.
+everywhere. ``reward="gated"``, for testing and sparse in the paper's words, pays the same constant
+everywhere but near the goal: for the distance from the origin to the goal.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from esmeta.tasks import (
 from esmeta.tasks import check_split, task_numbers
 from esmeta.types import Tasks
 
-REWARDS = ("dense", "sparse")
+REWARDS = ("dense", "gated")
 MODELS = Path(__file__).parent / "models"
 
 
@@ -48,7 +48,7 @@ def length(offset: Tensor) -> Tensor:
 
 
 def paid_distance(kind: str, distance: Tensor, near: Tensor, goal: Tensor, norm: int = 2) -> Tensor:
-    """The distance that a step pays for: the real one, or (sparse, not near) that of the goal."""
+    """The distance that a step pays for: the real one, or (gated, not near) that of the goal."""
     if kind == "dense":
         return distance
     return torch.where(near, distance, torch.linalg.vector_norm(goal, ord=norm, dim=-1))

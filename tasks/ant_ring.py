@@ -2,7 +2,7 @@
 
 Legged locomotion of MAESN (Gupta et al. 2018, https://arxiv.org/abs/1802.07245): an ant with gears
 of 30, steps of 0.01 s, episodes of 200, goals on a half circle of 2 m. Dense reward
-4 - |xy - goal|_1 - 0.005 |a|^2 - 0.0005 |clip(f)|^2 + 0.05; the sparse one pays |goal|_1 in place
+4 - |xy - goal|_1 - 0.005 |a|^2 - 0.0005 |clip(f)|^2 + 0.05; the gated one pays |goal|_1 in place
 of the distance where the Euclidean distance is 0.8 m or more. Terminated when the torso's height
 leaves 0.2..1 m. As in rllab, xy is the centre of mass of the whole body at the end of the step.
 Contact forces are simulated (``contact="zero"`` leaves them out).
@@ -34,9 +34,9 @@ class Task(ant.Ant):
     Options, beside :class:`esmeta.tasks._ant.Ant`:
 
     Args:
-        reward: ``"dense"`` or ``"sparse"``.
+        reward: ``"dense"`` or ``"gated"``.
         radius: distance of the goals in m.
-        tolerance: how far from the goal, in m, the sparse reward begins; closer is a success.
+        tolerance: how far from the goal, in m, the gated reward begins; closer is a success.
         bonus: reward per step, on top of ``alive_bonus``.
     """
 

@@ -3,7 +3,7 @@
 Block pushing of MAESN (Gupta et al. 2018, https://arxiv.org/abs/1802.07245): a gripper that slides
 and turns in the plane starts at the origin before five blocks, one in each band of 0.2 m of y, at
 x in 0.35..0.65 m. The goal lies behind one of them, at x in 0.75..0.95 m in its band. Episodes of
-100 steps of 0.01 s. Dense reward -5 |block - goal|; the sparse one is -5 |goal| where the block is
+100 steps of 0.01 s. Dense reward -5 |block - goal|; the gated one is -5 |goal| where the block is
 farther from the goal than 0.2 m. Nothing is random but the task. The gripper is a model of our own
 (motors -2..2, damping 0.5; blocks of half size 0.03 m, damping 1.5).
 """
@@ -43,8 +43,8 @@ class Task(walk.Simulated):
     Options, beside :class:`esmeta.tasks._locomotion.Simulated`:
 
     Args:
-        reward: ``"dense"`` or ``"sparse"``.
-        tolerance: how far the block may be from the goal, in m, where the sparse reward begins;
+        reward: ``"dense"`` or ``"gated"``.
+        tolerance: how far the block may be from the goal, in m, where the gated reward begins;
             closer is a success.
     """
 

@@ -19,8 +19,8 @@ from esmeta.rng import Rng
 from esmeta.tasks import check_int, check_split, task_numbers
 from esmeta.types import Continuous, Reference, Spec, Tasks, TimeStep
 
-Half = Literal["right", "left", "all"]
-HALVES: tuple[Half, ...] = ("right", "left", "all")
+Part = Literal["right", "left", "horizontal", "vertical", "all"]
+PARTS: tuple[Part, ...] = ("right", "left", "horizontal", "vertical", "all")
 STEP = 0.1
 """Length of the longest displacement."""
 
@@ -49,18 +49,19 @@ class Task:
         horizon: steps of a trial.
         episode_steps: steps of an episode; a trial is cut into episodes of that length.
         train: directions of the training split: ``right`` (``width`` degrees about the x axis),
-            ``left`` (the others) or ``all``.
+            ``left`` (the others), ``horizontal`` (half of ``width`` about either end of the x
+            axis), ``vertical`` (the others) or ``all``.
         test: the same of the test split.
-        width: degrees of the sector ``right``; 180: half-planes.
+        width: degrees of ``right``, or of both sectors of ``horizontal``; 180: half of all.
         strata: directions of tasks k, k + 1, .. are drawn in turn from so many equal parts of the
-            sector; a multiple of it as ``task.trials`` makes all generations alike.
+            their range; a multiple of it as ``task.trials`` makes all generations alike.
         reward_scale: factor on the rewards; 10 makes those of the longest displacements 1.
     """
 
     horizon: int = 768
     episode_steps: int = 32
-    train: Half = "right"
-    test: Half = "left"
+    train: Part = "right"
+    test: Part = "left"
     width: float = 180.0
     strata: int = 1
     reward_scale: float = 1.0
@@ -82,9 +83,9 @@ class Task:
                 "write width=180.0"
             )
         for name in ("train", "test"):
-            if getattr(self, name) not in HALVES:
+            if getattr(self, name) not in PARTS:
                 raise ValueError(
-                    f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(HALVES)}: "
+                    f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(PARTS)}: "
                     f"write {name}='right'"
                 )
 
@@ -107,13 +108,23 @@ class Task:
         """Tasks by number. Data: ``direction`` float32 ``[1, B, 2]``, a unit vector."""
         check_split(split)
         index = task_numbers(batch)
-        half = self.train if split == "train" else self.test
-        angle = rng.fold("displacement", split).uniform(index, 1).squeeze(-1)
-        angle = (index % self.strata + angle) / self.strata - 0.5
-        degrees = {"right": self.width, "left": 360.0 - self.width, "all": 360.0}[half]
-        angle = angle * (math.pi * degrees / 180.0)
-        angle = angle + (math.pi if half == "left" else 0.0)
+        part = self.train if split == "train" else self.test
+        place = rng.fold("displacement", split).uniform(index, 1).squeeze(-1)
+        angle = self._angle((index % self.strata + place) / self.strata, part)
         return Tasks(index, {"direction": torch.stack([angle.cos(), angle.sin()], -1).float()})
+
+    def _angle(self, place: Tensor, part: Part) -> Tensor:
+        """Angles (radians) at ``place`` in [0, 1) of the range of a split."""
+        first = part in ("right", "horizontal", "all")
+        degrees = 360.0 if part == "all" else self.width if first else 360.0 - self.width
+        middle = {"left": 180.0, "vertical": 90.0}.get(part, 0.0)
+        if part in ("horizontal", "vertical"):
+            # Two opposite sectors of half the width: the second begins where place is 1/2.
+            second = (place >= 0.5).to(place.dtype)
+            angle = middle + 180.0 * second + (2.0 * place - second - 0.5) * degrees / 2.0
+        else:
+            angle = middle + (place - 0.5) * degrees
+        return angle * (math.pi / 180.0)
 
     def make_env(self, device: torch.device | str) -> DisplacementEnv:
         """The environment; it follows the device of the tasks."""

@@ -2,7 +2,7 @@
 
 Wheeled locomotion of MAESN (Gupta et al. 2018, https://arxiv.org/abs/1802.07245): goals on a half
 circle of 2 m, episodes of 200 steps of 0.01 s. Dense reward -|xy - goal| - 0.05 |u|^2, where u are
-the controls of the motors (-2..2); the sparse one pays -|goal| in place of the distance farther
+the controls of the motors (-2..2); the gated one pays -|goal| in place of the distance farther
 away than 0.8 m. The car (14 kg; x, y, z, yaw, wheels) is a model of our own: its wheels and gears
 are such that at full speed it comes within 0.8 m of a goal straight ahead in 60 steps.
 """
@@ -36,9 +36,9 @@ class Task(walk.Simulated):
     Options, beside :class:`esmeta.tasks._locomotion.Simulated`:
 
     Args:
-        reward: ``"dense"`` or ``"sparse"``.
+        reward: ``"dense"`` or ``"gated"``.
         radius: distance of the goals in m.
-        tolerance: how far from the goal, in m, the sparse reward begins; closer is a success.
+        tolerance: how far from the goal, in m, the gated reward begins; closer is a success.
         ctrl_cost: times the sum of squares of the controls.
     """
 

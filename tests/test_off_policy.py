@@ -164,7 +164,8 @@ def test_values_are_constants() -> None:
 
 def test_a_replay_keeps_the_newest_and_snippets_stay_in_order() -> None:
     blank = experience(2, 10)
-    replay = Replay(Experience(*(leaf.clone() for leaf in blank)), 0)
+    time = torch.zeros(2, 10, dtype=torch.int64)
+    replay = Replay(Experience(*(leaf.clone() for leaf in blank)), time, 0)
     counter = torch.arange(23.0, dtype=torch.float64)
     for first in range(0, 23, 4):
         part = counter[first : first + 4]

@@ -18,7 +18,7 @@ from esmeta.tree import ravel, size_of
 
 PRESETS = sorted(path.stem for path in (ROOT / "runs" / "presets").glob("*.toml"))
 OPTIMIZERS = configs.module_names("esmeta.optimizers")
-NAME = re.compile(rf"([a-z0-9-]+?)-(gru-)?({'|'.join([*OPTIMIZERS, 'epg'])})")
+NAME = re.compile(rf"([a-z0-9-]+?)-(gru-)?({'|'.join([*OPTIMIZERS, 'epg', 'metagenrl'])})")
 
 
 def test_there_are_presets_and_names_agree() -> None:
@@ -30,7 +30,9 @@ def test_there_are_presets_and_names_agree() -> None:
 def test_a_preset_builds_and_its_name_is_true(name: str) -> None:
     config = configs.resolve(configs.load(name))
     match = NAME.fullmatch(name)
-    assert match, f"{name}: name presets <task>-<optimizer>, <task>-gru-<optimizer> or <task>-epg"
+    assert match, (
+        f"{name}: name presets <task>-<optimizer>, <task>-gru-<optimizer> or <task>-<objective>"
+    )
     learned = config.objective.name != "return"
     last = config.objective.name if learned else config.optimizer.name
     assert configs.canonical(match[1]) == config.task.name and match[3] == last
@@ -59,6 +61,13 @@ def tiny(name: str) -> configs.Config:
         "objective.minibatch": 3,
         "objective.hidden": [4],
         "objective.test_steps": 6,
+        "objective.agents": 2,
+        "objective.update_after": 6,
+        "objective.snippet": 3,
+        "objective.batch": 2,
+        "objective.extra": 1,
+        "objective.critic_batch": 4,
+        "objective.capacity": 12,
         "policy.neurons": 5,
         "policy.hidden": [4],
         "policy.head_hidden": 4,
@@ -66,6 +75,8 @@ def tiny(name: str) -> configs.Config:
         "optimizer.window": 2,
         "run.tensorboard": "false",
     }
+    if config.objective.name == "metagenrl":
+        small |= {"task.episodes": 2, "objective.period": 2}
     for section in ("task", "policy", "objective", "optimizer"):
         instance = getattr(config, section).instance
         known = {f.name for f in dataclasses.fields(instance)} if instance else set()

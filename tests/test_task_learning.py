@@ -95,5 +95,12 @@ def test_directions_of_the_halves_and_strata() -> None:
         u = wide.sample(4000, split, Rng(3)).data["direction"][0]
         away = torch.atan2(u[:, 1], u[:, 0]).abs() * 180.0 / math.pi
         assert low <= float(away.min()) < low + 1 and high - 1 < float(away.max()) <= high
+    double = make_task("displacement", train="horizontal", test="vertical", width=240.0, strata=8)
+    for split, low, high in (("train", 0.0, 60.0), ("test", 60.0, 90.0)):
+        u = double.sample(4000, split, Rng(3)).data["direction"][0]
+        away = torch.atan2(u[:, 1].abs(), u[:, 0].abs()) * 180.0 / math.pi
+        assert low <= float(away.min()) < low + 1 and high - 1 < float(away.max()) <= high
+        ahead = u[:, 0] if split == "train" else u[:, 1]
+        assert [bool(x > 0) for x in ahead[:16]] == ([True] * 4 + [False] * 4) * 2
     everywhere = make_task("displacement", train="all").sample(400, "train", Rng(3))
     assert 120 < int((everywhere.data["direction"][..., 0] > 0).sum()) < 280

@@ -64,7 +64,7 @@ NEAR, FAR = (0.3, -0.4), (3.0, -4.0)  # 0.5 and 5 m away; 0.7 and 7 m by the sum
 @pytest.mark.parametrize(
     ("kind", "offset", "distance", "success"),
     [("dense", NEAR, 0.5, True), ("dense", FAR, 5.0, False)]
-    + [("sparse", NEAR, 0.5, True), ("sparse", FAR, 2.0, False)],
+    + [("gated", NEAR, 0.5, True), ("gated", FAR, 2.0, False)],
 )
 def test_wheeled(kind: str, offset: tuple, distance: float, success: bool) -> None:
     reward, obs, reached, s = scored("wheeled", (6, 6), offset, reward=kind)
@@ -77,7 +77,7 @@ def test_wheeled(kind: str, offset: tuple, distance: float, success: bool) -> No
 @pytest.mark.parametrize(
     ("kind", "offset", "distance", "success"),
     [("dense", NEAR, 0.7, True), ("dense", FAR, 7.0, False)]
-    + [("sparse", NEAR, 0.7, True), ("sparse", FAR, 1.2 + 1.6, False)],
+    + [("gated", NEAR, 0.7, True), ("gated", FAR, 1.2 + 1.6, False)],
 )
 def test_legged(kind: str, offset: tuple, distance: float, success: bool) -> None:
     reward, obs, reached, s = scored("ant_ring", (15, 14), offset, reward=kind)
@@ -96,8 +96,8 @@ def test_legged(kind: str, offset: tuple, distance: float, success: bool) -> Non
 @pytest.mark.parametrize(
     ("kind", "offset", "distance", "success"),
     [("dense", (0.12, -0.16), 0.2, True), ("dense", FAR, 5.0, False)]
-    + [("sparse", (0.12, -0.159), math.hypot(0.12, 0.159), True)]
-    + [("sparse", (0.12, -0.17), 2.0, False)],
+    + [("gated", (0.12, -0.159), math.hypot(0.12, 0.159), True)]
+    + [("gated", (0.12, -0.17), 2.0, False)],
 )
 def test_block_push(kind: str, offset: tuple, distance: float, success: bool) -> None:
     reward, obs, reached, s = scored("block_push", (13, 13), offset, reward=kind)
@@ -233,12 +233,12 @@ def test_physics_is_mujocos_and_what_is_read_is_up_to_date(name: str, engine: st
 
 
 WRONG = [
-    ("wheeled", {"reward": "gated"}, ["'gated'", "dense, sparse"]),
+    ("wheeled", {"reward": "sparse"}, ["'sparse'", "dense, gated"]),
     ("wheeled", {"radius": 0.0}, ["radius", "0.0", "> 0"]),
     ("wheeled", {"ctrl_cost": -0.1}, ["ctrl_cost", "-0.1", ">= 0"]),
     ("ant_ring", {"tolerance": -0.8}, ["tolerance", "-0.8", "> 0"]),
     ("ant_ring", {"engine": "batch"}, ["contact", "engine = 'rows'"]),
-    ("block_push", {"reward": "none"}, ["'none'", "dense, sparse"]),
+    ("block_push", {"reward": "none"}, ["'none'", "dense, gated"]),
     ("block_push", {"continual": True, "episodes": 2}, ["continual"]),
     ("block_push", {"impaired": "gripper_z"}, ["'gripper_z'", "gripper_x", "gripper_turn"]),
 ]

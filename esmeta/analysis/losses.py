@@ -84,7 +84,7 @@ def draw_life_curves(curves: Mapping[str, Mapping[str, LifeCurve]], best: float,
         if math.isfinite(best):
             axes.axhline(best, color=GREY, lw=1, ls="--")
         axes.axhline(0.0, color=GREY, lw=1, ls=":")
-        axes.set_title(titles[split], loc="left", fontsize=11)
+        axes.set_title(titles.get(split, split), loc="left", fontsize=11)
         axes.set_xlabel("steps of the agent's life")
         axes.set_ylabel("reward per step")
         axes.spines[["top", "right"]].set_visible(False)

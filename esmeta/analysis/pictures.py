@@ -17,8 +17,8 @@ from esmeta import errors
 from esmeta import rollout as loop
 from esmeta.policy import Policy
 from esmeta.rng import Rng
-from esmeta.tasks import renderer
-from esmeta.types import Drawn, Params, PolicyOut, Task, TimeStep
+from esmeta.tasks import Drawn, renderer
+from esmeta.types import Params, PolicyOut, Task, TimeStep
 
 if TYPE_CHECKING:
     from PIL.Image import Image

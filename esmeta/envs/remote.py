@@ -278,6 +278,8 @@ class RemoteEnv:
         self._check(state)
         self._node.ask(_SCORE, self._number, self._shard.score)
         names = sorted(self._shard.scores)
+        if not names:
+            return {}
         found: dict[str, Tensor] = {}
 
         def meet() -> None:

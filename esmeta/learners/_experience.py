@@ -60,7 +60,9 @@ class Keep:
         if self._classes:
             action = torch.nn.functional.one_hot(action, self._classes).to(ts.obs.dtype)
         ended = after.new_episode | after.new_trial | after.terminated | after.truncated
-        row = (ts.obs, action, after.reward, after.obs, after.terminated, ended)
+        # What follows the end of a trial leads nowhere, and says nothing of the future's worth.
+        terminated = after.terminated & active
+        row = (ts.obs, action, after.reward, after.obs, terminated, ended)
         self._rows.append(Experience(*(leaf[:, 0] for leaf in row)))
 
     def experience(self) -> Experience:

@@ -26,13 +26,22 @@ class Batch(NamedTuple):
     from a replay; observations are normalised where the agent's are. ``scaled_action`` is the
     action in units of what this agent has done so far. ``inside`` (bool) is False for rows of an
     unfilled buffer and for what follows an episode's end in a snippet. ``newest`` is how many of
-    the T steps are new since the last update.
+    the T steps are new since the last update. ``time`` int64 are the steps since the episode began,
+    where a replay knows them.
     """
 
     steps: Experience
     scaled_action: Tensor
     inside: Tensor
     newest: int
+    time: Tensor | None = None
+
+    def part(self, low: int, high: int) -> Batch:
+        """Snippets ``low`` .. ``high`` - 1 of every agent."""
+        steps = Experience(*(leaf[:, low:high] for leaf in self.steps))
+        scaled, inside = self.scaled_action[:, low:high], self.inside[:, low:high]
+        time = None if self.time is None else self.time[:, low:high]
+        return Batch(steps, scaled, inside, high - low, time)
 
 
 class Loss(Protocol):

@@ -31,11 +31,13 @@ from esmeta.types import Continuous, Params, PolicyOut
 class Replay(NamedTuple):
     """The newest ``capacity`` steps of each agent, ``steps`` leaves ``[P, capacity, ...]``.
 
-    ``count`` is how many steps were ever added, the same for all agents. Step k lies in row
-    ``k % capacity``; :meth:`add` writes in place.
+    ``time`` int64 ``[P, capacity]`` are the steps since the episode began. ``count`` is how many
+    steps were ever added, the same for all agents. Step k lies in row ``k % capacity``;
+    :meth:`add` writes in place.
     """
 
     steps: Experience
+    time: Tensor
     count: int
 
     @property
@@ -51,10 +53,22 @@ class Replay(NamedTuple):
     def add(self, new: Experience) -> Replay:
         """With T steps more, ``[P, T, ...]``, over the oldest."""
         length = new.reward.shape[1]
-        rows = (torch.arange(length, device=new.reward.device) + self.count) % self.capacity
-        for leaf, values in zip(self.steps, new, strict=True):
+        place = torch.arange(length, device=new.reward.device)
+        rows, last = (place + self.count) % self.capacity, (self.count - 1) % self.capacity
+        since = torch.where(self.steps.ended[:, last], 0, self.time[:, last] + 1)
+        since = since if self.count else torch.zeros_like(since)
+        # The step after the last end so far; before the first one, as many steps ago as `since`.
+        began = torch.where(new.ended, place + 1, -1).cummax(dim=1).values
+        began = torch.cat([-since.unsqueeze(1), began[:, :-1]], dim=1)
+        began = torch.where(began < 0, -since.unsqueeze(1), began)
+        for leaf, values in zip((*self.steps, self.time), (*new, place - began), strict=True):
             leaf[:, rows] = values
-        return Replay(self.steps, self.count + length)
+        return Replay(self.steps, self.time, self.count + length)
+
+    def cut(self) -> None:
+        """What comes next does not follow from the newest steps."""
+        if self.count:
+            self.steps.ended[:, (self.count - 1) % self.capacity] = True
 
     def snippets(
         self, rng: Rng, index: Tensor, count: int, length: int
@@ -64,13 +78,18 @@ class Replay(NamedTuple):
         Also bool ``[P, count, length]``: False for what follows the end of an episode. Agents draw
         at their own addresses ``index [P]``.
         """
+        batch = self.sample(rng, index, count, length)
+        return batch.steps, batch.inside
+
+    def sample(self, rng: Rng, index: Tensor, count: int, length: int) -> Batch:
+        """The same with the time since the episode began."""
         first = rng.uniform(index, count) * (self.size - length + 1)
         place = torch.arange(length, device=index.device) + first.long().unsqueeze(-1)
         rows = (place + max(0, self.count - self.capacity)) % self.capacity
         agent = torch.arange(len(index), device=index.device)[:, None, None]
         steps = Experience(*(leaf[agent, rows] for leaf in self.steps))
         over = steps.ended.long().cumsum(dim=-1) - steps.ended.long()
-        return steps, over == 0
+        return Batch(steps, steps.action, over == 0, count, self.time[agent, rows])
 
 
 class OffPolicy(NamedTuple):
@@ -97,6 +116,7 @@ class ReplayLearner:
         period: environment steps between updates.
         capacity: steps that the replay holds.
         batch: transitions per critic step, and transitions or snippets per policy step.
+        critic_batch: transitions per critic step, if other than ``batch`` (0: the same).
         start: steps of uniformly random actions at first.
         update_after: steps before the first update.
         gamma: discount.
@@ -107,12 +127,14 @@ class ReplayLearner:
         twin: the smaller of two critics is the target (off: the first alone, as in DDPG).
         learning_rate: of all Adams.
         clip: global norm of a policy gradient at most; 0: no limit.
+        terminal_bonus: added to the target of terminal steps, as MetaGenRL's release does with 1.
     """
 
     agent: Agent
     period: int = 50
     capacity: int = 1_000_000
     batch: int = 100
+    critic_batch: int = 0
     start: int = 10_000
     update_after: int = 1_000
     gamma: float = 0.99
@@ -123,6 +145,7 @@ class ReplayLearner:
     twin: bool = True
     learning_rate: float = 1e-3
     clip: float = 0.0
+    terminal_bonus: float = 0.0
 
     def check(self, loss: Loss) -> None:
         """Refuse a replay that cannot hold a batch, or a snippet of the loss."""
@@ -143,7 +166,7 @@ class ReplayLearner:
         params = self.agent.init(rng.fold("agent"), index)
         blank = nothing(len(index), self.capacity, self.agent.spec, index.device)
         steps = Experience(*(leaf.clone() for leaf in blank))
-        replay = Replay(steps, 0)
+        replay = Replay(steps, torch.zeros_like(steps.reward, dtype=torch.int64), 0)
         return OffPolicy(
             params, dict(params), Adam.zeros(params), replay, index, torch.zeros_like(index)
         )
@@ -172,7 +195,12 @@ class ReplayLearner:
         state = state._replace(replay=state.replay.add(new))
         if state.replay.count < self.update_after:
             return state
-        for _ in range(self.period):
+        return self.rounds(state, loss, rng, self.period)
+
+    @torch.no_grad()
+    def rounds(self, state: OffPolicy, loss: Loss, rng: Rng, count: int) -> OffPolicy:
+        """``count`` critic steps, with those of policy and targets that fall due."""
+        for _ in range(count):
             number = int(state.updates[0])
             draw = rng.fold("replay", number)
             state = self.critic_step(state, draw)
@@ -187,11 +215,12 @@ class ReplayLearner:
 
     def critic_step(self, state: OffPolicy, rng: Rng) -> OffPolicy:
         """One Adam step of the critics towards the targets, on transitions drawn at ``rng``."""
-        steps, _ = state.replay.snippets(rng, state.index, self.batch, 1)
+        count = self.critic_batch or self.batch
+        steps, _ = state.replay.snippets(rng, state.index, count, 1)
         steps = Experience(*(leaf[:, :, 0] for leaf in steps))
         width = self.agent.spec.action.size
-        noise = rng.fold("smoothing").normal(state.index, self.batch * width)
-        noise = noise.reshape(-1, self.batch, width).to(steps.obs.dtype)
+        noise = rng.fold("smoothing").normal(state.index, count * width)
+        noise = noise.reshape(-1, count, width).to(steps.obs.dtype)
         goal = self.td_target(state.target, steps, noise)
         names = CRITICS if self.twin else CRITICS[:1]
         leaves = {k: v.detach().requires_grad_() for k, v in state.params.items()
@@ -216,7 +245,8 @@ class ReplayLearner:
             second = self.agent.critic(target, CRITICS[1], steps.next_obs, action)
             following = torch.minimum(following, second)
         alive = (~steps.terminated).to(following.dtype)
-        return steps.reward + self.gamma * alive * following
+        bonus = self.terminal_bonus * (1.0 - alive) if self.terminal_bonus else 0.0
+        return steps.reward + bonus + self.gamma * alive * following
 
     def critic_loss(self, params: Params, steps: Experience, goal: Tensor) -> Tensor:
         """Sum over critics of the mean squared error ``[P]``, where the successor is known."""
@@ -231,8 +261,7 @@ class ReplayLearner:
     def policy_step(self, state: OffPolicy, loss: Loss, rng: Rng) -> OffPolicy:
         """One Adam step of the policies on ``loss``; critics are constants in it."""
         length = max(1, loss.snippet)
-        steps, inside = state.replay.snippets(rng, state.index, self.batch, length)
-        batch = Batch(steps, steps.action, inside, self.batch)
+        batch = state.replay.sample(rng, state.index, self.batch, length)
         rows = torch.arange(self.batch, device=state.index.device).expand(len(state.index), -1)
         prepared = loss.prepare(self.agent, state.params, batch)
         params, adam = descend(

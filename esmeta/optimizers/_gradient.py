@@ -225,7 +225,7 @@ def gradient_step(
     if config.max_grad_norm > 0.0:
         flat = flat * min(1.0, config.max_grad_norm / (norm + 1e-6))
     rate = config.at(state.update, config.learning_rate, config.learning_rate_final)
-    _adam(state, flat, rate, config.adam_eps)
+    adam(state, flat, rate, config.adam_eps)
     return sums / count, norm
 
 
@@ -252,7 +252,7 @@ def _restart(policy: Policy, leaves: Params, recorded: State) -> State:
     return recorded | {"W": leaves["memory.W0"].unsqueeze(1).expand_as(first)}
 
 
-def _adam(state: GradientState, gradient: Tensor, rate: float, eps: float) -> None:
+def adam(state: GradientState, gradient: Tensor, rate: float, eps: float) -> None:
     """Adam (Kingma & Ba 2015, algorithm 1) on flat vectors, descending."""
     state.adam_steps += 1
     state.first_moment = torch.lerp(gradient, state.first_moment, 0.9)

@@ -61,7 +61,8 @@ def main() -> None:
     torch.set_num_threads(1)
     print(f"start {float(Sphere(0).value(torch.zeros(1, SIZE))):.2f}")
     # Gradients have no members, and windows need an objective with lives.
-    for name in sorted(set(module_names("esmeta.optimizers")) - {"a2c", "ppo", "nres", "pes"}):
+    others = {"a2c", "adam", "ppo", "nres", "pes"}
+    for name in sorted(set(module_names("esmeta.optimizers")) - others):
         clean, failing = (
             sum(final(name, share, seed) for seed in seeds) / len(seeds) for share in (0.0, SHARE)
         )

@@ -1,12 +1,13 @@
 """Environments on all ranks against the same on one: every leaf of every step, bit for bit.
 
-Run under mpirun; arguments name the tasks (default: all). With the argument ``fault`` the worlds of
-rank 1 fail once instead.
+Run under mpirun; arguments name the tasks (default: all). With ``fault`` the worlds of rank 1 fail
+once instead, with ``idle`` the learner asks for nothing.
 """
 
 from __future__ import annotations
 
 import sys
+import time
 
 import torch
 from torch import Tensor
@@ -125,6 +126,11 @@ def main() -> None:
     comm = make_comm(timeout_s=60)
     install_excepthook(comm)
     assert isinstance(comm, MPIComm)
+    if sys.argv[1:] == ["idle"]:
+        node = Node(comm, 2, lambda: False)
+        if node.learners is None:
+            node.serve(esmeta.make_task("bandit"))
+        time.sleep(60)
     fault = sys.argv[1:] == ["fault"]
     some = sys.argv[1:] or esmeta.task_names()
     names = ["faulty_env:Task"] if fault else some

@@ -1,0 +1,112 @@
+"""Figures of a learned objective function: returns of agents that learn by it, and its shape."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from esmeta.analysis.losses import LifeCurve
+from esmeta.analysis.plots import new_figure, save
+from esmeta.learners._loss import Loss
+from esmeta.learners._off_policy_losses import DeterministicGradient
+from esmeta.types import Params, Task
+
+if TYPE_CHECKING:
+    from esmeta.learners._training import Agents
+    from esmeta.objectives.metagenrl import MetaGenRLObjective
+
+AGENTS = 8
+"""Agents that a curve is the mean of."""
+_GRID = 41
+
+
+def life_curve(
+    objective: MetaGenRLObjective, loss: Loss, task: Task, split: str, count: int = AGENTS
+) -> tuple[LifeCurve, Agents]:
+    """Reward per step of agents that learn by one loss, window by window; and the agents."""
+    training = objective.training(task, split, objective.seed)
+    period, before, means = training.learner.period, 0.0, []
+    agents = None
+    for agents in objective.lives(loss, torch.arange(count), training):
+        sums = agents.scores.total + agents.scores.earned
+        means.append((sums - before) / period)
+        before = sums
+    assert agents is not None
+    table = torch.stack(means, dim=1)
+    # Windows are shorter than episodes: the mean over one is what is paid wherever it is.
+    width = max(1, round(task.spec.horizon / task.spec.episodes_per_trial / period))
+    table = table[:, : table.shape[1] // width * width].unflatten(1, (-1, width)).mean(dim=2)
+    steps = width * period * (np.arange(table.shape[1]) + 1)
+    spread = table.std(dim=0) / math.sqrt(count)
+    return LifeCurve(steps, table.mean(dim=0).numpy(), spread.numpy()), agents
+
+
+def life_curves(
+    objective: MetaGenRLObjective, alpha: Params, count: int = AGENTS
+) -> dict[str, dict[str, LifeCurve]]:
+    """Split -> name of a loss -> curve: the learned one, its first values, and DDPG's.
+
+    All with the same critics, schedule, tasks, first networks and noise.
+    """
+    losses: dict[str, Loss] = {
+        "learned objective": objective.network.loss(alpha),
+        "DDPG (TD3's critics)": DeterministicGradient(),
+        "untrained objective": objective.network.loss(objective.init(objective.seed)),
+    }
+    return {
+        split: {
+            name: life_curve(objective, loss, objective.task, split, count)[0]
+            for name, loss in losses.items()
+        }
+        for split in ("train", "test")
+    }
+
+
+def loss_surface(objective: MetaGenRLObjective, alpha: Params, value: float, told: float) -> Tensor:
+    """l_t of the middle of a snippet, ``[41, 41]``, less its value where both actions are 0.
+
+    Rows: the action the policy would take now; columns: the action that was taken, both -1 to 1 in
+    units of the limit. At that step, z(r) and z(V') - z(V) are ``told`` and ``value``; the rest of
+    the snippet has zeros.
+    """
+    network, agent = objective.network, objective.trainings[0].learner.agent
+    length, spec = network.length, agent.spec.action
+    axis = torch.linspace(-1.0, 1.0, _GRID)
+    action = torch.zeros(1, _GRID * _GRID, length, spec.size)
+    now, inside = action.clone(), torch.ones(1, _GRID * _GRID, length, dtype=torch.bool)
+    middle = length // 2
+    low, high = getattr(spec, "low", -1.0), getattr(spec, "high", 1.0)
+    action[:, :, middle, 0], now[:, :, middle, 0] = (
+        axis.repeat(_GRID),
+        axis.repeat_interleave(_GRID),
+    )
+    action, now = ((high + low) / 2 + (high - low) / 2 * x for x in (action, now))
+    inputs = torch.zeros(1, _GRID * _GRID, length, 4)
+    inputs[..., 1] = torch.arange(length) / length if network.time == "snippet" else 0.0
+    inputs[:, :, middle, 0], inputs[:, :, middle, 2] = told, value
+    with torch.no_grad():
+        each = network.loss(alpha).steps(agent, action, now, inputs, inside)
+    surface = each[0].sum(dim=-1).reshape(_GRID, _GRID)
+    return surface - surface[_GRID // 2, _GRID // 2]
+
+
+def draw_gallery(objective: MetaGenRLObjective, alpha: Params, out: Path) -> Path:
+    """The loss of a step against both actions, where it went worse, as expected, and better."""
+    figure, panels = new_figure(3)
+    for axes, value in zip(panels, (-2.0, 0.0, 2.0), strict=True):
+        surface: Any = loss_surface(objective, alpha, value, 0.0).numpy()
+        most = max(float(np.abs(surface).max()), 1e-12)
+        axes.imshow(
+            surface, origin="lower", cmap="RdBu_r", vmin=-most, vmax=most, aspect="auto",
+            extent=(-1, 1, -1, 1),
+        )  # fmt: skip
+        axes.plot([-1, 1], [-1, 1], color="black", lw=0.6, ls=":")
+        axes.set_title(f"z(V') = {value:+.0f}, up to ±{most:.2g}", loc="left", fontsize=10)
+        axes.set_xlabel("action taken")
+    panels[0].set_ylabel("the policy's action now")
+    return save(figure, out)

@@ -1,0 +1,278 @@
+"""MetaGenRL's objective function: what an agent did and would do now, to one number per step.
+
+Kirsch, van Steenkiste & Schmidhuber, "Improving Generalization in Meta Reinforcement Learning using
+Learned Objectives", ICLR 2020, https://arxiv.org/abs/1910.04098, appendix; layers as in the
+released code. What differs: steps behind the end of an episode are masked, where the release reads
+its padding first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.nn.functional import layer_norm
+
+from esmeta import errors
+from esmeta.learners._agent import CRITICS, Agent, Head, glorot
+from esmeta.learners._loss import Batch, pick
+from esmeta.learners._off_policy_losses import flat, state_values
+from esmeta.policy import _heads as heads
+from esmeta.rng import Rng
+from esmeta.types import Continuous, Params
+
+Time = Literal["snippet", "episode", "none"]
+Values = Literal["both", "now", "none"]
+WIDTH = 32
+_OTHER = 8
+_EPS = 1e-5
+
+
+@dataclass(frozen=True)
+class ObjectiveNetwork:
+    """The network; its parameters are alpha, 15,497 numbers for any task.
+
+    Attributes:
+        length: steps of a snippet.
+        time: what t is: the place in the snippet / ``length`` (``snippet``, the release's), the
+            place in the episode / the longest episode (``episode``, the paper's), 0 (``none``).
+        values: V_t and V_{t+1} (``both``), V_t (``now``) or neither (``none``).
+        bound: eta of ``eta tanh(l / eta)``.
+    """
+
+    length: int = 20
+    time: Time = "snippet"
+    values: Values = "both"
+    bound: float = 1000.0
+
+    def __post_init__(self) -> None:
+        errors.positive_int("snippet", self.length, example=20)
+        errors.one_of("time", self.time, get_args(Time))
+        errors.one_of("values", self.values, get_args(Values))
+        errors.finite_positive("bound", self.bound, example=1000.0)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Leaves of alpha, without the axis P."""
+        layers = {
+            "action.0": (2, WIDTH),
+            "action.1": (WIDTH, WIDTH),
+            "action.2": (WIDTH, WIDTH),
+            "other.0": (4, WIDTH),
+            "other.1": (WIDTH, WIDTH),
+            "other.2": (WIDTH, _OTHER),
+            "lstm": (WIDTH + _OTHER + WIDTH, 4 * WIDTH),
+            "head.0": (WIDTH, WIDTH),
+            "head.1": (WIDTH, WIDTH),
+            "head.2": (WIDTH, 1),
+        }
+        shapes: dict[str, tuple[int, ...]] = {}
+        for name, shape in layers.items():
+            shapes[f"{name}.weight"], shapes[f"{name}.bias"] = shape, shape[1:]
+            if name.startswith("action") or name in ("head.0", "head.1"):
+                shapes[f"{name}.gain"], shapes[f"{name}.shift"] = shape[1:], shape[1:]
+        return shapes
+
+    def init(self, rng: Rng) -> Params:
+        """Fresh alpha ``[1, ...]``: Glorot-uniform weights, forget bias and gains 1, else 0."""
+        first = torch.zeros(1, dtype=torch.int64)
+        params: Params = {}
+        for name, shape in self.shapes.items():
+            if name.endswith("weight"):
+                params[name] = glorot(rng.fold(name), first, *shape)
+            else:
+                params[name] = torch.full((1, *shape), 1.0 if name.endswith("gain") else 0.0)
+        params["lstm.bias"][:, WIDTH : 2 * WIDTH] = 1.0  # gates: input, forget, cell, output
+        return params
+
+    def loss(self, alpha: Mapping[str, Tensor], share: float = 1.0) -> LearnedObjective:
+        """The loss of agents with ``alpha``, leaves ``[P, ...]`` (or ``[1, ...]`` for all)."""
+        return LearnedObjective(self, dict(alpha), share)
+
+
+@dataclass(frozen=True)
+class LearnedObjective:
+    """A :class:`esmeta.learners._loss.Loss`: ``share * L_alpha - (1 - share) * Q_1(s, pi(s))``.
+
+    What it is told of an agent besides ``pi(s)`` carries no gradient; else it could learn to be
+    DDPG and nothing more. ``share`` is 1 but for the first steps of meta-training.
+    """
+
+    network: ObjectiveNetwork
+    alpha: Params
+    share: float = 1.0
+
+    @property
+    def heads(self) -> frozenset[Head]:
+        """Critics."""
+        return frozenset({"critics"})
+
+    @property
+    def context(self) -> int:
+        """None."""
+        return 0
+
+    @property
+    def snippet(self) -> int:
+        """Steps per snippet."""
+        return self.network.length
+
+    @torch.no_grad()
+    def prepare(self, agent: Agent, params: Params, batch: Batch) -> Params:
+        """Inputs that are not of the policy: z(r), t, z(V'), z(V) ``[P, n, L, 4]``; constants."""
+        steps, inside = batch.steps, batch.inside.to(batch.steps.reward.dtype)
+        value = state_values(agent, params, steps.obs)
+        last = state_values(agent, params, steps.next_obs[:, :, -1:])
+        following = torch.cat([value[..., 1:], last], dim=-1)
+        # A time limit hides what came next: V of the step itself stands for it.
+        following = torch.where(steps.known | steps.terminated, following, value)
+        seen = torch.cat([inside, inside[..., -1:] * ~steps.ended[..., -1:]], dim=-1)
+        mean, std = _moments(torch.cat([value, following[..., -1:]], dim=-1), seen)
+        following = (following - mean) / std * ~steps.terminated
+        value = (value - mean) / std
+        mean, std = _moments(steps.reward, inside)
+        none, values = torch.zeros_like(value), self.network.values
+        columns = [
+            (steps.reward - mean) / std,
+            self._time(agent, batch),
+            following if values == "both" else none,
+            none if values == "none" else value,
+        ]
+        return {"told": torch.stack(columns, dim=-1) * inside.unsqueeze(-1)}
+
+    def _time(self, agent: Agent, batch: Batch) -> Tensor:
+        reward, kind = batch.steps.reward, self.network.time
+        if kind == "episode":
+            longest = agent.spec.horizon / agent.spec.episodes_per_trial
+            assert batch.time is not None
+            return batch.time.to(reward.dtype) / max(1.0, longest - 1.0)
+        length = reward.shape[-1]
+        place = torch.arange(length, device=reward.device, dtype=reward.dtype) / length
+        return (place if kind == "snippet" else torch.zeros_like(place)).expand_as(reward)
+
+    def __call__(
+        self, agent: Agent, params: Params, batch: Batch, prepared: Params, rows: Tensor
+    ) -> Tensor:
+        """The loss ``[P]``: a mean over the steps of the snippets ``rows [P, m]``."""
+        steps = batch.steps
+        obs, action, inside = (pick(x, rows) for x in (steps.obs, steps.action, batch.inside))
+        weight = flat(inside.to(obs.dtype))
+        weight = weight / weight.sum(dim=1, keepdim=True)
+        mean = heads.mode(agent.policy(params, flat(obs)))
+        total = torch.zeros_like(weight[:, 0])
+        if self.share > 0:
+            now = mean.reshape(action.shape)
+            each = self.steps(agent, action, now, pick(prepared["told"], rows), inside)
+            total = total + self.share * (flat(each) * weight).sum(dim=1)
+        if self.share < 1:
+            worth = agent.critic(params, CRITICS[0], flat(obs), mean)
+            total = total - (1.0 - self.share) * (worth * weight).sum(dim=1)
+        return total
+
+    def steps(
+        self, agent: Agent, action: Tensor, now: Tensor, told: Tensor, inside: Tensor
+    ) -> Tensor:
+        """``l_t [P, m, L]`` of the actions that were taken and those the policy takes now."""
+        spec = agent.spec.action
+        assert isinstance(spec, Continuous)
+        middle, limit = (spec.high + spec.low) / 2, (spec.high - spec.low) / 2
+        # A pair per action dimension [P, m, L, A, 2]: weights know nothing of their number.
+        pairs = (torch.stack([action, now], dim=-1) - middle) / limit
+        x = pairs.flatten(1, -2)
+        for i in range(3):
+            x = self._normalised(f"action.{i}", _half_square(self._dense(f"action.{i}", x)))
+        x = x.reshape(*pairs.shape[:-1], WIDTH).mean(dim=-2)
+        y = flat(told)
+        for i in range(2):
+            y = _half_square(self._dense(f"other.{i}", y))
+        y = self._dense("other.2", y).reshape(*told.shape[:-1], _OTHER)
+        h = self._backwards(torch.cat([x, y], dim=-1), inside)
+        z = flat(h)
+        for i in range(2):
+            z = self._normalised(f"head.{i}", _half_square(self._dense(f"head.{i}", z)))
+        raw = self._dense("head.2", z).reshape(inside.shape)
+        return self.network.bound * torch.tanh(raw / self.network.bound)
+
+    def _backwards(self, x: Tensor, inside: Tensor) -> Tensor:
+        """Hidden states ``[P, m, L, 32]`` of the LSTM over ``x [P, m, L, 40]``, last step first.
+
+        The state stays zero until the first step that is inside.
+        """
+        weight = self.alpha["lstm.weight"].expand(len(x), -1, -1)
+        inputs, own = weight[:, : x.shape[-1]], weight[:, x.shape[-1] :]
+        bias = self.alpha["lstm.bias"].unsqueeze(1)
+        driven = torch.baddbmm(bias, flat(x), inputs).reshape(*x.shape[:-1], 4 * WIDTH)
+        mask = inside.to(x.dtype).unsqueeze(-1)
+        h = torch.zeros_like(x[:, :, 0, :WIDTH])
+        c, states = h, []
+        for t in range(x.shape[2] - 1, -1, -1):
+            enter, keep, new, leave = torch.baddbmm(driven[:, :, t], h, own).chunk(4, dim=-1)
+            c = torch.sigmoid(keep) * c + torch.sigmoid(enter) * torch.tanh(new)
+            c = c * mask[:, :, t]
+            h = torch.sigmoid(leave) * torch.tanh(c)
+            states.append(h)
+        return torch.stack(states[::-1], dim=2)
+
+    def _dense(self, name: str, x: Tensor) -> Tensor:
+        weight, bias = self.alpha[f"{name}.weight"], self.alpha[f"{name}.bias"]
+        return torch.baddbmm(bias.unsqueeze(1), x, weight.expand(len(x), -1, -1))
+
+    def _normalised(self, name: str, x: Tensor) -> Tensor:
+        gain, shift = self.alpha[f"{name}.gain"], self.alpha[f"{name}.shift"]
+        return layer_norm(x, x.shape[-1:]) * gain.unsqueeze(1) + shift.unsqueeze(1)
+
+
+def _half_square(x: Tensor) -> Tensor:
+    """ReLU of the first half of the features, squares of the second."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([torch.relu(first), second.square()], dim=-1)
+
+
+def _moments(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of each agent's ``x [P, n, L]``, ``[P, 1, 1]``."""
+    count = weight.sum(dim=(1, 2), keepdim=True).clamp_min(1.0)
+    mean = (x * weight).sum(dim=(1, 2), keepdim=True) / count
+    square = ((x - mean).square() * weight).sum(dim=(1, 2), keepdim=True) / count
+    return mean, square.sqrt() + _EPS
+
+
+def inner_scale(batch: Batch, reduction: Literal["sum", "mean"]) -> Tensor | float:
+    """What turns the mean over a batch's steps into their sum, ``[P]`` (1 for the mean)."""
+    if reduction == "mean":
+        return 1.0
+    return batch.inside.sum(dim=(1, 2)).to(batch.steps.reward.dtype)
+
+
+def value_after(
+    agent: Agent,
+    params: Params,
+    loss: LearnedObjective,
+    batches: list[Batch],
+    where: Batch,
+    *,
+    rate: float,
+    reduction: Literal["sum", "mean"],
+) -> Tensor:
+    """Mean ``Q_1(s, pi_phi'(s))`` ``[P]`` over the steps of ``where``, after learning (eqs. 6, 8).
+
+    ``phi' = phi - rate * grad L_alpha`` once per entry of ``batches``, each ``[P, n, L, ...]``.
+    Differentiable in alpha, through Q_1's action alone: the critics and phi are constants.
+    """
+    frozen = {k: v.detach() for k, v in params.items()}
+    phi = {k: frozen.pop(k).requires_grad_() for k in list(frozen) if k.startswith("policy.")}
+    with torch.enable_grad():
+        for batch in batches:
+            count = batch.steps.reward.shape[1]
+            rows = torch.arange(count, device=batch.inside.device).expand(len(batch.inside), -1)
+            prepared = loss.prepare(agent, {**frozen, **phi}, batch)
+            told = loss(agent, {**frozen, **phi}, batch, prepared, rows)
+            total = (told * inner_scale(batch, reduction)).sum()
+            found = torch.autograd.grad(total, list(phi.values()), create_graph=True)
+            phi = {k: v - rate * g for (k, v), g in zip(phi.items(), found, strict=True)}
+        obs, weight = flat(where.steps.obs), flat(where.inside.to(where.steps.obs.dtype))
+        action = heads.mode(agent.policy({**frozen, **phi}, obs))
+        worth = agent.critic(frozen, CRITICS[0], obs, action)
+        return (worth * weight).sum(dim=1) / weight.sum(dim=1)

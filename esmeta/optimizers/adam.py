@@ -1,0 +1,135 @@
+"""Adam on a meta-loss: theta descends what agents that learn by it tell (MetaGenRL, algorithm 1).
+
+Kingma & Ba 2015, https://arxiv.org/abs/1412.6980, algorithm 1. The gradient of each agent is
+clipped by itself before the mean over all agents of all ranks is taken.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from esmeta import errors
+from esmeta.optimizers import _gradient as pg
+from esmeta.rng import Rng
+from esmeta.types import Comm, MetaLoss, Metrics, Params, State
+
+
+@dataclass
+class AdamState(pg.GradientState):
+    """Also ``agents`` of this rank (None: not yet begun) and those of all ranks as saved."""
+
+    agents: Any = None
+    saved: State | None = None
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """One Adam step on the mean of the agents' gradients.
+
+    Attributes:
+        learning_rate: of Adam.
+        max_grad_norm: norm of an agent's gradient at most; 0: no limit.
+        adam_eps: Adam's epsilon.
+    """
+
+    learning_rate: float = 1e-3
+    max_grad_norm: float = 1.0
+    adam_eps: float = 1e-8
+    gradient: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        errors.finite_positive("learning_rate", self.learning_rate)
+        errors.non_negative("max_grad_norm", self.max_grad_norm)
+        errors.finite_positive("adam_eps", self.adam_eps)
+
+    def check(self, objective: Any, ranks: int) -> None:
+        """Refuse an objective without a differentiable loss."""
+        if not isinstance(objective, MetaLoss):
+            raise errors.UserError(
+                f"{type(objective).__name__} has no loss that theta could be differentiated in; "
+                "write objective.name = 'metagenrl', or optimizer.name = 'openes'"
+            )
+        objective.check_ranks(ranks)
+
+    def init(self, theta: Params, rng: Rng) -> AdamState:
+        return AdamState(**vars(pg.init_state(theta)))
+
+    def theta(self, state: AdamState) -> Params:
+        return state.params()
+
+    def gather(self, state: AdamState, objective: MetaLoss, comm: Comm) -> AdamState:
+        """The state with the agents of all ranks saved in rank order."""
+        if state.agents is None:
+            return state
+        own = objective.save(state.agents)
+        state.saved = {name: _gathered(leaf, comm) for name, leaf in own.items()}
+        return state
+
+    def state_dict(self, state: AdamState) -> dict[str, Any]:
+        return pg.save_state(state) | {"agents": state.saved or {}}
+
+    def load_state_dict(self, saved: dict[str, Any], theta: Params) -> AdamState:
+        numbers = {name: value for name, value in saved.items() if name != "agents"}
+        state = AdamState(**vars(pg.load_state(numbers, theta)))
+        state.saved = saved["agents"] or None
+        return state
+
+    def step(
+        self, state: AdamState, objective: MetaLoss, comm: Comm, rng: Rng
+    ) -> tuple[AdamState, Metrics]:
+        """Let the agents live on, and step along the mean of their clipped gradients."""
+        if state.agents is None and state.saved is not None:
+            state.agents = objective.restore(state.saved, comm.rank, comm.size)
+        elif state.agents is None:
+            state.agents = objective.start(comm.rank, comm.size)
+        state.saved = None
+        count = objective.rows(state.agents)
+        leaves = {
+            name: leaf.expand(count, *leaf.shape[1:]).clone().requires_grad_()
+            for name, leaf in state.params().items()
+        }
+        state.agents, loss, metrics = objective.loss(leaves, state.agents)
+        gradients = torch.autograd.grad(loss.sum(), list(leaves.values()))
+        rows = torch.cat([gradient.reshape(count, -1) for gradient in gradients], dim=1)
+        norms = rows.norm(dim=1)
+        if self.max_grad_norm > 0:
+            rows = rows * (self.max_grad_norm / (norms + 1e-6)).clamp_max(1.0).unsqueeze(1)
+        known = {"meta_loss": loss.detach(), "gradient_norm": norms, **metrics}
+        sums = [torch.stack([v.double().nansum(), (~v.isnan()).sum().double()])
+                for v in known.values()]  # fmt: skip
+        own = torch.cat([rows.sum(dim=0).double(), *(pair.to(rows.device) for pair in sums)])
+        joint = comm.sum_ordered(own)
+        pairs = joint[rows.shape[1] :].reshape(-1, 2).tolist()
+        means = {name: total / n if n else float("nan")
+                 for name, (total, n) in zip(known, pairs, strict=True)}  # fmt: skip
+        means["env_steps"] = pairs[list(known).index("env_steps")][0]
+        agents = pairs[0][1]
+        mean = joint[: rows.shape[1]] / agents
+        if not bool(torch.isfinite(mean).all()) or agents == 0:
+            raise FloatingPointError(
+                f"update {state.update}: the gradient of an agent is not finite (its critics or "
+                "the learned loss exploded); lower optimizer.learning_rate or objective.inner_rate"
+            )
+        pg.adam(state, mean.to(state.theta.dtype), self.learning_rate, self.adam_eps)
+        state.update += 1
+        return state, means
+
+
+def _gathered(leaf: Tensor, comm: Comm) -> Tensor:
+    """Rows of all ranks in rank order, bit for bit."""
+    if comm.size == 1:
+        return leaf
+    counts = torch.zeros(comm.size, dtype=torch.int64)
+    counts[comm.rank] = len(leaf)
+    counts = comm.sum_exact(counts).tolist()
+    flat = leaf.reshape(len(leaf), -1)
+    # Whole numbers of 64 bits travel as what their bits would be as floats.
+    whole = leaf.dtype == torch.int64
+    flat = flat.contiguous().view(torch.float64) if whole else flat.double()
+    rows = comm.gather_rows(flat, counts)
+    rows = rows.contiguous().view(torch.int64) if whole else rows.to(leaf.dtype)
+    return rows.reshape(-1, *leaf.shape[1:])
