@@ -53,9 +53,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--optimizer",
         help="openes nres pes pgpe snes sepcma, EvoTorch's evotorch_pgpe evotorch_snes cem xnes "
-        "cmaes, a2c ppo, or package.module:Class",
+        "cmaes, a2c ppo, adam, or package.module:Class",
     )
-    p.add_argument("--objective", help="what theta is worth: return, epg, or package.module:Class")
+    p.add_argument(
+        "--objective",
+        help="what theta is worth: return, epg, metagenrl, or package.module:Class",
+    )
     p.add_argument(
         "--set",
         action="append",

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from esmeta.errors import UserError
-from esmeta.transport import connect
+from esmeta.transport import connect, poll
 
 EXIT_USER_ERROR = 2
 EXIT_EXCEPTION = 3
@@ -39,11 +39,8 @@ _LOCAL_RANK_VARIABLES = (
     "SLURM_LOCALID",
 )
 
-_SPIN_SECONDS = 1e-3
-_LONGEST_SLEEP = 1e-3
 _ROLL_SECONDS = 1.0
 _ROLL_TAG = 1
-_yield_core = getattr(os, "sched_yield", lambda: time.sleep(0))
 
 
 def _number(env: Mapping[str, str], name: str) -> int | None:
@@ -216,12 +213,12 @@ class MPIComm:
         """Whether all ranks get here within ``seconds``: then each may exit by itself."""
         request = self._last_words.Ibarrier()
         self._abandoned.append(request)
-        return _poll(request.Test, seconds, lambda: False)
+        return poll(request.Test, seconds)
 
     def _wait(self, ready: Callable[[], bool]) -> None:
         self._number += 1
         start = time.monotonic()
-        done = _poll(ready, self.timeout_s, self._roll_is_called)
+        done = poll(ready, self.timeout_s, self._roll_is_called)
         waited = time.monotonic() - start
         self.waited_s += waited
         if done:
@@ -287,7 +284,7 @@ class MPIComm:
         end = time.monotonic() + _ROLL_SECONDS
         while time.monotonic() < end and len(self._present) < len(others):
             self._roll_is_called()
-            time.sleep(_LONGEST_SLEEP)
+            time.sleep(1e-3)
         if min(self._present, default=self.rank) < self.rank:
             time.sleep(2 * _ROLL_SECONDS)
         return [rank for rank in others if rank not in self._present]
@@ -296,24 +293,6 @@ class MPIComm:
 def _numbers(ranks: list[int]) -> str:
     shown = ", ".join(map(str, ranks[:8]))
     return shown if len(ranks) <= 8 else f"{shown} and {len(ranks) - 8} more"
-
-
-def _poll(ready: Callable[[], bool], seconds: float, given_up: Callable[[], bool]) -> bool:
-    """Whether ``ready`` within ``seconds``; ``given_up`` is asked when it takes long."""
-    # Spin at first, as most collectives end within microseconds, and let whoever else wants the
-    # core go first; then leave it, with naps that grow from 20 us.
-    start = time.monotonic()
-    nap = 2e-5
-    while not ready():
-        waited = time.monotonic() - start
-        if waited > seconds or (nap == _LONGEST_SLEEP and given_up()):
-            return False
-        if waited < _SPIN_SECONDS:
-            _yield_core()
-        else:
-            time.sleep(nap)
-            nap = min(2 * nap, _LONGEST_SLEEP)
-    return True
 
 
 def _flat(value: Tensor) -> np.ndarray:

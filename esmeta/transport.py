@@ -12,6 +12,8 @@ After it has raised, no further collective is possible.
 from __future__ import annotations
 
 import itertools
+import os
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -25,6 +27,35 @@ _LINE = 64
 """Bytes of a cache line: counters that different ranks write stand apart."""
 _SLOT_BYTES = 1 << 20
 _WINDOW_BYTES = 1 << 25
+_SPIN_S = 1e-3
+_NAPS_S = (2e-5, 1e-3)
+_yield_core = getattr(os, "sched_yield", lambda: time.sleep(0))
+
+
+def poll(
+    ready: Callable[[], bool],
+    seconds: float,
+    given_up: Callable[[], bool] = lambda: False,
+    alert_s: float = 0.0,
+) -> bool:
+    """Whether ``ready()`` within ``seconds``; ``given_up()`` is asked when it takes long.
+
+    Spins at first, as most waits end within microseconds, and lets whoever else wants the core go
+    first. Then it leaves the core, with short naps for ``alert_s`` and ever longer ones after that.
+    """
+    start = time.monotonic()
+    nap, longest = _NAPS_S
+    while not ready():
+        waited = time.monotonic() - start
+        if waited > seconds or (nap == longest and given_up()):
+            return False
+        if waited < _SPIN_S:
+            _yield_core()
+            continue
+        time.sleep(nap)
+        if waited > alert_s:
+            nap = min(2 * nap, longest)
+    return True
 
 
 class Transport(Protocol):

@@ -55,6 +55,8 @@ class Task:
         width: degrees of ``right``, or of both sectors of ``horizontal``; 180: half of all.
         strata: directions of tasks k, k + 1, .. are drawn in turn from so many equal parts of the
             their range; a multiple of it as ``task.trials`` makes all generations alike.
+        mirrored: tasks 2k and 2k + 1 have opposite directions, so that nothing but reading rewards
+            pays on both; not for ``right`` and ``left``. ``strata`` then counts pairs.
         reward_scale: factor on the rewards; 10 makes those of the longest displacements 1.
     """
 
@@ -64,6 +66,7 @@ class Task:
     test: Part = "left"
     width: float = 180.0
     strata: int = 1
+    mirrored: bool = False
     reward_scale: float = 1.0
 
     def __post_init__(self) -> None:
@@ -89,6 +92,12 @@ class Task:
                     f"write {name}='right'"
                 )
 
+            if self.mirrored and getattr(self, name) in ("right", "left"):
+                raise ValueError(
+                    f"mirrored is True with {name} = {getattr(self, name)!r}, which has no "
+                    f"opposite directions: write {name}='horizontal', or mirrored=False"
+                )
+
     @property
     def spec(self) -> Spec:
         """Two-dimensional actions."""
@@ -109,9 +118,13 @@ class Task:
         check_split(split)
         index = task_numbers(batch)
         part = self.train if split == "train" else self.test
-        place = rng.fold("displacement", split).uniform(index, 1).squeeze(-1)
-        angle = self._angle((index % self.strata + place) / self.strata, part)
-        return Tasks(index, {"direction": torch.stack([angle.cos(), angle.sin()], -1).float()})
+        number = index // 2 if self.mirrored else index
+        place = rng.fold("displacement", split).uniform(number, 1).squeeze(-1)
+        angle = self._angle((number % self.strata + place) / self.strata, part)
+        direction = torch.stack([angle.cos(), angle.sin()], -1).float()
+        if self.mirrored:
+            direction = direction * (1.0 - 2.0 * (index % 2)).unsqueeze(-1)
+        return Tasks(index, {"direction": direction})
 
     def _angle(self, place: Tensor, part: Part) -> Tensor:
         """Angles (radians) at ``place`` in [0, 1) of the range of a split."""

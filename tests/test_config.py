@@ -274,7 +274,7 @@ def test_modules_are_listed_without_being_imported(
     make_package(tmp_path / "fake_objectives", "folder", {"__init__.py": good})
     monkeypatch.syspath_prepend(tmp_path)
     assert config.module_names("fake_objectives") == ["boom", "folder", "return"]
-    monkeypatch.setitem(config.KINDS, "objective", ("fake_objectives", "Objective"))
+    monkeypatch.setitem(config.PACKAGES, "objective", ("fake_objectives", "Objective"))
     assert config.load_class("objective", "return").__module__ == "fake_objectives.return_"
     assert config.load_class("objective", "folder").__name__ == "Objective"
     with pytest.raises(UserError, match=r"'retrun' .*did you mean 'return'.*boom, folder, return"):

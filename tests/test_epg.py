@@ -25,13 +25,22 @@ SMALL = (
     "task.trials=3",
     "task.horizon=48",
     "task.episode_steps=16",
+    "task.train=right",
+    "task.test=left",
+    "task.width=180",
+    "task.strata=1",
+    "task.mirrored=false",
     "objective.period=16",
     "objective.buffer=32",
     "objective.minibatch=8",
     "objective.hidden=[8]",
     "objective.test_steps=16",
     "objective.ppo_generations=4",
+    "objective.ppo_first=1.0",
+    "objective.twins=1",
     "optimizer.popsize=8",
+    "optimizer.sigma_blocks=off",
+    "optimizer.sigma=0.05",
     "budget.generations=3",
     "run.evaluate_every=2",
     "run.evaluate_trials=3",
@@ -154,6 +163,20 @@ def test_stored_lives_go_on_bit_for_bit() -> None:
         whole.restore(mixed)
 
 
+def test_twins_differ_by_their_task_alone() -> None:
+    mirror = ("task.mirrored=true", "task.train=horizontal", "task.test=vertical", "task.trials=4")
+    plain = ("task.strata=1", "objective.ppo_generations=0", *mirror)
+    blind = objective("objective.twins=2", "objective.reward=false", *plain)
+    thetas = members(blind, 3)
+    found = blind.fitness(thetas, 3).returns
+    # What does not read rewards earns on one what it loses on the other, exactly.
+    assert torch.equal(found[:, 0::2], -found[:, 1::2]) and bool((found.abs() > 0.01).all())
+    apart = objective("objective.reward=false", *plain).fitness(thetas, 3).returns
+    assert not torch.allclose(apart[:, 0::2], -apart[:, 1::2], atol=0.01)
+    reading = objective("objective.twins=2", *plain).fitness(thetas, 3).returns
+    assert not torch.allclose(reading[:, 0::2], -reading[:, 1::2], atol=1e-3)
+
+
 def test_an_evolved_first_policy_is_what_agents_begin_with() -> None:
     whole = objective("objective.evolve_init=true", "objective.ppo_generations=0")
     theta = whole.init(0)
@@ -233,7 +256,7 @@ def test_bad_input(tmp_path: Path, changes: list[str], words: list[str]) -> None
     if "objective.name=return" in changes:
         changes = [x for x in changes if not x.startswith("objective.") or "name" in x]
     if "optimizer.name=ppo" in changes:
-        changes = [x for x in changes if "popsize" not in x]
+        changes = [x for x in changes if not x.startswith("optimizer.") or "name" in x]
     with pytest.raises(UserError) as caught:
         run_here("displacement-epg", *overrides(*changes), "--out", tmp_path / "run")
     assert_says(str(caught.value), *words)

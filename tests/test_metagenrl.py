@@ -561,6 +561,22 @@ def test_steps_behind_the_end_of_a_trial_are_no_episodes_and_teach_nothing() -> 
     assert usable[0].nonzero().flatten().tolist() == [*range(12), *range(16, 24)]
 
 
+def test_the_policies_rate_is_theirs_alone() -> None:
+    alpha = noisy(ObjectiveNetwork(5).init(Rng(1)), 3)
+    _, agents = lived([0, 4, 7])
+    network, before = ObjectiveNetwork(5), agents.state.params
+    moves = {}
+    for rate in (0.0, 1e-3, 1e-4):  # two rounds: the first step of Adam on policies, delay is 2
+        runner = training(policy_rate=rate)
+        _, agents = lived([0, 4, 7])
+        after = runner.learner.rounds(agents.state, network.loss(alpha), runner.rng(), 2).params
+        moves[rate] = {name: after[name] - before[name] for name in before}
+    for name in before:
+        small = 0.1 if name.startswith("policy") else 1.0
+        assert torch.equal(moves[0.0][name], moves[1e-3][name])
+        torch.testing.assert_close(moves[1e-4][name], small * moves[1e-3][name])
+
+
 def test_flags_of_the_release() -> None:
     runner = training(terminal_bonus=1.0)
     agents = runner.begin(torch.tensor([0, 1]))

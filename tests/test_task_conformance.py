@@ -199,6 +199,7 @@ def test_names_are_the_modules_of_the_folder() -> None:
         ("pendulum", {"length": (0.0, 1.0)}, ["(0.0, 1.0)", "above 0", "length=(0.7, 1.3)"]),
         ("displacement", {"width": 360.0}, ["360.0", "between 0 and 360", "width=180.0"]),
         ("displacement", {"reward_scale": 0.0}, ["0.0", "above 0", "reward_scale=10.0"]),
+        ("displacement", {"mirrored": True}, ["'right'", "train='horizontal'", "mirrored=False"]),
         ("displacement", {"strata": 0}, ["strata is 0", "strata=1"]),
         ("displacement", {"episode_steps": 0}, ["episode_steps is 0", "episode_steps=1"]),
         ("no_such_package.tasks:Mine", {}, ["cannot load", "package.module:Name"]),

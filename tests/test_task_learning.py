@@ -102,5 +102,10 @@ def test_directions_of_the_halves_and_strata() -> None:
         assert low <= float(away.min()) < low + 1 and high - 1 < float(away.max()) <= high
         ahead = u[:, 0] if split == "train" else u[:, 1]
         assert [bool(x > 0) for x in ahead[:16]] == ([True] * 4 + [False] * 4) * 2
+    twins = make_task("displacement", train="horizontal", test="all", mirrored=True, strata=2)
+    for split in ("train", "test"):
+        u = twins.sample(400, split, Rng(3)).data["direction"][0]
+        torch.testing.assert_close(u[0::2], -u[1::2], rtol=0, atol=1e-6)
+        assert len(u[0::2].unique(dim=0)) == 200
     everywhere = make_task("displacement", train="all").sample(400, "train", Rng(3))
     assert 120 < int((everywhere.data["direction"][..., 0] > 0).sum()) < 280

@@ -26,6 +26,7 @@ from esmeta.comm import EXIT_USER_ERROR, MPIComm
 from esmeta.envs._shard import Shard
 from esmeta.errors import UserError
 from esmeta.rng import Rng
+from esmeta.transport import poll
 from esmeta.types import Reference, Spec, Task, Tasks, TimeStep
 from esmeta.wire import share
 
@@ -33,8 +34,8 @@ _MAKE, _RESET, _STEP, _SCORE, _SEND_SCORES, _CLOSE = range(1, 7)
 _NAMES = {_MAKE: "make_env", _RESET: "reset", _STEP: "step", _SCORE: "metrics", _CLOSE: "close"}
 _WORDS = 8  # int64 per row: a cache line of its own for each rank
 _TEXT = 4096  # bytes of a traceback
-# A wait spins at first, then naps, then sleeps: between two updates the learner needs the core.
-_SPIN_S, _NAP_FOR_S, _NAP_S, _SLEEP_S = 1e-3, 0.1, 5e-5, 1e-3
+# How long a rank that serves is quick to answer: between two updates the learner needs the core.
+_ALERT_S = 0.1
 
 
 class State(NamedTuple):
@@ -143,7 +144,7 @@ class Node:
             self._sync()
             return bool((np.abs(others) == number).all())
 
-        in_time = _poll(done, self.learners.timeout_s)
+        in_time = poll(done, self.learners.timeout_s, alert_s=_ALERT_S)
         waited = time.monotonic() - start
         self.learners.waited_s += waited
         if not in_time:
@@ -196,7 +197,7 @@ class Node:
             return bool(self._command[0] > done)
 
         start = time.monotonic()
-        if not _poll(asked, self._limit_s):
+        if not poll(asked, self._limit_s, alert_s=_ALERT_S):
             self._here.label = f"command {done}"
             raise self._here.too_late("serving", time.monotonic() - start, [0])
         return int(self._command[1]), int(self._command[2])
@@ -227,17 +228,6 @@ class Node:
             self._text[self._here.rank, : len(said)] = np.frombuffer(said, dtype=np.uint8)
             return False
         return True
-
-
-def _poll(done: Callable[[], bool], limit_s: float) -> bool:
-    """Wait until ``done()``; False after ``limit_s`` seconds."""
-    start = time.monotonic()
-    while not done():
-        waited = time.monotonic() - start
-        if waited > limit_s:
-            return False
-        time.sleep(0 if waited < _SPIN_S else _NAP_S if waited < _SPIN_S + _NAP_FOR_S else _SLEEP_S)
-    return True
 
 
 class RemoteEnv:

@@ -98,6 +98,8 @@ class Lives:
     device: torch.device
     test_episodes: int = 3
     test_steps: int = 32
+    twins: int = 1
+    """So many lives in a row share all that is random but their tasks."""
 
     @property
     def updates(self) -> int:
@@ -170,7 +172,8 @@ class Lives:
         """The task of each agent, leaves ``[P, 1, ...]``."""
         found = self.task.sample(index, split, Rng(self.seed).fold("tasks"))
         data = {k: v.transpose(0, 1) for k, v in found.data.items()}
-        return place_tasks(Tasks(found.index.transpose(0, 1), data), self.device)
+        number = found.index.transpose(0, 1) // self.twins
+        return place_tasks(Tasks(number, data), self.device)
 
     def _rng(self, split: str) -> Rng:
         return Rng(self.seed).fold("lives", split)

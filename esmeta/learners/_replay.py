@@ -126,6 +126,7 @@ class ReplayLearner:
         delay: critic steps per step of policy and targets.
         twin: the smaller of two critics is the target (off: the first alone, as in DDPG).
         learning_rate: of all Adams.
+        policy_rate: of the policy's, if another (0: the same).
         clip: global norm of a policy gradient at most; 0: no limit.
         terminal_bonus: added to the target of terminal steps, as MetaGenRL's release does with 1.
     """
@@ -146,6 +147,7 @@ class ReplayLearner:
     learning_rate: float = 1e-3
     clip: float = 0.0
     terminal_bonus: float = 0.0
+    policy_rate: float = 0.0
 
     def check(self, loss: Loss) -> None:
         """Refuse a replay that cannot hold a batch, or a snippet of the loss."""
@@ -266,6 +268,6 @@ class ReplayLearner:
         prepared = loss.prepare(self.agent, state.params, batch)
         params, adam = descend(
             self.agent, loss, batch, prepared, rows, state.params, state.adam,
-            self.learning_rate, only=("policy",), clip=self.clip,
+            self.policy_rate or self.learning_rate, only=("policy",), clip=self.clip,
         )  # fmt: skip
         return state._replace(params=params, adam=adam)

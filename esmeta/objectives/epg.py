@@ -26,7 +26,7 @@ from esmeta.learners._segments import SegmentLearner
 from esmeta.objectives import refuse_policy
 from esmeta.objectives._loss_network import LossNetwork
 from esmeta.rng import Rng
-from esmeta.tree import leaves_of, shapes_of, unravel_shapes, with_leaves
+from esmeta.tree import leaves_of, shapes_of, size_of, unravel_shapes, with_leaves
 from esmeta.types import Fitness, Params, Reference, State, Task
 
 
@@ -46,11 +46,13 @@ class Objective:
         evolve_init: evolve the policy's first parameters too.
         ppo_generations: generations over which PPO's share falls from ``ppo_first`` to
             ``ppo_last``; 0: no PPO.
-        ppo_first: share of PPO's loss at first. Its gradient is some ten times as large as that of
-            a fresh loss network: from 1, most of the fall is spent where only PPO counts.
+        ppo_first: share of PPO's loss at first.
         ppo_last: share of PPO's loss that stays.
         test_episodes: episodes after a life whose mean return is its fitness.
         test_steps: steps of such an episode at most.
+        twins: lives in a row that share first networks, noise and minibatches, so that they differ
+            by their tasks alone. With twin tasks of opposite rewards (``task.mirrored``) whatever a
+            loss does without reading rewards cancels exactly.
         chunk: agents per batch.
     """
 
@@ -68,10 +70,12 @@ class Objective:
     ppo_last: float = 0.0
     test_episodes: int = 3
     test_steps: int = 1000
+    twins: int = 1
     chunk: int = 64
 
     def __post_init__(self) -> None:
-        for name in ("period", "buffer", "epochs", "minibatch", "test_episodes", "test_steps"):
+        sizes = ("period", "buffer", "epochs", "minibatch", "test_episodes", "test_steps", "twins")
+        for name in sizes:
             errors.positive_int(name, getattr(self, name), example=64)
         for width in self.hidden:
             errors.positive_int("hidden", width, example=64)
@@ -125,11 +129,10 @@ class EpgLives:
 
 
 class EpgObjective:
-    """What eta is worth. A member's agents are rows of one batch, beside those of other members.
+    """What eta is worth; agents of all members are rows of one batch.
 
-    Step k uses lives k * trials .. (k + 1) * trials - 1 of the run's seed: their tasks, first
-    parameters, noise and minibatches, on all ranks and for all members. Its lives can be run in
-    windows of updates: it is a :class:`esmeta.types.Lifetimes`.
+    Step k uses lives k * trials .. (k + 1) * trials - 1 of the run's seed, on all ranks and for all
+    members. They can be run in windows of updates: it is a :class:`esmeta.types.Lifetimes`.
     """
 
     def __init__(
@@ -167,9 +170,11 @@ class EpgObjective:
             self.device,
             test_episodes=config.test_episodes,
             test_steps=config.test_steps,
+            twins=config.twins,
         )
         self.lives.check()
-        self.shapes = {**self.network.shapes, **(self._init_shapes() if config.evolve_init else {})}
+        first = shapes_of(self._init_leaves()) if config.evolve_init else {}
+        self.shapes = {**self.network.shapes, **first}
 
     # --- theta ---------------------------------------------------------------------------------
 
@@ -184,16 +189,12 @@ class EpgObjective:
         params = agent.init(Rng(self.seed).fold("eta"), torch.zeros(1, dtype=torch.int64))
         return {k: v for k, v in params.items() if k.partition(".")[0] in ("policy", "log_std")}
 
-    def _init_shapes(self) -> dict[str, tuple[int, ...]]:
-        return shapes_of(self._init_leaves())
-
     def explain(self, gradient: bool) -> str:
         """In one line, what runs."""
-        config = self.config
+        updates, period = self.lives.updates, self.config.period
         return (
-            f"loss network of {sum(torch.Size(s).numel() for s in self.shapes.values()):,} "
-            f"parameters; {self.trials} lives of {self.lives.updates} updates every "
-            f"{config.period} steps, {config.chunk} agents per batch"
+            f"loss network of {size_of(self.shapes):,} parameters; {self.trials} lives of "
+            f"{updates} updates every {period} steps"
         )
 
     def share(self, generation: int) -> float:

@@ -45,19 +45,17 @@ class Objective:
             many agents as the task of the run.
         steps: environment steps of an agent's training in meta-test.
         period: environment steps between updates, and update rounds that follow them.
-        batch: snippets per update.
-        snippet: steps of a snippet.
+        batch, snippet: snippets per update, and steps of a snippet.
         extra: snippets on which updated policies are judged, besides those they were updated on.
         inner_steps: updates of the policy before it is judged, on snippets of their own.
         inner_rate: learning rate of these.
         inner_reduction: what they descend, the ``sum`` over the batch (the release) or its mean.
-        learning_rate: of the agents' Adams.
+        learning_rate: of the agents' Adams; ``policy_rate`` of the policies' (0: the same).
         clip: norm of a policy's gradient at most.
         anneal: steps over which the share of ``-Q(s, pi(s))`` in the policy's loss falls to zero in
             meta-training.
         anneal_after: steps before that, in which it is the whole loss.
-        random: steps of uniformly random actions at first.
-        update_after: steps before the first update.
+        random, update_after: steps of uniformly random actions at first, and before any update.
         capacity: steps in the replay of an agent.
         critic_batch: transitions per critic step; 0: ``batch * snippet``.
         delay: critic steps per step of policies, targets and theta.
@@ -86,6 +84,7 @@ class Objective:
     inner_rate: float = 1e-3
     inner_reduction: Literal["sum", "mean"] = "sum"
     learning_rate: float = 1e-3
+    policy_rate: float = 0.0
     clip: float = 1.0
     anneal: int = 10_000
     anneal_after: int = 0
@@ -115,7 +114,7 @@ class Objective:
             errors.non_negative_int(name, getattr(self, name), example=100)
         for name in ("inner_rate", "learning_rate", "std", "reward_scale"):
             errors.finite_positive(name, getattr(self, name), example=0.001)
-        for name in ("clip", "terminal_bonus"):
+        for name in ("clip", "policy_rate", "terminal_bonus"):
             errors.non_negative(name, getattr(self, name), example=1.0)
         for name in ("gamma", "polyak"):
             errors.fraction(name, getattr(self, name), example=0.99)
@@ -128,7 +127,7 @@ class Objective:
     def _check_lengths(self) -> None:
         if self.chunk < 2:
             raise errors.UserError(
-                "chunk = 1: must be at least 2 (one alone rounds differently); write chunk = 64"
+                "chunk = 1: must be at least 2 (one rounds differently); write chunk = 64"
             )
         if self.period % self.delay:
             raise errors.UserError(
@@ -162,6 +161,7 @@ class Objective:
             polyak=self.polyak,
             delay=self.delay,
             learning_rate=self.learning_rate,
+            policy_rate=self.policy_rate,
             clip=self.clip,
             terminal_bonus=self.terminal_bonus,
         )
