@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import shlex
 import sys
@@ -12,12 +13,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from esmeta.cli import Parser
-from esmeta.errors import UserError
+from esmeta.errors import UserError, non_negative_int
 
 if TYPE_CHECKING:
     from esmeta.analysis.groups import Group, RunData
     from esmeta.objectives.metagenrl import MetaGenRLObjective
     from esmeta.types import Params
+
+
+_FILM_FPS = 20
+"""Frames per second at most."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -38,6 +43,15 @@ def parser() -> argparse.ArgumentParser:
         "--picture",
         action="store_true",
         help="also draw held-out trials of the first run of each configuration (PNG and GIF)",
+    )
+    p.add_argument(
+        "--trial", type=int, default=0, metavar="N", help="which one is animated (%(default)s)"
+    )
+    p.add_argument(
+        "--film",
+        choices=("png", "mp4"),
+        help="with --picture: write the animation also as a folder of PNG frames, or as MP4 "
+        "(needs ffmpeg)",
     )
     return p
 
@@ -131,7 +145,15 @@ def _provenance(run: RunData) -> str:
     )
 
 
-def _pictures(group: Group, where: Destination) -> list[str]:
+@dataclass(frozen=True)
+class Pictures:
+    """What is drawn of a trial: which one, and whether also as ``png`` frames or ``mp4``."""
+
+    trial: int = 0
+    film: str | None = None
+
+
+def _pictures(group: Group, where: Destination, wanted: Pictures) -> list[str]:
     """Held-out trials of a group's first run; a warning where they cannot be drawn."""
     from esmeta.analysis import page, pictures, sheets
     from esmeta.evaluate import load
@@ -139,7 +161,11 @@ def _pictures(group: Group, where: Destination) -> list[str]:
     run = group.runs[0]
     try:
         policy, params, task = load(run.path)
-        frames = pictures.trial_frames(policy, params, task, seed=run.seed)
+        rate = pictures.frame_rate(task)
+        every = math.ceil(rate / _FILM_FPS)
+        frames = pictures.trial_frames(
+            policy, params, task, wanted.trial, seed=run.seed, every=every
+        )
     except UserError as error:
         print(f"esmeta: warning: no picture of {group.label}: {error}", file=sys.stderr)
         return [page.paragraph(f"No picture: {error}", note=True)]
@@ -148,8 +174,13 @@ def _pictures(group: Group, where: Destination) -> list[str]:
         out = where.figure(f"trials-{group.slug}.png")
         sheets.trial_sheet(policy, params, task, out, seed=run.seed)
         parts.append(page.image(out, f"Held-out trials of theta, seed {run.seed}."))
-    out = pictures.write_gif(frames, where.figure(f"trial-{group.slug}.gif"))
-    return [*parts, page.image(out, f"Held-out trial 0 of theta, seed {run.seed}.")]
+    name, fps = f"trial-{group.slug}", rate / every
+    if wanted.film == "png":
+        print(f"frames: {pictures.write_frames(frames, where.figure(name))}")
+    if wanted.film == "mp4":
+        print(f"film: {pictures.write_mp4(frames, where.figure(f'{name}.mp4'), fps)}")
+    out = pictures.write_gif(frames, where.figure(f"{name}.gif"), fps)
+    return [*parts, page.image(out, f"Held-out trial {wanted.trial} of theta, seed {run.seed}.")]
 
 
 def _loss_figures(group: Group, where: Destination) -> list[str]:
@@ -193,7 +224,7 @@ def _objective_figures(
     return [page.image(lives, caption), page.image(loss, shape)]
 
 
-def _section(group: Group, where: Destination, *, picture: bool) -> list[str]:
+def _section(group: Group, where: Destination, wanted: Pictures | None) -> list[str]:
     """Print a group's table and return its part of the page."""
     from esmeta.analysis import page, plots
     from esmeta.analysis.groups import runs_table
@@ -215,7 +246,7 @@ def _section(group: Group, where: Destination, *, picture: bool) -> list[str]:
         page.paragraph(f"Return of a trial: {known} ({reference.note}).", note=True),
         page.image(out, "Learning curve."),
         *_loss_figures(group, where),
-        *(_pictures(group, where) if picture else []),
+        *(_pictures(group, where, wanted) if wanted else []),
         page.folded("versions and commands", "\n\n".join(map(_provenance, group.runs))),
         page.folded(
             f"resolved configuration (seed {group.runs[0].seed})", first.read_text(encoding="utf-8")
@@ -235,7 +266,9 @@ def _summary(groups: Sequence[Group]) -> list[list[str]]:
     return rows
 
 
-def report(runs: Sequence[Path], out: Path | None = None, *, picture: bool = False) -> Path:
+def report(
+    runs: Sequence[Path], out: Path | None = None, *, pictures: Pictures | None = None
+) -> Path:
     """Print tables, write figures and the page; returns the path of the page."""
     from esmeta.analysis import page
     from esmeta.analysis.groups import group_runs
@@ -243,7 +276,7 @@ def report(runs: Sequence[Path], out: Path | None = None, *, picture: bool = Fal
     groups = group_runs(runs)
     where = Destination.choose(out, runs)
     try:
-        sections = [part for group in groups for part in _section(group, where, picture=picture)]
+        sections = [part for group in groups for part in _section(group, where, pictures)]
         compared = [
             part
             for number, found in enumerate(_comparable(groups))
@@ -269,7 +302,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Single trials are too small for more threads, which only wait for each other.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     try:
-        report(args.runs, args.out, picture=args.picture)
+        non_negative_int("--trial", args.trial)
+        if args.film and not args.picture:
+            raise UserError(f"--film {args.film}: draws nothing without --picture; add it")
+        wanted = Pictures(args.trial, args.film) if args.picture else None
+        report(args.runs, args.out, pictures=wanted)
     except UserError as error:
         print(f"esmeta: error: {error}", file=sys.stderr)
         return 2

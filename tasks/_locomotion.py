@@ -8,13 +8,16 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from esmeta import errors
+from esmeta.envs import _mujoco_model as models
 from esmeta.envs.bodies import Body, Definition, Noise, Snapshot
 from esmeta.envs.mujoco import MujocoEnv
+from esmeta.envs.scenes import Scene
 from esmeta.rng import Rng
 from esmeta.tasks import check_int, check_split, episode_steps, task_numbers
 from esmeta.types import Continuous, Reference, Spec, Tasks
@@ -48,7 +51,15 @@ class Simulated:
         threads: threads that step worlds; with MPI, ranks do the same and 1 is right.
         contact_rule: ``"legacy"`` (margins as before MuJoCo 3.5, as published) or ``"native"``.
         integrator: ``"model"`` or ``"euler"`` (faster, other physics).
+        impaired: motors that give no torque, by the names of their joints with commas between them,
+            such as ``"hip_4,ankle_4"``; ``"random"``: one, drawn for each trial; ``"none"``.
+        impaired_from: the first episode of a trial in which they do not, counted from 1.
+        continual: whether every episode of a trial has a task of its own (and a motor of its own
+            that fails, if ``impaired`` is ``"random"``); what the agent remembers stays.
     """
+
+    renewable: ClassVar[bool] = True
+    """Whether there are tasks to draw for every episode: not if they are in the model."""
 
     horizon: int = 200
     episodes: int = 1
@@ -56,16 +67,70 @@ class Simulated:
     threads: int = 1
     contact_rule: str = "legacy"
     integrator: str = "model"
+    impaired: str = "none"
+    impaired_from: int = 1
+    continual: bool = False
 
     def __post_init__(self) -> None:
         episode_steps(self.horizon, self.episodes)
         check_int("threads", self.threads, 1, 1024)
         errors.one_of("engine", self.engine, ("auto", "batch", "rows"))
         self.body()  # checks what is left
+        self._check_changes()
+
+    def _check_changes(self) -> None:
+        """Refuse motors that are not there, and episodes that cannot differ."""
+        check_int("impaired_from", self.impaired_from, 1, self.episodes)
+        if self.impaired not in ("none", "random"):
+            motors = models.motors(self.body().xml)
+            for joint in self.impaired.split(","):
+                errors.one_of("impaired", joint, (*motors, "random", "none"))
+        if not self.continual:
+            return
+        if self.episodes == 1:
+            raise errors.UserError(
+                "continual = true with episodes = 1: there is nothing to change; write for "
+                "example episodes = 5"
+            )
+        if not self.renewable and self.impaired != "random":
+            raise errors.UserError(
+                "continual = true: the tasks of this family differ in what lasts for a trial; "
+                'write continual = false, or impaired = "random"'
+            )
 
     def body(self) -> Body:
         """What is simulated."""
         raise NotImplementedError
+
+    def draw(self, batch: int | Tensor, split: str, rng: Rng) -> Tasks:
+        """Tasks on intact bodies; see :meth:`esmeta.types.Task.sample`."""
+        raise NotImplementedError
+
+    def sample(self, batch: int | Tensor, split: str, rng: Rng) -> Tasks:
+        """Tasks by number; with ``impaired`` also ``working`` float64 ``[1, B, episodes, nu]``.
+
+        It is 0 for motors that fail and 1 for the others. With ``continual`` whatever else a task
+        is about has an axis of episodes too.
+        """
+        tasks = self.draw(batch, split, rng)
+        if self.impaired == "none":
+            return tasks
+        return Tasks(tasks.index, {**tasks.data, "working": self._working(tasks.index, split, rng)})
+
+    def draws(self) -> int:
+        """How many tasks a trial has."""
+        return self.episodes if self.continual else 1
+
+    def _working(self, index: Tensor, split: str, rng: Rng) -> Tensor:
+        motors = models.motors(self.body().xml)
+        episode = torch.arange(1, self.episodes + 1)
+        if self.impaired == "random":
+            failed = rng.fold("impaired", split).integers(index, self.draws(), len(motors))
+            fails = torch.nn.functional.one_hot(failed, len(motors)).bool()
+        else:
+            fails = torch.tensor([name in self.impaired.split(",") for name in motors])
+        fails = fails & (episode >= self.impaired_from).unsqueeze(-1)
+        return (~fails).double().expand(*index.shape, self.episodes, len(motors))
 
     def definition(self) -> Definition:
         """What is seen, paid and ended."""
@@ -87,10 +152,19 @@ class Simulated:
             self.definition(),
             horizon=episode_steps(self.horizon, self.episodes),
             episodes=self.episodes,
+            continual=self.continual and self.renewable,
             engine=self.engine,
             threads=self.threads,
             device=device,
         )
+
+    def renderer(self) -> Scene:
+        """Draws the bodies."""
+        return Scene(lambda: self.make_env("cpu"))
+
+    def frame_rate(self) -> float:
+        """Control steps per second of real time."""
+        return 1.0 / self.make_env("cpu").seconds
 
     def scores(self, best: float, note: str) -> Reference:
         """References: uniform actions are measured, ``best`` is known from elsewhere."""
@@ -102,7 +176,7 @@ class Simulated:
 def random_return(task: Simulated) -> float:
     """Mean return of a trial under uniform actions."""
     env, batch = task.make_env("cpu"), _RANDOM_TRIALS
-    state, _ = env.reset(task.sample(batch, "train", Rng(0)), Rng(1))  # type: ignore[attr-defined]
+    state, _ = env.reset(task.sample(batch, "train", Rng(0)), Rng(1))
     size, horizon = task.spec.action.size, task.spec.horizon
     draws = Rng(2).uniform(torch.arange(batch).unsqueeze(0), horizon * size)
     total = 0.0
@@ -122,10 +196,21 @@ def starts(batch: int | Tensor, split: str, rng: Rng) -> Tasks:
     return Tasks(index, {"start": rng.fold("start", split).bits(index, 1).squeeze(-1)})
 
 
+def per_episode(draw: Tensor, count: int) -> Tensor:
+    """Numbers ``[1, B, count * k]`` as ``[1, B, count, k]``, or ``[1, B, k]`` if there is one."""
+    return draw if count == 1 else draw.unflatten(-1, (count, -1))
+
+
 def directions(
-    batch: int | Tensor, split: str, rng: Rng, kind: str, *, mirrored: bool = False
+    batch: int | Tensor,
+    split: str,
+    rng: Rng,
+    kind: str,
+    *,
+    mirrored: bool = False,
+    count: int = 1,
 ) -> Tasks:
-    """Unit vectors ``direction`` float64 ``[1, B, 2]`` in the plane.
+    """Unit vectors ``direction`` float64 ``[1, B, (count,) 2]`` in the plane.
 
     ``"binary"``: (1, 0) or (-1, 0), a fair coin each; ``"circle"``: a uniform angle. With
     ``mirrored`` the tasks 2k and 2k + 1 have opposite directions. There are only two binary
@@ -134,7 +219,8 @@ def directions(
     check_split(split)
     index = task_numbers(batch)
     source = index // 2 if mirrored else index
-    draw = rng.fold("direction", split).uniform(source, 1).squeeze(-1)
+    draw = rng.fold("direction", split).uniform(source, count)
+    draw = per_episode(draw, count).squeeze(-1)
     if kind == "binary":
         along = torch.where(draw < 0.5, 1.0, -1.0).double()
         direction = torch.stack([along, torch.zeros_like(along)], dim=-1)
@@ -142,15 +228,18 @@ def directions(
         angle = 2.0 * torch.pi * draw
         direction = torch.stack([angle.cos(), angle.sin()], dim=-1)
     if mirrored:
-        direction = torch.where((index % 2 == 1).unsqueeze(-1), -direction, direction)
+        second = (index % 2 == 1).reshape(*index.shape, *[1] * (direction.ndim - 2))
+        direction = torch.where(second, -direction, direction)
     return Tasks(index, {"direction": direction})
 
 
-def speeds(batch: int | Tensor, split: str, rng: Rng, low: float, high: float) -> Tasks:
-    """Target speeds ``speed`` float64 ``[1, B]``, uniform in ``low..high`` m/s."""
+def speeds(
+    batch: int | Tensor, split: str, rng: Rng, low: float, high: float, *, count: int = 1
+) -> Tasks:
+    """Target speeds ``speed`` float64 ``[1, B(, count)]``, uniform in ``low..high`` m/s."""
     check_split(split)
     index = task_numbers(batch)
-    draw = rng.fold("speed", split).uniform(index, 1).squeeze(-1)
+    draw = per_episode(rng.fold("speed", split).uniform(index, count), count).squeeze(-1)
     return Tasks(index, {"speed": low + (high - low) * draw})
 
 

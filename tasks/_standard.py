@@ -7,6 +7,7 @@ those of MuJoCo before 3.5 (``contact_rule="native"`` gives gymnasium's on the i
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -25,9 +26,11 @@ SMALL_NOISE = Noise("uniform", 5e-3, "uniform", 5e-3)
 class Standard(walk.Simulated):
     """Options of the standard tasks: :class:`esmeta.tasks._locomotion.Simulated`."""
 
+    renewable: ClassVar[bool] = False
+
     horizon: int = 1000
 
-    def sample(self, batch: int | Tensor, split: str, rng: Rng) -> Tasks:
+    def draw(self, batch: int | Tensor, split: str, rng: Rng) -> Tasks:
         """Starts, see :func:`esmeta.tasks._locomotion.starts`."""
         return walk.starts(batch, split, rng)
 

@@ -46,9 +46,11 @@ class Task(ant.Ant):
         super().__post_init__()
         errors.one_of("directions", self.directions, walk.DIRECTIONS)
 
-    def sample(self, batch: int | Tensor, split: str, rng: Rng) -> Tasks:
+    def draw(self, batch: int | Tensor, split: str, rng: Rng) -> Tasks:
         """Unit vectors, see :func:`esmeta.tasks._locomotion.directions`."""
-        return walk.directions(batch, split, rng, self.directions, mirrored=self.mirrored)
+        return walk.directions(
+            batch, split, rng, self.directions, mirrored=self.mirrored, count=self.draws()
+        )
 
     def definition(self) -> Definition:
         """Reward ``dir . v - ctrl_cost |a|^2 - contact_cost |clip(f)|^2 + alive_bonus``."""

@@ -57,11 +57,13 @@ class Task(ant.Ant):
         """The x and y are shown: 113 and 29 numbers."""
         return 0
 
-    def sample(self, batch: int | Tensor, split: str, rng: Rng) -> Tasks:
-        """Goals ``goal`` float64 ``[1, B, 2]`` in m; the splits are different draws."""
+    def draw(self, batch: int | Tensor, split: str, rng: Rng) -> Tasks:
+        """Goals ``goal`` float64 ``[1, B, (episodes,) 2]`` in m; the splits are different draws."""
         check_split(split)
         index = task_numbers(batch)
-        u, v = rng.fold("goal", split).uniform(index, 2).unbind(-1)
+        count = self.draws()
+        draw = walk.per_episode(rng.fold("goal", split).uniform(index, 2 * count), count)
+        u, v = draw.unbind(-1)
         if self.goals == "square":
             goal = torch.stack([2.0 * u - 1.0, 2.0 * v - 1.0], dim=-1)
         else:

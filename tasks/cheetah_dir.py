@@ -33,9 +33,11 @@ class Task(cheetah.Cheetah):
 
     mirrored: bool = False
 
-    def sample(self, batch: int | Tensor, split: str, rng: Rng) -> Tasks:
+    def draw(self, batch: int | Tensor, split: str, rng: Rng) -> Tasks:
         """Directions (1, 0) and (-1, 0), see :func:`esmeta.tasks._locomotion.directions`."""
-        return walk.directions(batch, split, rng, "binary", mirrored=self.mirrored)
+        return walk.directions(
+            batch, split, rng, "binary", mirrored=self.mirrored, count=self.draws()
+        )
 
     def definition(self) -> Definition:
         """Reward ``dir * v - ctrl_cost |a|^2``."""

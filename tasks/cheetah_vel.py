@@ -38,9 +38,10 @@ class Task(cheetah.Cheetah):
         super().__post_init__()
         walk.check_range("speed", self.speed_min, self.speed_max)
 
-    def sample(self, batch: int | Tensor, split: str, rng: Rng) -> Tasks:
+    def draw(self, batch: int | Tensor, split: str, rng: Rng) -> Tasks:
         """Speeds, see :func:`esmeta.tasks._locomotion.speeds`."""
-        return walk.speeds(batch, split, rng, self.speed_min, self.speed_max)
+        low, high = self.speed_min, self.speed_max
+        return walk.speeds(batch, split, rng, low, high, count=self.draws())
 
     def definition(self) -> Definition:
         """Reward ``-|v - speed| - ctrl_cost |a|^2``."""

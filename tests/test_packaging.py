@@ -78,6 +78,8 @@ def test_wheel_holds_package_tasks_and_presets(built):
     presets = {f"esmeta/presets/{name}" for name in tree("runs/presets", ".toml")}
     assert {name for name in names if name.endswith(".py")} == modules
     assert {name for name in names if name.endswith(".toml")} == presets
+    models = {f"esmeta/tasks/{name}" for name in tree("tasks", ".xml")}
+    assert {name for name in names if name.endswith(".xml")} == models and len(models) >= 2
     assert {"esmeta/py.typed", "esmeta/tasks/__init__.py", "esmeta/tasks/harlow.py"} <= names
     assert all(name.startswith("esmeta/") and "__pycache__" not in name for name in names)
     assert f"-{esmeta.__version__}-" in built[1].name

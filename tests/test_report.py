@@ -153,7 +153,7 @@ def test_errors_exit_with_2(runs, tmp_path, capsys):
 
 def test_help_is_fast_and_flags_are_frozen(run_cli):
     flags = {flag for action in report.parser()._actions for flag in action.option_strings}
-    assert flags == {"-h", "--help", "--out", "--picture"}
+    assert flags == {"-h", "--help", "--out", "--picture", "--trial", "--film"}
     began = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = run_cli("--help", module="esmeta.report")
     ended = resource.getrusage(resource.RUSAGE_CHILDREN)

@@ -15,10 +15,12 @@ from esmeta.types import Discrete, Task, Tasks, TimeStep
 
 EXTRA_STEPS = 3
 # Simulated bodies take their time, and do in a short episode what they do in a long one.
-CHEAP = {
-    name: {"horizon": 16}
-    for name in ("ant", "ant_dir", "ant_goal", "ant_vel", "cheetah_dir", "cheetah_vel")
-} | {name: {"horizon": 30} for name in ("half_cheetah", "hopper", "walker2d")}
+SHORT = {
+    16: "ant ant_dir ant_goal ant_ring ant_vel goal_ant cheetah_dir cheetah_vel",
+    30: "half_cheetah hopper walker2d hopper_params walker_params",
+    40: "directional_hopper random_hopper random_walker block_push wheeled",
+}
+CHEAP = {name: {"horizon": steps} for steps, names in SHORT.items() for name in names.split()}
 
 
 def actions_for(task: Task, steps: int, population: int, batch: int, seed: int = 0) -> Tensor:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+import shutil
+import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +17,7 @@ from esmeta import errors
 from esmeta import rollout as loop
 from esmeta.policy import Policy
 from esmeta.rng import Rng
+from esmeta.tasks import Drawn, renderer
 from esmeta.types import Params, PolicyOut, Task, TimeStep
 
 if TYPE_CHECKING:
@@ -28,8 +31,6 @@ _SCALE = 24
 _STRIP = 22
 _GIF_BYTES = 300_000
 _GIF_COLOURS = 64
-
-Render = Callable[[Any, int, int, int], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -89,10 +90,9 @@ def run_trial(
     )
 
 
-def renderer(task: Task) -> Render | None:
-    """The function ``render(state, p, b, scale)`` beside a task's class; None if it has none."""
-    module = importlib.import_module(type(task).__module__)
-    return getattr(module, "render", None)
+def frame_rate(task: Task) -> float:
+    """Steps per second that are right to look at: real time for a simulated body, else 8."""
+    return task.frame_rate() if isinstance(task, Drawn) else 8.0
 
 
 def trial_frames(
@@ -103,18 +103,21 @@ def trial_frames(
     split: str = "test",
     seed: int = 0,
     max_steps: int | None = None,
+    every: int = 1,
 ) -> list[np.ndarray]:
-    """Pictures uint8 ``[H, W, 3]`` of every state of a trial, with step and return underneath.
+    """Pictures uint8 ``[H, W, 3]`` of the states of a trial, with step and return underneath.
 
     The strip is green after a positive reward and red after a negative one. ``max_steps`` cuts
-    the trial.
+    the trial; of ``every`` so many states one is drawn, the first among them.
     """
     render = renderer(task)
     if render is None:
         raise errors.UserError(
             f"task {type(task).__module__}: has no function render(state, p, b, scale), so there "
-            "is nothing to draw; choose a task that has one (harlow, maze) or write it"
+            "is nothing to draw; choose a task that has one (harlow, maze, all simulated bodies) "
+            "or write it"
         )
+    errors.positive_int("every", every)
     if max_steps is not None:
         errors.positive_int("max_steps", max_steps, example=100)
     trial = run_trial(policy, params, task, index, split, seed)
@@ -123,7 +126,7 @@ def trial_frames(
     last = len(trial.states) if max_steps is None else max_steps + 1
     return [
         _captioned(render(state, 0, 0, _SCALE), f"step {t}   return {total[t]:.1f}", rewards[t])
-        for t, state in enumerate(trial.states[:last])
+        for t, state in list(enumerate(trial.states[:last]))[::every]
     ]
 
 
@@ -176,6 +179,48 @@ def write_gif(frames: Sequence[np.ndarray], path: Path, fps: float = 8.0) -> Pat
         if path.stat().st_size <= _GIF_BYTES or every >= len(images):
             return path
         every *= 2
+
+
+def write_frames(frames: Sequence[np.ndarray], folder: Path) -> Path:
+    """Write frames uint8 ``[H, W, 3]`` as ``0000.png``, ``0001.png``, ...; returns the folder."""
+    for number, frame in enumerate(frames):
+        write_png(frame, folder / f"{number:04d}.png")
+    return folder
+
+
+def write_mp4(frames: Sequence[np.ndarray], path: Path, fps: float = 20.0) -> Path:
+    """Write frames uint8 ``[H, W, 3]`` as H.264 in an MP4 by ffmpeg; returns its path.
+
+    ffmpeg is the one on PATH, or that of the package imageio-ffmpeg.
+    """
+    errors.finite_positive("fps", fps, example=20)
+    if not frames:
+        raise errors.UserError("no frames to write; give at least one")
+    height, width = frames[0].shape[:2]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    command = [_ffmpeg(), "-loglevel", "error", "-y", "-f", "rawvideo", "-pix_fmt", "rgb24"]
+    command += ["-s", f"{width}x{height}", "-r", f"{fps:g}", "-i", "-", "-an"]
+    # Colours are stored for two by two pixels.
+    command += ["-vf", "pad=ceil(iw/2)*2:ceil(ih/2)*2", "-pix_fmt", "yuv420p", str(path)]
+    pixels = b"".join(frame.tobytes() for frame in frames)
+    done = subprocess.run(command, input=pixels, capture_output=True, check=False)
+    if done.returncode != 0:
+        reason = done.stderr.decode(errors="replace").strip() or f"exit code {done.returncode}"
+        raise errors.UserError(f"{path}: ffmpeg could not write it ({reason}); write PNG instead")
+    return path
+
+
+def _ffmpeg() -> str:
+    found = shutil.which("ffmpeg")
+    if found:
+        return found
+    try:
+        return importlib.import_module("imageio_ffmpeg").get_ffmpeg_exe()
+    except (ImportError, RuntimeError) as error:
+        raise errors.UserError(
+            "MP4 needs ffmpeg, which is not on PATH; install it (apt-get install ffmpeg, or: pip "
+            "install imageio-ffmpeg), or write GIF or PNG"
+        ) from error
 
 
 def write_png(frame: np.ndarray, path: Path) -> Path:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import importlib.util
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 
@@ -25,6 +28,9 @@ FACTORS = {
     "damping": ("dof_damping", 0),
     "gear": ("actuator_gear", 1),
     "size": ("geom_size", 0),
+    "body_pos": ("body_pos", 0),
+    "inertial_pos": ("body_ipos", 0),
+    "geom_pos": ("geom_pos", 0),
 }
 
 
@@ -36,6 +42,11 @@ def import_mujoco() -> Any:
         raise errors.UserError(
             f"this task needs MuJoCo, which cannot be imported ({error}); install it with: "
             'pip install "esmeta[mujoco]"'
+        ) from error
+    except AttributeError as error:  # of PyOpenGL, which it loads for osmesa
+        raise errors.UserError(
+            f"MUJOCO_GL = {os.environ.get('MUJOCO_GL')!r}: MuJoCo cannot be imported so ({error}); "
+            "install libosmesa6, write MUJOCO_GL=egl, or leave it unset"
         ) from error
 
 
@@ -64,6 +75,14 @@ def asset(xml: str) -> Path:
     return folder / xml
 
 
+@functools.cache
+def motors(xml: str) -> tuple[str, ...]:
+    """The joints that the motors of a model move, in the order of actions; needs no MuJoCo."""
+    found = ElementTree.parse(asset(xml)).getroot().find("actuator")
+    assert found is not None, f"{xml} has no actuators"
+    return tuple(motor.get("joint", "") for motor in found)
+
+
 def build_model(body: Body) -> Any:
     """The ``MjModel`` of a body.
 
@@ -84,6 +103,8 @@ def build_model(body: Body) -> Any:
     model.opt.disableflags |= int(island) | int(flags.mjDSBL_AUTORESET)
     if body.timestep is not None:
         model.opt.timestep = body.timestep
+    if body.gear is not None:
+        model.actuator_gear[:, 0] = body.gear
     if body.integrator == "euler":
         model.opt.integrator = mujoco.mjtIntegrator.mjINT_EULER
     if body.contact_rule == "legacy" and mujoco_version() >= _MARGINS_ADD_UP:
@@ -120,9 +141,10 @@ def world_fields(model: Any, changes: Mapping[str, np.ndarray]) -> dict[str, np.
 
     ``changes`` has leaves float64 ``[N, ...]`` (N worlds): factors > 0 on the model's own values,
     ``mass [N, nbody]``, ``inertia [N, nbody, 3]``, ``friction [N, ngeom, 3]``,
-    ``damping [N, nv]``, ``gear [N, nu]`` and ``size [N, ngeom, 3]``, and the vector ``gravity
-    [N, 3]`` in m/s^2. Returns arrays by the model's names; constants that follow from them
-    (``mj_setConst``) are not among them, but for the bounds of geoms.
+    ``damping [N, nv]``, ``gear [N, nu]``, ``size [N, ngeom, 3]`` and, of frames within their
+    parents, ``body_pos``, ``inertial_pos [N, nbody, 3]`` and ``geom_pos [N, ngeom, 3]``; and the
+    vector ``gravity [N, 3]`` in m/s^2. Returns arrays by the model's names; constants that follow
+    from them (``mj_setConst``) are not among them, but for the bounds of geoms.
     """
     fields = {}
     for name, values in changes.items():

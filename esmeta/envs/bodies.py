@@ -34,6 +34,7 @@ class Body:
         contact_rule: ``"legacy"``: two geoms of margin m touch within m, as in every MuJoCo before
             3.5 and in the published results; ``"native"``: what the installed MuJoCo does (since
             3.5, within 2 m).
+        gear: of all motors; None: the model's.
     """
 
     xml: str
@@ -41,6 +42,7 @@ class Body:
     timestep: float | None = None
     integrator: str = "model"
     contact_rule: str = "legacy"
+    gear: float | None = None
 
     def __post_init__(self) -> None:
         errors.positive_int("frame_skip", self.frame_skip)
@@ -48,6 +50,8 @@ class Body:
         errors.one_of("contact_rule", self.contact_rule, CONTACT_RULES)
         if self.timestep is not None:
             errors.finite_positive("timestep", self.timestep)
+        if self.gear is not None:
+            errors.finite_positive("gear", self.gear, example=30.0)
 
 
 class Snapshot(NamedTuple):
@@ -70,12 +74,15 @@ class Snapshot(NamedTuple):
 
 @dataclass(frozen=True)
 class Noise:
-    """How an episode starts: the model's first pose plus noise in positions and velocities."""
+    """How an episode starts: the first pose plus noise in positions and velocities.
+
+    A scale is one number, or one for each coordinate.
+    """
 
     qpos: Literal["uniform", "normal"]
-    qpos_scale: float
+    qpos_scale: float | tuple[float, ...]
     qvel: Literal["uniform", "normal"]
-    qvel_scale: float
+    qvel_scale: float | tuple[float, ...]
 
     def draw(self, rng: Rng, index: Tensor, episodes: int, nq: int, nv: int) -> Tensor:
         """Noise of every episode, float64 ``[*index.shape, episodes, nq + nv]``.
@@ -92,7 +99,8 @@ class Noise:
                 draws = 2.0 * stream.uniform(index, episodes * size) - 1.0
             else:
                 draws = stream.normal(index, episodes * size)
-            parts.append((draws * scale).reshape(*index.shape, episodes, size))
+            rows = draws.reshape(*index.shape, episodes, size)
+            parts.append(rows * torch.tensor(scale, dtype=torch.float64))
         return torch.cat(parts, dim=-1)
 
 
@@ -109,6 +117,10 @@ class Definition:
     ``reads``: which leaves of the snapshot are needed beside the state.
     ``phases``: spans of an episode (first step, last step; counted from 1) whose mean reward per
     step is a metric.
+    ``current``: whether these leaves are those of the state itself, as rllab computes them anew
+    after a step, instead of one substep behind it.
+    ``success(now, data)`` bool ``[P, B]``: where the goal is reached; a metric says in which share
+    of the trials that came to be at any step.
     """
 
     place: Callable[[Snapshot], Tensor]
@@ -118,3 +130,5 @@ class Definition:
     noise: Noise
     reads: tuple[str, ...] = ()
     phases: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    current: bool = False
+    success: Callable[[Snapshot, Data], Tensor] | None = None

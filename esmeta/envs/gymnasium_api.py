@@ -13,7 +13,6 @@ k that a :class:`esmeta.PopulationEvaluator` runs with ``seed=s``.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -26,7 +25,7 @@ from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
 from esmeta.rng import Rng
-from esmeta.tasks import check_int, check_split, make_task, task_names
+from esmeta.tasks import check_int, check_split, make_task, renderer, task_names
 from esmeta.types import BatchedEnv, Discrete, Spec, Task, TimeStep
 
 
@@ -110,7 +109,7 @@ class TaskEnv(gymnasium.Env[np.ndarray, Any]):
         self._env = self._task.make_env("cpu")
         self._state: Any = None
         self._number = -1
-        self._draw = getattr(sys.modules[type(self._task).__module__], "render", None)
+        self._draw = renderer(self._task)
         modes = ["rgb_array"] if self._draw else []
         self.metadata = self.metadata | {"render_modes": modes}
         if render_mode is not None and render_mode not in modes:

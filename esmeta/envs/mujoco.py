@@ -22,6 +22,7 @@ from esmeta.types import Tasks, TimeStep
 
 _HUGE = 1e10  # mjMAXVAL: MuJoCo calls positions and velocities beyond it unstable
 _CHANGES = (*models.FACTORS, "gravity")
+_LASTING = (*_CHANGES, "start", "pose")  # what all episodes of a trial share
 _KEPT_SIZES = 4  # engines that are kept for batches of other sizes
 
 
@@ -30,9 +31,10 @@ class State(NamedTuple):
 
     ``rows`` float64 ``[.., S]`` are MuJoCo's states, ``place`` float64 where the body was,
     ``time`` int64 the steps of the present episode, ``episode`` int64 its number, ``over`` bool
-    whether the trial has ended, ``unstable`` bool whether because MuJoCo lost it, ``paid`` and
-    ``spent`` float64 ``[.., K]`` the sums of reward and of steps in each phase, ``starts`` float64
-    ``[Q, B, episodes, nq + nv]``, ``data`` and ``changes`` the tasks' ``[Q, B, ...]``.
+    whether the trial has ended, ``unstable`` bool whether because MuJoCo lost it, ``success`` bool
+    whether it was where it should be, ``paid`` and ``spent`` float64 ``[.., K]`` the sums of reward
+    and of steps in each phase, ``starts`` float64 ``[Q, B, episodes, nq + nv]``, ``data`` and
+    ``changes`` the tasks' ``[Q, B, ...]``.
     """
 
     rows: Tensor
@@ -41,6 +43,7 @@ class State(NamedTuple):
     episode: Tensor
     over: Tensor
     unstable: Tensor
+    success: Tensor
     paid: Tensor
     spent: Tensor
     starts: Tensor
@@ -112,16 +115,20 @@ class MujocoEnv:
 
     What the tasks' data hold under ``mass``, ``inertia``, ``friction``, ``damping``, ``gear``,
     ``size`` (factors) or ``gravity`` changes the model of each world; see
-    :func:`esmeta.envs._mujoco_model.world_fields` for shapes.
+    :func:`esmeta.envs._mujoco_model.world_fields` for these and more, with shapes.
 
-    Where they hold ``start`` (int64 ``[Q, B]``), the noise at the start is addressed by that
-    instead of the tasks' numbers.
+    Other names with a meaning of their own: ``start`` (int64 ``[Q, B]``) addresses the noise at the
+    start instead of the tasks' numbers; ``pose`` (float64 ``[Q, B, nq]``, or
+    ``[Q, B, episodes, nq]``) are the positions at the start instead of the model's; ``working``
+    (float64 ``[Q, B, episodes, nu]``) multiplies the action, which the agent sees as it gave it.
 
     Args:
         body: what is simulated.
         definition: what is seen, paid and ended.
         horizon: control steps of an episode at most.
         episodes: episodes of a trial.
+        continual: whether episodes differ: the tasks' data that are about the task alone (neither
+            ``start`` and ``pose`` nor changes of the model) are then ``[Q, B, episodes, ...]``.
         engine: ``"auto"``, ``"batch"`` or ``"rows"``: the same bits.
         threads: threads that step worlds; the same bits for any number.
         device: where actions come from and time steps go to.
@@ -134,6 +141,7 @@ class MujocoEnv:
         *,
         horizon: int,
         episodes: int = 1,
+        continual: bool = False,
         engine: str = "auto",
         threads: int = 1,
         device: torch.device | str = "cpu",
@@ -143,7 +151,7 @@ class MujocoEnv:
         self._engine = engines.choose_engine(engine, definition.reads)
         self.model = model = models.build_model(body)
         self._definition = definition
-        self._horizon, self._episodes = horizon, episodes
+        self._horizon, self._episodes, self._continual = horizon, episodes, continual
         self._substeps, self._threads = body.frame_skip, threads
         self.seconds = float(model.opt.timestep) * body.frame_skip
         self._like = torch.empty(0, dtype=torch.float32, device=device)
@@ -167,6 +175,10 @@ class MujocoEnv:
         address = data.get("start", index)
         noise = definition.noise.draw(rng, address, self._episodes, model.nq, model.nv)
         starts = self._pose + noise
+        if "pose" in data:
+            pose = data["pose"].double()
+            pose = pose if pose.ndim == starts.ndim else pose.unsqueeze(2)
+            starts[..., : model.nq] += pose - self._pose[: model.nq]
         shape = torch.Size((population, index.shape[1]))
         worlds = self._at(shape, changes)
         first = starts[:, :, 0].expand(*shape, -1)
@@ -177,7 +189,7 @@ class MujocoEnv:
         zero = torch.zeros(shape, dtype=torch.int64)
         paid = none.new_zeros(*shape, self._phase.shape[1])
         rows, place = worlds.saved(shape), definition.place(now).clone()
-        state = State(rows, place, zero, zero, no, no, paid, paid, starts, data, changes)
+        state = State(rows, place, zero, zero, no, no, no, paid, paid, starts, data, changes)
         action = none.unsqueeze(-1).expand(*shape, model.nu)
         begun = torch.ones_like(no)
         obs = definition.observe(now)
@@ -189,15 +201,19 @@ class MujocoEnv:
         going = ~over if over.any() else None
         worlds = self._at(shape, state.changes)
         action = action.detach().cpu().clamp(-1.0, 1.0)
+        data = self.present(state)
+        applied = action * data["working"] if "working" in data else action
         worlds.load(state.rows)
-        worlds.ctrl.copy_(self._torque(action).flatten(0, 1))
+        worlds.ctrl.copy_(self._torque(applied).flatten(0, 1))
         chosen = None if going is None else going.flatten().nonzero().squeeze(-1).numpy()
         lost = worlds.unstable(worlds.engine.step(chosen, self._substeps))
         no = torch.zeros_like(over)
         bad = no if lost is None else lost.unflatten(0, shape) & ~over
+        if definition.current:
+            worlds.engine.forward((~(bad | over)).flatten().nonzero().squeeze(-1).numpy())
         now = worlds.snapshot(shape)
         velocity = (definition.place(now) - state.place) / self.seconds
-        reward = definition.reward(now, velocity, action.double(), state.data)
+        reward = definition.reward(now, velocity, applied.double(), data)
         time = state.time + (1 if going is None else going)
         terminated = bad if definition.healthy is None else (bad | ~definition.healthy(now)) & ~over
         late = time.numpy().max() >= self._horizon
@@ -213,6 +229,9 @@ class MujocoEnv:
             spent=state.spent + inside,
             unstable=state.unstable | bad,
         )
+        if definition.success is not None:
+            reached = definition.success(now, data) & ~(over | bad)
+            later = later._replace(success=state.success | reached)
         later, again = self._ended(later, worlds, terminated | truncated, bad)
         place = definition.place(now).clone()
         obs = definition.observe(now)
@@ -222,6 +241,19 @@ class MujocoEnv:
         fresh = later.over if again is None else later.over | again
         step = TimeStep(obs, action, reward, terminated, truncated, fresh, later.over)
         return later, self._shown(step)
+
+    def present(self, state: State) -> Data:
+        """What the present episodes are about, leaves ``[Q or P, B, ...]``."""
+        changing = state.data.keys() - _LASTING if self._continual else {"working"}
+        if changing.isdisjoint(state.data):
+            return state.data
+        members, trials = state.episode.shape
+        episode = state.episode.clamp(max=self._episodes - 1)
+        member, trial = torch.arange(members).unsqueeze(-1), torch.arange(trials)
+        return {
+            name: leaf[member % len(leaf), trial, episode] if name in changing else leaf
+            for name, leaf in state.data.items()
+        }
 
     def _ended(
         self, state: State, worlds: _Worlds, ended: Tensor, bad: Tensor
@@ -244,10 +276,13 @@ class MujocoEnv:
     def metrics(self, state: State) -> dict[str, Tensor]:
         """Scores of each trial so far, float32 ``[P, B]``.
 
-        ``unstable``: 1 where MuJoCo lost the world. The definition's phases: mean reward per step
-        in that span of the episodes; NaN where no episode came so far.
+        ``unstable``: 1 where MuJoCo lost the world. ``success``, where the definition has it: 1
+        where the goal was reached at any step. The definition's phases: mean reward per step in
+        that span of the episodes; NaN where no episode came so far.
         """
         scores = {"unstable": state.unstable}
+        if self._definition.success is not None:
+            scores["success"] = state.success
         means = state.paid / state.spent
         scores |= dict(zip(self._definition.phases, means.unbind(-1), strict=True))
         return {name: score.to(self._like) for name, score in scores.items()}

@@ -10,8 +10,9 @@ import dataclasses
 import difflib
 import importlib
 import pkgutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -25,6 +26,19 @@ if (_CHECKOUT / "harlow.py").is_file() and str(_CHECKOUT) not in __path__:
     __path__.append(str(_CHECKOUT))
 
 SPLITS = ("train", "test")
+
+
+@runtime_checkable
+class Drawn(Protocol):
+    """A task that says how its states are drawn; others have a function ``render`` beside them."""
+
+    def renderer(self) -> Callable[..., Any]:
+        """A function ``(state, p, b, scale)`` to pictures uint8 ``[H, W, 3]``."""
+        ...
+
+    def frame_rate(self) -> float:
+        """Steps per second of real time."""
+        ...
 
 
 def task_names() -> list[str]:
@@ -76,6 +90,16 @@ def _task_class(name: str) -> Any:  # noqa: ANN401 - a class from a module that 
     if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
         raise ValueError(f"{name!r} is {cls!r}; it must be a dataclass with the task's options")
     return cls
+
+
+def renderer(task: Task) -> Callable[..., Any] | None:
+    """The function ``(state, p, b, scale)`` that draws a task's states, uint8 ``[H, W, 3]``.
+
+    That of the task (:class:`Drawn`), or ``render`` beside its class; None without.
+    """
+    if isinstance(task, Drawn):
+        return task.renderer()
+    return getattr(importlib.import_module(type(task).__module__), "render", None)
 
 
 def _nearest(word: str, known: list[str]) -> str:

@@ -1,0 +1,105 @@
+"""Ant that must find out from reward where to walk to, tested on the other half of the plane.
+
+GoalAnt of EPG (Houthooft et al. 2018, https://arxiv.org/abs/1802.04821): reward -|xy - goal|_2
+- 0.005 |a|^2; the goals of training have x > 0, those of the test x < 0. What the paper does not
+give is chosen here: goals 2..5 m away, episodes of 200 steps that nothing else ends, observation
+113 with x and y. ``reward="progress"`` pays what the distance shrinks by, in m/s.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from esmeta import errors
+from esmeta.envs.bodies import Data, Definition, Snapshot
+from esmeta.rng import Rng
+from esmeta.tasks import (
+    _ant as ant,  # pyright: ignore[reportAttributeAccessIssue]  # see esmeta.tasks
+)
+from esmeta.tasks import (
+    _locomotion as walk,  # pyright: ignore[reportAttributeAccessIssue]  # see esmeta.tasks
+)
+from esmeta.tasks import check_split, task_numbers
+from esmeta.types import Reference, Tasks
+
+REWARDS = ("distance", "progress")
+
+
+@dataclass(frozen=True)
+class Task(ant.Ant):
+    """Walk to an unknown point ahead or, in the test, behind. Options: :class:`.ant.Ant`.
+
+    Args:
+        reward: ``"distance"`` or ``"progress"``.
+        near: distance of the nearest goals in m.
+        far: distance of the farthest.
+    """
+
+    obs_set: str = "gym"
+    contact_cost: float = 0.0
+    alive_bonus: float = 0.0
+    terminate: bool = False
+    reward: str = "distance"
+    near: float = 2.0
+    far: float = 5.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        errors.one_of("reward", self.reward, REWARDS)
+        errors.finite_positive("near", self.near, example=2.0)
+        errors.finite_positive("far", self.far, example=5.0)
+        if self.near >= self.far:
+            raise errors.UserError(
+                f"near = {self.near} is not below far = {self.far}; write near = 2 and far = 5"
+            )
+
+    def hidden(self) -> int:
+        """The x and y are shown: 113 and 29 numbers."""
+        return 0
+
+    def draw(self, batch: int | Tensor, split: str, rng: Rng) -> Tasks:
+        """Goals ``goal`` float64 ``[1, B, (episodes,) 2]`` in m: x > 0 in training, < 0 in test."""
+        check_split(split)
+        index, count = task_numbers(batch), self.draws()
+        draw = walk.per_episode(rng.fold("goal", split).uniform(index, 2 * count), count)
+        radius = self.near + (self.far - self.near) * draw[..., 0]
+        angle = torch.pi * (draw[..., 1] - 0.5)
+        ahead = 1.0 if split == "train" else -1.0
+        goal = radius.unsqueeze(-1) * torch.stack([ahead * angle.cos(), angle.sin()], dim=-1)
+        return Tasks(index, {"goal": goal})
+
+    def definition(self) -> Definition:
+        """Reward ``-|xy - goal|_2``, or the speed towards it, minus costs."""
+
+        def reward(now: Snapshot, velocity: Tensor, action: Tensor, data: Data) -> Tensor:
+            offset = data["goal"] - self.place(now)
+            distance = torch.linalg.vector_norm(offset, dim=-1)
+            if self.reward == "distance":
+                return self.upkeep(now, action) - distance
+            before = torch.linalg.vector_norm(offset + velocity * self.seconds(), dim=-1)
+            return self.upkeep(now, action) + (before - distance) / self.seconds()
+
+        return Definition(
+            self.place,
+            self.observe,
+            reward,
+            self.healthy(),
+            self.noise(),
+            self.reads(),
+            walk.LEARNING,
+        )
+
+    def seconds(self) -> float:
+        """Length of a control step."""
+        return 0.02 if self.physics == "rllab" else 0.05
+
+    @property
+    def reference(self) -> Reference:
+        """Uniform actions; standing on the goal, or the speed of TD3 towards it."""
+        steps = self.horizon
+        if self.reward == "distance":
+            return self.scores(0.0, "best: a bound that no body reaches")
+        return self.scores((walk.TD3["ant"] - 1.0) * steps, "best: at the speed of TD3 on Ant")

@@ -1,0 +1,57 @@
+"""Hopper whose masses, inertia, friction and damping are unknown; see :mod:`._parameters`.
+
+An episode ends below 0.7 m, beyond 0.2 rad, or where a number leaves -100..100.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from esmeta.envs.bodies import Body, Definition, Snapshot
+from esmeta.tasks import (
+    _epg as epg,  # pyright: ignore[reportAttributeAccessIssue]  # see esmeta.tasks
+)
+from esmeta.tasks import (
+    _locomotion as walk,  # pyright: ignore[reportAttributeAccessIssue]  # see esmeta.tasks
+)
+from esmeta.tasks import (
+    _parameters as parameters,  # pyright: ignore[reportAttributeAccessIssue]
+)
+from esmeta.tasks import (
+    _random_models as random_models,  # pyright: ignore[reportAttributeAccessIssue]
+)
+from esmeta.types import Reference, Spec
+
+
+@dataclass(frozen=True)
+class Task(parameters.Parameters):
+    """Hop forwards. Options: :class:`esmeta.tasks._parameters.Parameters`."""
+
+    counts: ClassVar[random_models.Counts] = random_models.HOPPER
+
+    def body(self) -> Body:
+        """Gymnasium's hopper.xml."""
+        return Body("hopper.xml", 4, None, self.integrator, self.contact_rule)
+
+    @property
+    def spec(self) -> Spec:
+        """Eleven numbers, three joints."""
+        return self.trial(11, 3)
+
+    def definition(self) -> Definition:
+        """Reward ``v + 1 - 0.001 |a|^2``."""
+        return parameters.definition(_healthy)
+
+    @property
+    def reference(self) -> Reference:
+        """Uniform actions; TD3 on the standard body."""
+        best = walk.TD3["hopper"] * self.horizon
+        return self.scores(best, "best: TD3 on Hopper")
+
+
+def _healthy(now: Snapshot) -> Tensor:
+    z, angle = now.qpos[..., 1], now.qpos[..., 2]
+    return epg.calm(now) & (z > 0.7) & (angle.abs() < 0.2)

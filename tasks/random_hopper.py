@@ -1,0 +1,58 @@
+"""Hopper with a body and a gravity of its own in every trial.
+
+RandomHopper of EPG (Houthooft et al. 2018, https://arxiv.org/abs/1802.04821): masses, friction and
+radii times 0.5..2, gravity 2..20 m/s^2, two steps of 0.002 s per control step, reward dx/dt. An
+episode ends below 0.7 m, beyond 0.5 rad, or where a number leaves -100..100. The release draws its
+direction from a range of one number, so that it is forwards; here it is forwards by definition,
+and ``directional_hopper`` has the coin.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from esmeta.envs.bodies import Body, Definition, Snapshot
+from esmeta.tasks import (
+    _epg as epg,  # pyright: ignore[reportAttributeAccessIssue]  # see esmeta.tasks
+)
+from esmeta.tasks import (
+    _locomotion as walk,  # pyright: ignore[reportAttributeAccessIssue]  # see esmeta.tasks
+)
+from esmeta.tasks import (
+    _random_models as random_models,  # pyright: ignore[reportAttributeAccessIssue]
+)
+from esmeta.types import Reference, Spec
+
+
+@dataclass(frozen=True)
+class Task(epg.RandomBody):
+    """Hop forwards on an unknown body. Options: :class:`esmeta.tasks._epg.RandomBody`."""
+
+    counts: ClassVar[random_models.Counts] = random_models.HOPPER
+
+    def body(self) -> Body:
+        """Gymnasium's hopper.xml."""
+        return Body("hopper.xml", 2, None, self.integrator, self.contact_rule)
+
+    @property
+    def spec(self) -> Spec:
+        """Eleven numbers, three joints."""
+        return self.trial(11, 3)
+
+    def definition(self) -> Definition:
+        """Reward: speed."""
+        return epg.definition(_healthy)
+
+    @property
+    def reference(self) -> Reference:
+        """Uniform actions; the speed of TD3 on the standard body."""
+        best = (walk.TD3["hopper"] - 1.0) * self.horizon
+        return self.scores(best, "best: at the speed of TD3 on Hopper")
+
+
+def _healthy(now: Snapshot) -> Tensor:
+    z, angle = now.qpos[..., 1], now.qpos[..., 2]
+    return epg.calm(now) & (z > 0.7) & (angle.abs() < 0.5)

@@ -1,0 +1,56 @@
+"""Walker with a body and a gravity of its own in every trial.
+
+RandomWalker of EPG (Houthooft et al. 2018, https://arxiv.org/abs/1802.04821), which is not among
+what was released: the randomisation and the reward of RandomHopper on Walker2d, whose four steps
+per control step and whose end (height outside 0.8..2 m, beyond 1 rad) are kept.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from esmeta.envs.bodies import Body, Definition, Snapshot
+from esmeta.tasks import (
+    _epg as epg,  # pyright: ignore[reportAttributeAccessIssue]  # see esmeta.tasks
+)
+from esmeta.tasks import (
+    _locomotion as walk,  # pyright: ignore[reportAttributeAccessIssue]  # see esmeta.tasks
+)
+from esmeta.tasks import (
+    _random_models as random_models,  # pyright: ignore[reportAttributeAccessIssue]
+)
+from esmeta.types import Reference, Spec
+
+
+@dataclass(frozen=True)
+class Task(epg.RandomBody):
+    """Walk forwards on an unknown body. Options: :class:`esmeta.tasks._epg.RandomBody`."""
+
+    counts: ClassVar[random_models.Counts] = random_models.WALKER
+
+    def body(self) -> Body:
+        """Gymnasium's walker2d.xml (the right foot with friction 0.9, the left with 1.9)."""
+        return Body("walker2d.xml", 4, None, self.integrator, self.contact_rule)
+
+    @property
+    def spec(self) -> Spec:
+        """Seventeen numbers, six joints."""
+        return self.trial(17, 6)
+
+    def definition(self) -> Definition:
+        """Reward: speed."""
+        return epg.definition(_healthy)
+
+    @property
+    def reference(self) -> Reference:
+        """Uniform actions; the speed of TD3 on the standard body."""
+        best = (walk.TD3["walker2d"] - 1.0) * self.horizon
+        return self.scores(best, "best: at the speed of TD3 on Walker2d")
+
+
+def _healthy(now: Snapshot) -> Tensor:
+    z, angle = now.qpos[..., 1], now.qpos[..., 2]
+    return epg.calm(now) & (z > 0.8) & (z < 2.0) & (angle.abs() < 1.0)

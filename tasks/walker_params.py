@@ -1,0 +1,54 @@
+"""Walker whose masses, inertia, friction and damping are unknown; see :mod:`._parameters`.
+
+An episode ends when the height leaves 0.8..2 m or it leans by 1 rad.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from esmeta.envs.bodies import Body, Definition, Snapshot
+from esmeta.tasks import (
+    _locomotion as walk,  # pyright: ignore[reportAttributeAccessIssue]  # see esmeta.tasks
+)
+from esmeta.tasks import (
+    _parameters as parameters,  # pyright: ignore[reportAttributeAccessIssue]
+)
+from esmeta.tasks import (
+    _random_models as random_models,  # pyright: ignore[reportAttributeAccessIssue]
+)
+from esmeta.types import Reference, Spec
+
+
+@dataclass(frozen=True)
+class Task(parameters.Parameters):
+    """Walk forwards. Options: :class:`esmeta.tasks._parameters.Parameters`."""
+
+    counts: ClassVar[random_models.Counts] = random_models.WALKER
+
+    def body(self) -> Body:
+        """Gymnasium's walker2d.xml (the right foot with friction 0.9, the left with 1.9)."""
+        return Body("walker2d.xml", 4, None, self.integrator, self.contact_rule)
+
+    @property
+    def spec(self) -> Spec:
+        """Seventeen numbers, six joints."""
+        return self.trial(17, 6)
+
+    def definition(self) -> Definition:
+        """Reward ``v + 1 - 0.001 |a|^2``."""
+        return parameters.definition(_healthy)
+
+    @property
+    def reference(self) -> Reference:
+        """Uniform actions; TD3 on the standard body."""
+        best = walk.TD3["walker2d"] * self.horizon
+        return self.scores(best, "best: TD3 on Walker2d")
+
+
+def _healthy(now: Snapshot) -> Tensor:
+    z, angle = now.qpos[..., 1], now.qpos[..., 2]
+    return (z > 0.8) & (z < 2.0) & (angle.abs() < 1.0)
