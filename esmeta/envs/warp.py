@@ -25,6 +25,8 @@ from esmeta.envs import _mujoco_model as models
 from esmeta.envs._mujoco_worlds import HUGE, views_of
 from esmeta.envs.bodies import Body, Data, Snapshot
 
+DETERMINISTIC = True
+"""Whether new worlds give the same bits on every run, and with any batch mates."""
 _CHECK_EVERY = 100  # control steps
 _MOST_CONTACTS = 64  # per world, where a model says nothing
 # What set_const computes from mass, inertia and size.
@@ -184,7 +186,7 @@ class WarpWorlds:
         if "gravity" in changes:
             m.opt.gravity = wp.array(np.tile(self._model.opt.gravity, (worlds, 1)), dtype=wp.vec3)
         m.opt.warn_overflow = 0  # check() says it
-        m.opt.deterministic = True
+        m.opt.deterministic = DETERMINISTIC
         m.opt.run_rne_postconstraint = "cfrc_ext" in outputs
         # Called in every forward pass, thus in every stage of Runge-Kutta, after the constraints
         # were made: the only place to see them all.
