@@ -247,6 +247,7 @@ def test_lost_worlds_are_ended_and_counted() -> None:
         assert ts.reward[0, 1] == 0 and ts.new_trial.tolist() == [[False, True, False]]
     assert env.metrics(state)["unstable"].tolist() == [[0.0, 1.0, 0.0]]
     assert not env.metrics(clean)["unstable"].any()
+    assert torch.isfinite(state.rows).all(), "what is stepped on must be fit to be"
     for world in (0, 2):  # the others never knew
         assert torch.equal(state.rows[0, world], clean.rows[0, world])
 
