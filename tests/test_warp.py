@@ -186,12 +186,11 @@ def play(env: MujocoEnv, acts: Tensor, tasks: Tasks) -> tuple[list[TimeStep], li
     return steps, states
 
 
-@with_warp
-def test_trials_end_and_begin_again_as_on_the_cpu() -> None:
-    options = {"horizon": 40, "episodes": 2}
-    ours, theirs = (make_task("hopper", engine=engine, **options) for engine in ("warp", "auto"))
+def compared(name: str, **options: object) -> tuple[MujocoEnv, list[TimeStep], list[State], Tensor]:
+    """A batch of whole trials by Warp, which C's agree with; also the actions."""
+    ours, theirs = (make_task(name, engine=engine, **options) for engine in ("warp", "auto"))
     tasks = ours.sample(6, "train", Rng(0))
-    acts = actions(ours.spec.horizon, 2, 6, 3)
+    acts = actions(ours.spec.horizon, 2, 6, ours.spec.action.size)
     env = ours.make_env(DEVICE)
     steps, states = play(env, acts, tasks)
     expected, _ = play(theirs.make_env("cpu"), acts, tasks)
@@ -203,6 +202,13 @@ def test_trials_end_and_begin_again_as_on_the_cpu() -> None:
                 assert torch.equal(leaf.cpu(), wanted), name
             else:
                 torch.testing.assert_close(leaf.cpu(), wanted, atol=2e-4, rtol=2e-4)
+    assert ours.reference == theirs.reference
+    return env, steps, states, acts
+
+
+@with_warp
+def test_trials_end_and_begin_again_as_on_the_cpu() -> None:
+    env, steps, states, acts = compared("hopper", horizon=80, episodes=2)
     ended = torch.stack([ts.terminated for ts in steps]).sum(0)
     assert ended.max() > 0 and states[-1].over.all()
     assert len(torch.stack([~state.over for state in states]).sum(0).unique()) > 1
@@ -211,7 +217,13 @@ def test_trials_end_and_begin_again_as_on_the_cpu() -> None:
     # A step leaves its state alone.
     again, _ = env.step(states[5], acts[5].to(DEVICE))
     assert torch.equal(again.rows, states[6].rows)
-    assert ours.reference == theirs.reference
+
+
+@with_warp
+def test_episodes_with_tasks_and_failing_motors_of_their_own() -> None:
+    options = {"impaired": "random", "continual": True, "physics": "rllab"}
+    _, steps, *_ = compared("cheetah_dir", horizon=20, episodes=2, **options)
+    assert steps[10].new_episode.all() and not steps[10].new_trial.any()
 
 
 @with_warp
@@ -334,6 +346,26 @@ def floor_pairs(model: mujoco.MjModel) -> np.ndarray:
 def test_there_is_room_for_all_contacts_that_can_be(body: Body, room: tuple[int, int]) -> None:
     model = build_model(body)
     assert warp.room(model, body, floor_pairs(model)) == room
+
+
+def test_boxes_that_touch_each_other_are_refused() -> None:
+    model = mujoco.MjModel.from_xml_string(
+        """<mujoco><worldbody><geom type="plane" size="1 1 1"/>
+        <body><freejoint/><geom type="box" size="1 1 1"/></body>
+        <body><freejoint/><geom type="box" size="1 1 1"/></body>
+        </worldbody></mujoco>"""
+    )
+    body = Body("ant.xml", 5)
+    warp.refuse_boxes(model, body, np.array([[0, 1], [0, 2]]))
+    with pytest.raises(UserError, match="boxes of 'ant.xml'.*engine = 'auto'"):
+        warp.refuse_boxes(model, body, np.array([[0, 1], [1, 2]]))
+
+
+@with_warp
+def test_the_pushed_blocks_are_such_boxes() -> None:
+    task = make_task("block_push", engine="warp")
+    with pytest.raises(UserError, match="boxes of .*block_push.xml"):
+        task.make_env(DEVICE).reset(task.sample(2, "train", Rng(0)), Rng(1))
 
 
 def test_elliptic_contacts_need_three_rows() -> None:

@@ -243,7 +243,8 @@ class MujocoEnv:
         worlds = self._worlds.pop(key, None) or self._make(shape.numel(), tuple(changes))
         self._worlds[key] = worlds  # the youngest comes last
         if len(self._worlds) > _KEPT_SIZES:
-            del self._worlds[next(iter(self._worlds))]
+            # On a GPU this also waits until nothing uses them any more.
+            self._worlds.pop(next(iter(self._worlds))).check()
         if changes and worlds.changes is not changes:
             each = {
                 name: leaf.expand(*shape, *leaf.shape[2:]).flatten(0, 1).numpy()
