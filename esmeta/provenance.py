@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-SIMULATORS = ("mujoco",)
+SIMULATORS = ("mujoco", "mujoco_warp")
 
 
 def _git_commit() -> str | None:

@@ -211,6 +211,22 @@ def test_worlds_with_models_of_their_own(name: str, engine: str) -> None:
     assert not np.array_equal(positions(plain, start)[0], qpos)
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+def test_changes_of_another_kind_replace_those_before(engine: str) -> None:
+    task = make_task("hopper", engine=engine)
+    tasks = task.sample(3, "train", Rng(0))
+    used = task.make_env("cpu")
+    changes = varied(3, used.model)
+    acts = actions(5, 1, 3, 3)
+    for kinds in (["mass"], ["gravity"], [], ["mass", "gravity"]):
+        data = {**tasks.data, **{kind: changes[kind] for kind in kinds}}
+        ends = [
+            play(task, env, acts, Tasks(tasks.index, data))[0]
+            for env in (used, task.make_env("cpu"))
+        ]
+        assert torch.equal(ends[0].rows, ends[1].rows), kinds
+
+
 @pytest.mark.skipif(mujoco_version() < (3, 17), reason="MuJoCo before 3.17 keeps old bounds")
 def test_bounds_of_scaled_geoms_are_mujocos_own() -> None:
     env, _ = endless("hopper")
@@ -376,12 +392,9 @@ def test_episodes_start_as_a_trial_of_their_own_would() -> None:
     env, tasks = task.make_env("cpu"), task.sample(3, "train", Rng(0))
     acts = actions(20, 1, 3, 6)
     *_, states = play(task, env, acts, tasks)
-    state, _ = env.reset(tasks, Rng(1))
-    fresh = states[10].starts[:, :, 1:2].expand(-1, -1, 2, -1)
-    single = make_task("cheetah_dir", horizon=10).make_env("cpu")
-    single._restart(single._at(torch.Size((1, 3)), {}), fresh[0, :, 0], None)
-    rows = single._worlds[3].rows.clone()[None]
-    assert torch.equal(rows, states[10].rows)
+    worlds = make_task("cheetah_dir", horizon=10).make_env("cpu")._at(torch.Size((1, 3)), {})
+    worlds.restart(states[10].starts[0, :, 1], torch.ones(3, dtype=torch.bool))
+    assert torch.equal(worlds.saved(torch.Size((1, 3))), states[10].rows)
 
 
 def refused(*words: str, **change: object) -> None:

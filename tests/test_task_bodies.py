@@ -260,7 +260,7 @@ WRONG = [
     ("ant_dir", {"physics": "mujoco"}, ["'mujoco'", "gym, rllab"]),
     ("ant_dir", {"contact": "none"}, ["'none'", "zero, mj"]),
     ("ant_dir", {"contact": "mj", "engine": "batch"}, ["contact", "engine = 'rows'"]),
-    ("ant_dir", {"engine": "warp"}, ["'warp'", "auto, batch, rows"]),
+    ("ant_dir", {"engine": "wrap"}, ["'wrap'", "auto, batch, rows"]),
     ("ant_dir", {"contact_rule": "old"}, ["'old'", "legacy, native"]),
     ("ant_dir", {"integrator": "rk4"}, ["'rk4'", "model, euler"]),
     ("ant_dir", {"ctrl_cost": -1.0}, ["ctrl_cost", "-1.0", ">= 0"]),

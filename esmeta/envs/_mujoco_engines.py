@@ -15,9 +15,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from esmeta import errors
-from esmeta.envs._mujoco_model import import_mujoco, mujoco_version
+from esmeta.envs._mujoco_model import import_mujoco, import_warp, mujoco_version
 
-ENGINES = ("auto", "batch", "rows")
+ENGINES = ("auto", "batch", "rows", "warp")
 _BATCH_SINCE = (3, 17)
 
 
@@ -46,11 +46,15 @@ class Engine(Protocol):
 
 
 def choose_engine(engine: str, outputs: tuple[str, ...]) -> str:
-    """``"batch"`` or ``"rows"``, for what was asked and what is installed.
+    """``"batch"``, ``"rows"`` or ``"warp"``, for what was asked and what is installed.
 
-    Contact forces as gymnasium has them (``cfrc_ext`` after the step) only the row loop can give.
+    On the CPU, contact forces as gymnasium has them (``cfrc_ext`` after the step) only the row loop
+    can give.
     """
     errors.one_of("engine", engine, ENGINES)
+    if engine == "warp":
+        import_warp()
+        return engine
     there = mujoco_version() >= _BATCH_SINCE
     if engine == "auto":
         return "batch" if there and "cfrc_ext" not in outputs else "rows"

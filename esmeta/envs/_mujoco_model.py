@@ -50,6 +50,23 @@ def import_mujoco() -> Any:
         ) from error
 
 
+def import_warp() -> Any:
+    """:mod:`esmeta.envs._warp_parts`; a ``UserError`` that names the extra where it is missing."""
+    try:
+        parts = importlib.import_module("esmeta.envs._warp_parts")
+    except ImportError as error:
+        raise errors.UserError(
+            f"engine = 'warp' needs MuJoCo Warp, which cannot be imported ({error}); install it "
+            "with: pip install \"esmeta[gpu]\", or write engine = 'auto', which needs no GPU"
+        ) from error
+    if parts.mjw.__version__ != parts.VERSION:
+        raise errors.UserError(
+            f"engine = 'warp' needs MuJoCo Warp {parts.VERSION}, this is {parts.mjw.__version__}: "
+            'pip install "esmeta[gpu]"'
+        )
+    return parts
+
+
 def mujoco_version() -> tuple[int, int]:
     """(major, minor) of the installed MuJoCo."""
     major, minor = import_mujoco().__version__.split(".")[:2]

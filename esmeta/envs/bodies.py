@@ -35,6 +35,9 @@ class Body:
             3.5 and in the published results; ``"native"``: what the installed MuJoCo does (since
             3.5, within 2 m).
         gear: of all motors; None: the model's.
+        nconmax: contacts per world that MuJoCo Warp has room for, on average over the worlds; 0:
+            as many as can be, or 64. MuJoCo on the CPU makes room by itself.
+        njmax: constraints of a world that MuJoCo Warp has room for; 0: enough for ``nconmax``.
     """
 
     xml: str
@@ -43,6 +46,8 @@ class Body:
     integrator: str = "model"
     contact_rule: str = "legacy"
     gear: float | None = None
+    nconmax: int = 0
+    njmax: int = 0
 
     def __post_init__(self) -> None:
         errors.positive_int("frame_skip", self.frame_skip)
@@ -52,6 +57,8 @@ class Body:
             errors.finite_positive("timestep", self.timestep)
         if self.gear is not None:
             errors.finite_positive("gear", self.gear, example=30.0)
+        errors.non_negative_int("nconmax", self.nconmax)
+        errors.non_negative_int("njmax", self.njmax)
 
 
 class Snapshot(NamedTuple):

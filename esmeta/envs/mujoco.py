@@ -1,13 +1,14 @@
-"""MuJoCo on the CPU: P x B worlds of one body in lockstep, as rows of state.
+"""MuJoCo: P x B worlds of one body in lockstep, as rows of state.
 
 A step copies the rows into the engine, steps the worlds whose trials go on, and copies them out,
-so that an environment's state is plain tensors and a step changes none of them. Physics is
-float64; what an agent sees is float32, and goes to the agent's device in one transfer.
+so that an environment's state is plain tensors and a step changes none of them. On the CPU physics
+is float64; what an agent sees is float32, and goes to the agent's device in one transfer. With
+``engine="warp"`` (:mod:`esmeta.envs.warp`) physics is float32 and takes place on that device.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,21 +16,22 @@ from torch import Tensor
 
 from esmeta.envs import _mujoco_engines as engines
 from esmeta.envs import _mujoco_model as models
-from esmeta.envs.bodies import Body, Data, Definition, Snapshot
+from esmeta.envs._mujoco_worlds import CpuWorlds, Worlds
+from esmeta.envs.bodies import Body, Data, Definition
 from esmeta.rng import Rng
 from esmeta.tasks import check_int
 from esmeta.types import Tasks, TimeStep
 
-_HUGE = 1e10  # mjMAXVAL: MuJoCo calls positions and velocities beyond it unstable
+ENGINES = engines.ENGINES
 _CHANGES = (*models.FACTORS, "gravity")
 _LASTING = (*_CHANGES, "start", "pose")  # what all episodes of a trial share
 _KEPT_SIZES = 4  # engines that are kept for batches of other sizes
 
 
 class State(NamedTuple):
-    """P x B trials; all on the CPU, leaves ``[P, B, ...]`` unless said otherwise.
+    """P x B trials, where physics takes place; leaves ``[P, B, ...]`` unless said otherwise.
 
-    ``rows`` float64 ``[.., S]`` are MuJoCo's states, ``place`` float64 where the body was,
+    ``rows`` ``[.., S]`` are MuJoCo's states and ``place`` where the body was, as physics has them,
     ``time`` int64 the steps of the present episode, ``episode`` int64 its number, ``over`` bool
     whether the trial has ended, ``unstable`` bool whether because MuJoCo lost it, ``success`` bool
     whether it was where it should be, ``paid`` and ``spent`` float64 ``[.., K]`` the sums of reward
@@ -49,58 +51,6 @@ class State(NamedTuple):
     starts: Tensor
     data: Data
     changes: Data
-
-
-class _Worlds:
-    """An engine for N worlds, and torch views of its memory."""
-
-    def __init__(self, model: Any, engine: engines.Engine) -> None:
-        part = models.import_mujoco().mjtState
-        self.engine = engine
-        self.rows = torch.from_numpy(engine.rows)
-        qpos, qvel, ctrl = (
-            models.slice_of(model, component)
-            for component in (part.mjSTATE_QPOS, part.mjSTATE_QVEL, part.mjSTATE_CTRL)
-        )
-        self.qpos, self.qvel, self.ctrl = (self.rows[:, each] for each in (qpos, qvel, ctrl))
-        assert qpos.stop == qvel.start, (qpos, qvel)
-        self._motion = engine.rows[:, qpos.start : qvel.stop]
-        self.outputs = {name: torch.from_numpy(a) for name, a in engine.outputs.items()}
-        self.changes: Data | None = None
-        self._held: Tensor | None = None
-        self._views: dict[torch.Size, Snapshot] = {}
-
-    def load(self, rows: Tensor) -> None:
-        """Make ``rows [P, B, S]`` the worlds' states, unless they are."""
-        if rows is not self._held:
-            self.rows.copy_(rows.flatten(0, 1))
-        self._held = None
-
-    def saved(self, shape: torch.Size) -> Tensor:
-        """A copy of the worlds' states, ``[P, B, S]``."""
-        self._held = self.rows.clone().unflatten(0, shape)
-        return self._held
-
-    def snapshot(self, shape: torch.Size) -> Snapshot:
-        """Views ``[P, B, ...]`` of what the engine holds."""
-        if shape not in self._views:
-            empty = self.rows.new_empty(shape.numel(), 0)
-            derived = (self.outputs.get(name, empty) for name in Snapshot._fields[2:])
-            leaves = (leaf.unflatten(0, shape) for leaf in (self.qpos, self.qvel, *derived))
-            self._views[shape] = Snapshot(*leaves)
-        return self._views[shape]
-
-    def unstable(self, lost: np.ndarray) -> Tensor | None:
-        """Worlds that MuJoCo gave up on, or whose numbers are not finite or huge, bool ``[N]``.
-
-        None where all are well.
-        """
-        # Both hand on NaN, which is not between anything. Two numbers for all worlds are cheap.
-        if not len(lost) and -_HUGE < self._motion.min() and self._motion.max() < _HUGE:
-            return None
-        bad = ~(np.abs(self._motion).max(axis=-1) < _HUGE)
-        bad[lost] = True
-        return torch.from_numpy(bad)
 
 
 class MujocoEnv:
@@ -129,9 +79,9 @@ class MujocoEnv:
         episodes: episodes of a trial.
         continual: whether episodes differ: the tasks' data that are about the task alone (neither
             ``start`` and ``pose`` nor changes of the model) are then ``[Q, B, episodes, ...]``.
-        engine: ``"auto"``, ``"batch"`` or ``"rows"``: the same bits.
+        engine: ``"auto"``, ``"batch"`` or ``"rows"``: the same bits; ``"warp"``: float32.
         threads: threads that step worlds; the same bits for any number.
-        device: where actions come from and time steps go to.
+        device: where actions come from and time steps go to; with ``"warp"``, where physics is.
     """
 
     def __init__(
@@ -150,43 +100,43 @@ class MujocoEnv:
         mujoco = models.import_mujoco()
         self._engine = engines.choose_engine(engine, definition.reads)
         self.model = model = models.build_model(body)
-        self._definition = definition
+        self._body, self._definition = body, definition
         self._horizon, self._episodes, self._continual = horizon, episodes, continual
-        self._substeps, self._threads = body.frame_skip, threads
+        self._threads = threads
         self.seconds = float(model.opt.timestep) * body.frame_skip
         self._like = torch.empty(0, dtype=torch.float32, device=device)
-        data, spec = mujoco.MjData(model), mujoco.mjtState.mjSTATE_INTEGRATION
-        blank = np.empty(mujoco.mj_stateSize(model, spec))
-        mujoco.mj_getState(model, data, blank, spec)
-        self._blank = torch.from_numpy(blank)
+        # What has physics' precision and place.
+        self._physics = self._like if self._engine == "warp" else torch.empty(0).double()
+        data = mujoco.MjData(model)
         self._pose = torch.from_numpy(np.concatenate([data.qpos, data.qvel]))
-        limits = torch.from_numpy(model.actuator_ctrlrange.copy())
+        limits = torch.from_numpy(model.actuator_ctrlrange.copy()).to(self._physics)
         self._centre, self._reach = limits.mean(-1), (limits[:, 1] - limits[:, 0]) / 2
         self._unit = bool((self._centre == 0).all() and (self._reach == 1).all())
         self._phase = _phase_table(definition, horizon)
-        self._worlds: dict[int, _Worlds] = {}
+        self._phase_there = torch.from_numpy(self._phase).to(self._physics.device)
+        self._worlds: dict[tuple[int, ...], Worlds] = {}
 
     def reset(self, tasks: Tasks, rng: Rng, population: int = 1) -> tuple[State, TimeStep]:
         """Start the first episode of every trial; the starts of all episodes are drawn here."""
-        index = tasks.index.cpu()
         data = {name: leaf.cpu() for name, leaf in tasks.data.items()}
         changes = {name: leaf.double() for name, leaf in data.items() if name in _CHANGES}
-        model, definition = self.model, self._definition
-        address = data.get("start", index)
+        model, definition, there = self.model, self._definition, self._physics.device
+        address = data.get("start", tasks.index.cpu())
         noise = definition.noise.draw(rng, address, self._episodes, model.nq, model.nv)
         starts = self._pose + noise
         if "pose" in data:
             pose = data["pose"].double()
             pose = pose if pose.ndim == starts.ndim else pose.unsqueeze(2)
             starts[..., : model.nq] += pose - self._pose[: model.nq]
-        shape = torch.Size((population, index.shape[1]))
+        shape, starts = torch.Size((population, starts.shape[1])), starts.to(self._physics)
+        data = {name: leaf.to(there) for name, leaf in data.items()}
         worlds = self._at(shape, changes)
+        none = torch.zeros(shape, dtype=torch.float64, device=there)
+        no = torch.zeros(shape, dtype=torch.bool, device=there)
+        zero = torch.zeros(shape, dtype=torch.int64, device=there)
         first = starts[:, :, 0].expand(*shape, -1)
-        self._restart(worlds, first.flatten(0, 1), None)
+        worlds.restart(first.flatten(0, 1), ~no.flatten())
         now = worlds.snapshot(shape)
-        none = torch.zeros(shape, dtype=torch.float64)
-        no = torch.zeros(shape, dtype=torch.bool)
-        zero = torch.zeros(shape, dtype=torch.int64)
         paid = none.new_zeros(*shape, self._phase.shape[1])
         rows, place = worlds.saved(shape), definition.place(now).clone()
         state = State(rows, place, zero, zero, no, no, no, paid, paid, starts, data, changes)
@@ -198,31 +148,28 @@ class MujocoEnv:
     def step(self, state: State, action: Tensor) -> tuple[State, TimeStep]:
         """One control step of every world whose trial goes on; actions are clipped to -1..1."""
         definition, over, shape = self._definition, state.over, state.over.shape
-        going = ~over if over.any() else None
+        going = ~over if self._some(over) else None
         worlds = self._at(shape, state.changes)
-        action = action.detach().cpu().clamp(-1.0, 1.0)
+        action = action.detach().to(self._physics.device).clamp(-1.0, 1.0)
         data = self.present(state)
         applied = action * data["working"] if "working" in data else action
         worlds.load(state.rows)
-        worlds.ctrl.copy_(self._torque(applied).flatten(0, 1))
-        chosen = None if going is None else going.flatten().nonzero().squeeze(-1).numpy()
-        lost = worlds.unstable(worlds.engine.step(chosen, self._substeps))
+        control = self._torque(applied).flatten(0, 1)
+        lost = worlds.step(control, None if going is None else going.flatten())
         no = torch.zeros_like(over)
         bad = no if lost is None else lost.unflatten(0, shape) & ~over
         if definition.current:
-            worlds.engine.forward((~(bad | over)).flatten().nonzero().squeeze(-1).numpy())
+            worlds.derive((~(bad | over)).flatten())
         now = worlds.snapshot(shape)
         velocity = (definition.place(now) - state.place) / self.seconds
-        reward = definition.reward(now, velocity, applied.double(), data)
+        reward = definition.reward(now, velocity, applied.to(self._physics), data)
         time = state.time + (1 if going is None else going)
         terminated = bad if definition.healthy is None else (bad | ~definition.healthy(now)) & ~over
-        late = time.numpy().max() >= self._horizon
-        truncated = (time >= self._horizon) & ~(terminated | over) if late else no
+        late = time >= self._horizon
+        truncated = late & ~(terminated | over) if self._some(late) else no
         if going is not None or lost is not None:
             reward = reward.masked_fill(over | bad, 0.0)
-        # Half the price of torch's look-up; worlds that are over are in no phase.
-        counted = time if going is None else time * going
-        inside = torch.from_numpy(self._phase[counted.numpy()])
+        inside = self._inside(time if going is None else time * going)
         later = state._replace(
             time=time,
             paid=state.paid + inside * reward.unsqueeze(-1),
@@ -247,30 +194,30 @@ class MujocoEnv:
         changing = state.data.keys() - _LASTING if self._continual else {"working"}
         if changing.isdisjoint(state.data):
             return state.data
-        members, trials = state.episode.shape
         episode = state.episode.clamp(max=self._episodes - 1)
-        member, trial = torch.arange(members).unsqueeze(-1), torch.arange(trials)
+        member, trial = (torch.arange(n, device=episode.device) for n in episode.shape)
+        member = member.unsqueeze(-1)
         return {
             name: leaf[member % len(leaf), trial, episode] if name in changing else leaf
             for name, leaf in state.data.items()
         }
 
     def _ended(
-        self, state: State, worlds: _Worlds, ended: Tensor, bad: Tensor
+        self, state: State, worlds: Worlds, ended: Tensor, bad: Tensor
     ) -> tuple[State, Tensor | None]:
         """Count episodes that ended, begin the next ones; also which worlds began one."""
-        if not ended.any():
+        if not self._some(ended):
             return state, None
         episode = state.episode + ended
         over = state.over | bad | (episode >= self._episodes)
         again = ended & ~over
         state = state._replace(episode=episode, over=over)
-        if not again.any():
+        if self._episodes == 1 or not self._some(again):
             return state, None
-        member, trial = again.nonzero(as_tuple=True)
-        source = member if state.starts.shape[0] > 1 else torch.zeros_like(member)
-        first = state.starts[source, trial, episode[member, trial]]
-        self._restart(worlds, first, member * again.shape[1] + trial)
+        starts = state.starts.expand(*again.shape, -1, -1)
+        number = episode.clamp(max=self._episodes - 1)[..., None, None]
+        first = starts.gather(2, number.expand(-1, -1, 1, starts.shape[-1])).squeeze(2)
+        worlds.restart(first.flatten(0, 1), again.flatten())
         return state._replace(time=state.time.masked_fill(again, 0)), again
 
     def metrics(self, state: State) -> dict[str, Tensor]:
@@ -280,6 +227,8 @@ class MujocoEnv:
         where the goal was reached at any step. The definition's phases: mean reward per step in
         that span of the episodes; NaN where no episode came so far.
         """
+        for worlds in self._worlds.values():
+            worlds.check()
         scores = {"unstable": state.unstable}
         if self._definition.success is not None:
             scores["success"] = state.success
@@ -287,34 +236,42 @@ class MujocoEnv:
         scores |= dict(zip(self._definition.phases, means.unbind(-1), strict=True))
         return {name: score.to(self._like) for name, score in scores.items()}
 
-    def _at(self, shape: torch.Size, changes: Data) -> _Worlds:
-        """The engine for so many worlds, with these changes to their models."""
-        count = shape.numel()
-        worlds = self._worlds.pop(count, None)
-        if worlds is None or (worlds.changes and not changes):
-            engine = engines.make_engine(
-                self._engine, self.model, count, self._threads, self._definition.reads
-            )
-            worlds = _Worlds(self.model, engine)
-        self._worlds[count] = worlds  # the youngest comes last
+    def _at(self, shape: torch.Size, changes: Data) -> Worlds:
+        """So many worlds, with these changes to their models."""
+        # A simulator keeps the values of what was changed once.
+        key = (shape.numel(), *(name in changes for name in _CHANGES))
+        worlds = self._worlds.pop(key, None) or self._make(shape.numel(), tuple(changes))
+        self._worlds[key] = worlds  # the youngest comes last
         if len(self._worlds) > _KEPT_SIZES:
-            del self._worlds[next(iter(self._worlds))]
+            # On a GPU this also waits until nothing uses them any more.
+            self._worlds.pop(next(iter(self._worlds))).check()
         if changes and worlds.changes is not changes:
             each = {
                 name: leaf.expand(*shape, *leaf.shape[2:]).flatten(0, 1).numpy()
                 for name, leaf in changes.items()
             }
-            worlds.engine.vary(models.world_fields(self.model, each))
+            worlds.vary(each)
             worlds.changes = changes
         return worlds
 
-    def _restart(self, worlds: _Worlds, starts: Tensor, chosen: Tensor | None) -> None:
-        """Put worlds at ``starts [n, nq + nv]``."""
-        rows = slice(None) if chosen is None else chosen
-        worlds.rows[rows] = self._blank
-        worlds.qpos[rows] = starts[:, : self.model.nq]
-        worlds.qvel[rows] = starts[:, self.model.nq :]
-        worlds.engine.forward(None if chosen is None else chosen.numpy())
+    def _make(self, count: int, changes: tuple[str, ...]) -> Worlds:
+        body, reads = self._body, self._definition.reads
+        if self._engine == "warp":
+            from esmeta.envs.warp import WarpWorlds
+
+            return WarpWorlds(self.model, body, count, reads, changes, self._physics.device)
+        engine = engines.make_engine(self._engine, self.model, count, self._threads, reads)
+        return CpuWorlds(self.model, engine, body.frame_skip)
+
+    def _some(self, marked: Tensor) -> bool:
+        """Whether any is marked; on a GPU yes, as asking would be waiting for it."""
+        return self._engine == "warp" or bool(marked.any())
+
+    def _inside(self, time: Tensor) -> Tensor:
+        """1 where a step counts for a phase, float64 ``[P, B, K]``."""
+        if self._engine == "warp":
+            return torch.embedding(self._phase_there, time)
+        return torch.from_numpy(self._phase[time.numpy()])  # half the price of torch's look-up
 
     def _torque(self, action: Tensor) -> Tensor:
         """Actions in -1..1 as controls of the model."""
@@ -322,7 +279,7 @@ class MujocoEnv:
 
     def _shown(self, step: TimeStep) -> TimeStep:
         """The time step in float32 on the agent's device, in one transfer."""
-        if self._like.device.type == "cpu":
+        if step.obs.device == self._like.device:
             obs, action, reward = (leaf.float() for leaf in step[:3])
             return TimeStep(obs, action, reward, *step[3:])
         flags = torch.stack(step[2:], dim=-1)
