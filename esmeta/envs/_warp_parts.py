@@ -6,7 +6,7 @@ Importing this module needs ``pip install "esmeta[gpu]"``; see
 # Warp reads the annotations of its functions as they stand, so that they are not postponed here,
 # and what stands in these functions is Warp's language, not Python.
 # pyright: reportInvalidTypeForm=false, reportCallIssue=false, reportArgumentType=false
-# pyright: reportIndexIssue=false
+# pyright: reportIndexIssue=false, reportAttributeAccessIssue=false
 
 import mujoco_warp as mjw
 import warp as wp
