@@ -171,7 +171,7 @@ class Spy:
         self.sums: list[list[float]] = []
         self.gradients: list[Tensor] = []
         self.rates: list[float] = []
-        gradient_step, adam = pg.gradient_step, pg._adam
+        gradient_step, adam = pg.gradient_step, pg.adam
 
         def noted_step(config: Any, state: Any, objective: Any, batch: pg.Batch, *rest: Any) -> Any:
             self.batches.append(batch)
@@ -185,7 +185,7 @@ class Spy:
             adam(state, gradient, rate, eps)
 
         monkeypatch.setattr(pg, "gradient_step", noted_step)
-        monkeypatch.setattr(pg, "_adam", noted_adam)
+        monkeypatch.setattr(pg, "adam", noted_adam)
 
 
 @pytest.fixture
@@ -551,7 +551,7 @@ def test_adam_equals_torch() -> None:
         gradient = torch.randn(30, generator=draw)
         leaf.grad = gradient.clone()
         adam.step()
-        pg._adam(state, gradient, 0.01, 1e-5)
+        pg.adam(state, gradient, 0.01, 1e-5)
     assert torch.allclose(state.theta, leaf.detach(), rtol=0, atol=1e-6)
 
 
