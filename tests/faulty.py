@@ -19,7 +19,7 @@ from torch import Tensor
 
 from esmeta.objectives.return_ import ReturnObjective
 from esmeta.policy import Policy
-from esmeta.types import Fitness, Params, Task
+from esmeta.types import Fitness, Params, Reference, Task
 
 _raised: set[int] = set()
 VARIABLE = "ESMETA_TEST_FAULT"
@@ -56,6 +56,9 @@ class FaultyReturn(ReturnObjective):
 @dataclass(frozen=True)
 class Objective:
     """``return``, with the fault."""
+
+    def reference(self, task: Task) -> Reference:
+        return task.reference
 
     def make(
         self, policy: Policy, task: Task, *, trials: int, seed: int, device: str | torch.device
