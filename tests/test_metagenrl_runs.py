@@ -99,6 +99,18 @@ def test_agents_live_on_for_as_many_rounds_as_steps() -> None:
     assert group.owed == 8 - 2
 
 
+def test_agents_are_replaced_after_a_lifetime() -> None:
+    built = parts("objective.lifetime=24")
+    state, numbers, taken = built.state, [], []
+    for _ in range(13):
+        state, metrics = built.optimizer.step(state, built.objective, SelfComm(), built.rng)
+        numbers.append(state.agents[0].agents.state.index.tolist())
+        taken.append(int(metrics["env_steps"]) // 3)
+    assert numbers == [[0, 1, 2]] * 8 + [[3, 4, 5]] * 5
+    assert taken == [16, 0, 0, 0, 8, 0, 0, 0, 16, 0, 0, 0, 8]
+    assert state.agents[0].agents.state.updates.tolist() == [10] * 3
+
+
 def test_annealing_is_over_when_it_should_be_and_never_in_meta_test(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -229,6 +241,7 @@ WRONG = [
     (["objective.snippet=60"], ["snippet = 60", "16 steps", "update_after = 600"]),
     (["task.name=maze"], ["4 discrete actions", "continuous"]),
     (["objective.steps=8"], ["objective.steps = 8", "no agent", "update_after = 16"]),
+    (["objective.lifetime=10"], ["objective.lifetime = 10", "16 steps", "lifetime = 64"]),
     (["objective.agents=0"], ["objective.agents = 0", ">= 1"]),
     (["objective.period=9"], ["objective.period = 9", "delay = 2", "period = 50"]),
     (["objective.period=24"], ["period = 24", "task.horizon = 64", "task.horizon = 72"]),

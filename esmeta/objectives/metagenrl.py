@@ -27,10 +27,9 @@ from esmeta.learners._agent import Agent
 from esmeta.learners._loss import Loss
 from esmeta.learners._replay import ReplayLearner
 from esmeta.learners._training import Agents, Training
-from esmeta.objectives import refuse_policy
+from esmeta.objectives import further_task, refuse_policy
 from esmeta.objectives._objective_network import ObjectiveNetwork, Time, Values, value_after
 from esmeta.rng import Rng
-from esmeta.tasks import make_task
 from esmeta.tree import unravel_shapes
 from esmeta.types import Fitness, Params, Reference, State, Task
 
@@ -55,6 +54,7 @@ class Objective:
         anneal: steps over which the share of ``-Q(s, pi(s))`` in the policy's loss falls to zero in
             meta-training.
         anneal_after: steps before that, in which it is the whole loss.
+        lifetime: steps after which agents of meta-training are replaced by fresh ones (0: never).
         random, update_after: steps of uniformly random actions at first, and before any update.
         capacity: steps in the replay of an agent.
         critic_batch: transitions per critic step; 0: ``batch * snippet``.
@@ -88,6 +88,7 @@ class Objective:
     clip: float = 1.0
     anneal: int = 10_000
     anneal_after: int = 0
+    lifetime: int = 0
     random: int = 10_000
     update_after: int = 1_000
     capacity: int = 1_000_000
@@ -110,7 +111,7 @@ class Objective:
         for name in ("agents", "steps", "period", "batch", "snippet", "inner_steps", "delay",
                      "update_after", "capacity", "test_episodes"):  # fmt: skip
             errors.positive_int(name, getattr(self, name), example=20)
-        for name in ("extra", "anneal", "anneal_after", "random", "critic_batch"):
+        for name in ("extra", "anneal", "anneal_after", "lifetime", "random", "critic_batch"):
             errors.non_negative_int(name, getattr(self, name), example=100)
         for name in ("inner_rate", "learning_rate", "std", "reward_scale"):
             errors.finite_positive(name, getattr(self, name), example=0.001)
@@ -125,6 +126,11 @@ class Objective:
         self._check_lengths()
 
     def _check_lengths(self) -> None:
+        if 0 < self.lifetime <= self.update_after:
+            raise errors.UserError(
+                f"lifetime = {self.lifetime}: agents would never learn, whose updates begin after "
+                f"{self.update_after} steps; write lifetime = {4 * self.update_after}"
+            )
         if self.chunk < 2:
             raise errors.UserError(
                 "chunk = 1: must be at least 2 (one rounds differently); write chunk = 64"
@@ -206,7 +212,7 @@ class MetaGenRLObjective:
         self.shapes = self.network.shapes
         self.trainings = [
             self.training(t, "train", seed, number)
-            for number, t in enumerate([task, *map(_task, config.more_tasks)])
+            for number, t in enumerate([task, *map(further_task, config.more_tasks)])
         ]
 
     def training(self, task: Task, split: str, seed: int, number: int = 0) -> Training:
@@ -296,7 +302,8 @@ class MetaGenRLObjective:
             state, scores = group.agents.state, group.agents.scores
             losses.append(-self._value(training, group.agents, alpha))
             groups.append(group)
-            taken = torch.full_like(scores.earned, state.replay.count - before)
+            count = state.replay.count
+            taken = torch.full_like(scores.earned, count - before * (count >= before))
             found = {"env_steps": taken, "return": scores.recent.nanmean(dim=1)}
             for name, column in found.items():
                 columns.setdefault(name, []).append(column)
@@ -312,6 +319,8 @@ class MetaGenRLObjective:
 
     def _live(self, training: Training, group: Group, alpha: Params) -> Group:
         config, (agents, owed) = self.config, group
+        if config.lifetime and owed == 0 and agents.state.replay.count >= config.lifetime:
+            agents = training.begin(agents.state.index + config.agents)
         while owed == 0:
             agents, new = training.act(agents)
             replay = agents.state.replay.add(new)
@@ -386,15 +395,3 @@ class MetaGenRLObjective:
             for name, parts in columns.items()
         }
         return Fitness(table.pop("return"), table.pop("steps"), table)
-
-
-def _task(options: dict[str, Any]) -> Task:
-    """A further environment from its table."""
-    table = dict(options)
-    name = table.pop("name", None)
-    if not isinstance(name, str):
-        raise errors.UserError(
-            f"objective.more_tasks: {options!r} has no name; write for example "
-            'more_tasks = [{name = "pendulum", horizon = 200}]'
-        )
-    return make_task(name, **table)
