@@ -2,8 +2,8 @@
 
 MPI's non-blocking collectives pass data on in several turns, and every turn waits until the next
 rank has a core. Where all ranks share memory, each copies its part into a window and reads the
-others' from there: a generation's collectives over 60,000 parameters take a tenth of the time on
-two ranks, and a twentieth on eight ranks of two cores (tests/bench/collectives.py).
+others' from there: a generation's collectives over 60,000 parameters take a sixth of the time on
+two ranks, and a twelfth on eight ranks of two cores (tests/bench/collectives.py).
 
 Both transports wait through ``wait(ready)``, which returns once ``ready()`` is true, or raises.
 After it has raised, no further collective is possible.
