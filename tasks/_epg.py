@@ -27,11 +27,6 @@ from esmeta.tasks import check_split, task_numbers
 from esmeta.types import Tasks
 
 
-def calm(now: Snapshot) -> Tensor:
-    """Whether all positions but the first two and all velocities are within -100..100."""
-    return (now.qpos[..., 2:].abs() < 100.0).all(-1) & (now.qvel.abs() < 100.0).all(-1)
-
-
 def definition(healthy: walk.Healthy) -> Definition:
     """Gymnasium's observation of hopper and walker; reward ``direction * v`` (m/s)."""
 

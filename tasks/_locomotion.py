@@ -6,6 +6,7 @@ The functions know no simulator. ``TORSO`` is the number of the main body in all
 from __future__ import annotations
 
 import functools
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -40,8 +41,25 @@ Healthy = Callable[[Snapshot], Tensor]
 _RANDOM_TRIALS = 64
 
 
+def calm(now: Snapshot) -> Tensor:
+    """Whether all positions but the first two and all velocities are within -100..100."""
+    return (now.qpos[..., 2:].abs() < 100.0).all(-1) & (now.qvel.abs() < 100.0).all(-1)
+
+
+def hopper_healthy(now: Snapshot) -> Tensor:
+    """Gymnasium's rule for a hopper, bool ``[P, B]``: calm, above 0.7 m, within 0.2 rad."""
+    z, angle = now.qpos[..., 1], now.qpos[..., 2]
+    return calm(now) & (z > 0.7) & (angle.abs() < 0.2)
+
+
+def walker_healthy(now: Snapshot) -> Tensor:
+    """Gymnasium's rule for a walker, bool ``[P, B]``: between 0.8 and 2 m, within 1 rad."""
+    z, angle = now.qpos[..., 1], now.qpos[..., 2]
+    return (z > 0.8) & (z < 2.0) & (angle.abs() < 1.0)
+
+
 @dataclass(frozen=True)
-class Simulated:
+class Simulated(ABC):
     """Options of every task with a simulated body.
 
     Args:
@@ -99,13 +117,13 @@ class Simulated:
                 'write continual = false, or impaired = "random"'
             )
 
+    @abstractmethod
     def body(self) -> Body:
         """What is simulated."""
-        raise NotImplementedError
 
+    @abstractmethod
     def draw(self, batch: int | Tensor, split: str, rng: Rng) -> Tasks:
         """Tasks on intact bodies; see :meth:`esmeta.types.Task.sample`."""
-        raise NotImplementedError
 
     def sample(self, batch: int | Tensor, split: str, rng: Rng) -> Tasks:
         """Tasks by number; with ``impaired`` also ``working`` float64 ``[1, B, episodes, nu]``.
@@ -133,14 +151,14 @@ class Simulated:
         fails = fails & (episode >= self.impaired_from).unsqueeze(-1)
         return (~fails).double().expand(*index.shape, self.episodes, len(motors))
 
+    @abstractmethod
     def definition(self) -> Definition:
         """What is seen, paid and ended."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def spec(self) -> Spec:
         """Sizes of observation and action."""
-        raise NotImplementedError
 
     def trial(self, obs_size: int, actions: int) -> Spec:
         """The spec of a trial of these options."""

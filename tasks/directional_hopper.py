@@ -61,4 +61,4 @@ class Task(walk.Simulated):
 
 
 def _healthy(now: Snapshot) -> Tensor:
-    return epg.calm(now) & (now.qpos[..., 1] > 0.7)
+    return walk.calm(now) & (now.qpos[..., 1] > 0.7)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
-
-from esmeta.envs.bodies import Body, Definition, Snapshot
+from esmeta.envs.bodies import Body, Definition
 from esmeta.tasks import (
     _locomotion as walk,  # pyright: ignore[reportAttributeAccessIssue]  # see esmeta.tasks
 )
@@ -31,17 +29,10 @@ class Task(standard.Standard):
 
     def definition(self) -> Definition:
         """Ends when it falls below 0.7 m, leans by 0.2 rad, or a number leaves -100..100."""
-        return standard.planar_definition(_healthy)
+        return standard.planar_definition(walk.hopper_healthy)
 
     @property
     def reference(self) -> Reference:
         """Uniform actions; TD3."""
         best = walk.TD3["hopper"] * self.horizon
         return self.scores(best, "best: TD3 (2018)")
-
-
-def _healthy(now: Snapshot) -> Tensor:
-    z, angle = now.qpos[..., 1], now.qpos[..., 2]
-    # Gymnasium asks this of all but the first two positions.
-    calm = (now.qpos[..., 2:].abs() < 100.0).all(-1) & (now.qvel.abs() < 100.0).all(-1)
-    return calm & (z > 0.7) & (angle.abs() < 0.2)

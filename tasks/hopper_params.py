@@ -8,12 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
-
-from esmeta.envs.bodies import Body, Definition, Snapshot
-from esmeta.tasks import (
-    _epg as epg,  # pyright: ignore[reportAttributeAccessIssue]  # see esmeta.tasks
-)
+from esmeta.envs.bodies import Body, Definition
 from esmeta.tasks import (
     _locomotion as walk,  # pyright: ignore[reportAttributeAccessIssue]  # see esmeta.tasks
 )
@@ -43,15 +38,10 @@ class Task(parameters.Parameters):
 
     def definition(self) -> Definition:
         """Reward ``v + 1 - 0.001 |a|^2``."""
-        return parameters.definition(_healthy)
+        return parameters.definition(walk.hopper_healthy)
 
     @property
     def reference(self) -> Reference:
         """Uniform actions; TD3 on the standard body."""
         best = walk.TD3["hopper"] * self.horizon
         return self.scores(best, "best: TD3 on Hopper")
-
-
-def _healthy(now: Snapshot) -> Tensor:
-    z, angle = now.qpos[..., 1], now.qpos[..., 2]
-    return epg.calm(now) & (z > 0.7) & (angle.abs() < 0.2)

@@ -55,4 +55,4 @@ class Task(epg.RandomBody):
 
 def _healthy(now: Snapshot) -> Tensor:
     z, angle = now.qpos[..., 1], now.qpos[..., 2]
-    return epg.calm(now) & (z > 0.7) & (angle.abs() < 0.5)
+    return walk.calm(now) & (z > 0.7) & (angle.abs() < 0.5)

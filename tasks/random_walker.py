@@ -53,4 +53,4 @@ class Task(epg.RandomBody):
 
 def _healthy(now: Snapshot) -> Tensor:
     z, angle = now.qpos[..., 1], now.qpos[..., 2]
-    return epg.calm(now) & (z > 0.8) & (z < 2.0) & (angle.abs() < 1.0)
+    return walk.calm(now) & (z > 0.8) & (z < 2.0) & (angle.abs() < 1.0)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
-
-from esmeta.envs.bodies import Body, Definition, Snapshot
+from esmeta.envs.bodies import Body, Definition
 from esmeta.tasks import (
     _locomotion as walk,  # pyright: ignore[reportAttributeAccessIssue]  # see esmeta.tasks
 )
@@ -31,15 +29,10 @@ class Task(standard.Standard):
 
     def definition(self) -> Definition:
         """Ends when its height leaves 0.8..2 m or it leans by 1 rad."""
-        return standard.planar_definition(_healthy)
+        return standard.planar_definition(walk.walker_healthy)
 
     @property
     def reference(self) -> Reference:
         """Uniform actions; TD3."""
         best = walk.TD3["walker2d"] * self.horizon
         return self.scores(best, "best: TD3 (2018)")
-
-
-def _healthy(now: Snapshot) -> Tensor:
-    z, angle = now.qpos[..., 1], now.qpos[..., 2]
-    return (z > 0.8) & (z < 2.0) & (angle.abs() < 1.0)

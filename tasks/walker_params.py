@@ -8,9 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
-
-from esmeta.envs.bodies import Body, Definition, Snapshot
+from esmeta.envs.bodies import Body, Definition
 from esmeta.tasks import (
     _locomotion as walk,  # pyright: ignore[reportAttributeAccessIssue]  # see esmeta.tasks
 )
@@ -40,15 +38,10 @@ class Task(parameters.Parameters):
 
     def definition(self) -> Definition:
         """Reward ``v + 1 - 0.001 |a|^2``."""
-        return parameters.definition(_healthy)
+        return parameters.definition(walk.walker_healthy)
 
     @property
     def reference(self) -> Reference:
         """Uniform actions; TD3 on the standard body."""
         best = walk.TD3["walker2d"] * self.horizon
         return self.scores(best, "best: TD3 on Walker2d")
-
-
-def _healthy(now: Snapshot) -> Tensor:
-    z, angle = now.qpos[..., 1], now.qpos[..., 2]
-    return (z > 0.8) & (z < 2.0) & (angle.abs() < 1.0)
