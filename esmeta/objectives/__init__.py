@@ -14,7 +14,7 @@ def refuse_policy(policy: object, objective: str) -> None:
     if policy is not None:
         raise UserError(
             f"objective.name = {objective!r} trains agents of its own, described in [objective]; "
-            'write policy.name = "none"'
+            'write policy.name = "none" (--set policy.name=none)'
         )
 
 
