@@ -14,6 +14,7 @@ from fences import stays_inside
 from test_kernels import Case, backward, relative_error
 
 from esmeta.kernels import (
+    _cpu,
     _cpu_build,
     _cpu_run,
     plastic_reference,
@@ -23,7 +24,7 @@ from esmeta.kernels import (
     step_prepared,
 )
 
-# (variant, n, S): every depth to 6, widths below, at and between multiples of eight.
+# (variant, n, S): every depth to 6, widths below, at and between multiples of a register.
 SIZES = [
     ("base", 1, 1),
     ("base", 20, 2),
@@ -190,7 +191,11 @@ def test_processes_that_miss_a_size_compile_it_once_and_never_load_the_compiler(
     assert len(set(said)) == 1 and said[0].endswith("False\n")
     assert eval(said[0].removesuffix("False\n")) == pytest.approx([y] * 6)
     files = sorted(os.listdir(tmp_path / "cache"))
-    assert len(files) == 2 and "lock" in files[0] and files[1].startswith("plastic-3-1-1-0-")
+    assert (
+        len(files) == 2
+        and "lock" in files[0]
+        and files[1].startswith(f"plastic-{_cpu_run.LANES}-3-1-1-0-")
+    )
 
 
 def test_a_compiler_that_fails_is_reported_and_leaves_nothing(tmp_path, monkeypatch):
@@ -233,9 +238,9 @@ import importlib.util
 spec = importlib.util.spec_from_file_location("compiler", sys.argv[1] + "/__main__.py")
 compiler = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(compiler)
-kind, *numbers = sys.argv[3:]
+kind, row, *numbers = sys.argv[3:]
 with open(sys.argv[2], "wb") as file:
-    file.write(compiler.machine_code(kind, [int(n) for n in numbers], "haswell"))
+    file.write(compiler.machine_code(kind, int(row), [int(n) for n in numbers], "haswell"))
 """
 
 
@@ -250,7 +255,7 @@ def test_bits_do_not_depend_on_the_width_of_vectors(variant, n, S, tmp_path, mon
 
     def narrow(kind, *numbers):
         path = tmp_path / kind
-        words = [kind, *(str(int(number)) for number in numbers)]
+        words = [kind, *(str(int(number)) for number in (_cpu_run.LANES, *numbers))]
         folder = str(_cpu_build._SOURCE)
         subprocess.run([sys.executable, "-c", NARROW, folder, str(path), *words], check=True)
         return _cpu_build._PROTOTYPE(_cpu_build._placed(_cpu_build._text(path.read_bytes())))
@@ -258,6 +263,25 @@ def test_bits_do_not_depend_on_the_width_of_vectors(variant, n, S, tmp_path, mon
     known = {kind: narrow(kind, n, S, 1, linear) for kind in ("plastic", "backward")}
     monkeypatch.setattr(_cpu_build, "function", lambda kind, *numbers: known[kind])
     got = [*case.scan(), *backward(case.scan(), case.inputs)]
+    for index, (a, b) in enumerate(zip(got, want, strict=True)):
+        assert torch.equal(a, b), index
+
+
+@pytest.mark.parametrize(("variant", "n", "S"), [("base", 20, 2), ("linear", 9, 3)])
+def test_bits_do_not_depend_on_the_padding_of_rows(variant, n, S, monkeypatch):
+    case = long_case(variant, n, S).require_grad()
+    want = [*case.scan(), *backward(case.scan(), case.inputs)]
+    other = 24 - _cpu_run.LANES  # 8 for 16, 16 for 8
+    for module in (_cpu, _cpu_build):
+        monkeypatch.setattr(module, "LANES", other)
+    for function in (_cpu._strides, _cpu_build.function):
+        function.cache_clear()
+    try:
+        got = [*case.scan(), *backward(case.scan(), case.inputs)]
+        assert _cpu._strides((1, n, n))[-2] == -(-n // other) * other
+    finally:
+        for function in (_cpu._strides, _cpu_build.function):
+            function.cache_clear()
     for index, (a, b) in enumerate(zip(got, want, strict=True)):
         assert torch.equal(a, b), index
 

@@ -2,8 +2,9 @@
 
 Four trials are run together through all their steps, so that their fast weights stay in the cache
 and every product with a matrix that they share (alpha, the write's A) is loaded once for four.
-Rows of matrices are padded to a multiple of eight columns: no loop has a remainder, and what lies
-in the padding, which may be anything, never reaches a real neuron. Every trial is computed by the
+Rows of matrices are padded to whole vector registers (LANES): no loop has a remainder, no load
+crosses a line of the cache, and what lies in the padding, which may be anything, never reaches a
+real neuron. Every trial is computed by the
 same instructions in the same order wherever it stands in the batch, so bits depend neither on the
 batch nor on the threads.
 """
@@ -27,7 +28,7 @@ class Rule(NamedTuple):
     """Parameters as the compiled function takes them, float32 and contiguous.
 
     ``matrices``, those that the variant has: alpha and then the write's A, transposed and padded
-    ``[P, n, m]``, m = n rounded up to a multiple of eight; ``kappa`` ``[P, S, S+1]``; ``composite``
+    ``[P, n, m]``, m = n rounded up to a multiple of LANES; ``kappa`` ``[P, S, S+1]``; ``composite``
     ``[P, S+1, S+1]``; ``addresses`` of alpha, kappa, composite and A, 0 for what is missing.
     """
 

@@ -23,6 +23,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from esmeta.kernels._cpu_run import LANES
+
 _SOURCE = Path(__file__).with_name("_compiler")
 _NAME = "esmeta_kernel"
 _PROTOTYPE = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
@@ -93,7 +95,7 @@ def _linked(code: bytes) -> int:
 
 
 def _machine_code(kind: str, *numbers: int) -> bytes:
-    words = [kind, *(str(int(number)) for number in numbers)]
+    words = [kind, *(str(int(number)) for number in (LANES, *numbers))]
     sources = [path.read_bytes() for path in sorted(_SOURCE.glob("*.py"))]
     facts = repr([version("llvmlite"), _processor(), *words, *sources])
     digest = hashlib.sha256(facts.encode()).hexdigest()

@@ -1,10 +1,11 @@
 """Writes machine code for this processor, an object file that defines one function.
 
-    python _compiler FILE plastic n S ALPHA LINEAR
-    python _compiler FILE backward n S ALPHA LINEAR
-    python _compiler FILE dense SQUASH PARTS WIDTH .. WIDTH ..
+    python _compiler FILE plastic ROW n S ALPHA LINEAR
+    python _compiler FILE backward ROW n S ALPHA LINEAR
+    python _compiler FILE dense ROW SQUASH PARTS WIDTH .. WIDTH ..
 
-The widths are those of the parts of the input, then those of the layers.
+ROW: rows of matrices are padded to a multiple of so many columns. The widths are those of the parts
+of the input, then those of the layers.
 
 A program of its own beside the package: who runs what it writes needs no compiler in memory.
 """
@@ -24,7 +25,7 @@ from writer import I64, PTR
 NAME = "esmeta_kernel"
 
 
-def machine_code(kind: str, numbers: list[int], processor: str = "") -> bytes:
+def machine_code(kind: str, row: int, numbers: list[int], processor: str = "") -> bytes:
     """An object file for this machine that defines ``NAME(table, low, high)``.
 
     ``processor`` is LLVM's name of another one than this machine's own, without wide vectors.
@@ -36,7 +37,7 @@ def machine_code(kind: str, numbers: list[int], processor: str = "") -> bytes:
         own = llvm.get_host_cpu_features()
         wide = own.get("avx512f", False)
         features = own.flatten() + (",-prefer-256-bit" if wide else "")
-    on = Machine(16, 32) if wide else Machine(8, 16)
+    on = Machine(16, 32, row) if wide else Machine(8, 16, row)
     module = ir.Module()
     function = ir.Function(module, ir.FunctionType(ir.VoidType(), [PTR, I64, I64]), NAME)
     function.attributes.add("nounwind")
@@ -60,6 +61,6 @@ def machine_code(kind: str, numbers: list[int], processor: str = "") -> bytes:
 
 
 if __name__ == "__main__":
-    path, kind, *numbers = sys.argv[1:]
+    path, kind, row, *numbers = sys.argv[1:]
     with open(path, "wb") as file:
-        file.write(machine_code(kind, [int(number) for number in numbers]))
+        file.write(machine_code(kind, int(row), [int(number) for number in numbers]))

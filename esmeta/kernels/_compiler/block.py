@@ -7,8 +7,6 @@ from typing import Any, NamedTuple
 
 from writer import Piece, Writer, pieces, tiles
 
-LANES = 8
-"""Rows of matrices are padded to a multiple of this many columns."""
 TOGETHER = 4
 """Rows (trials) that are run together."""
 # A matrix is fetched this far ahead if the first cache cannot hold it.
@@ -16,10 +14,18 @@ _AHEAD = 512
 
 
 class Machine(NamedTuple):
-    """Vector registers of a processor: float32 ``lanes`` of each, and how many there are."""
+    """Vector registers of a processor: float32 ``lanes`` of each, and how many there are.
+
+    ``row``: the caller pads rows of matrices to a multiple of so many columns.
+    """
 
     lanes: int
     registers: int
+    row: int
+
+    def padded(self, columns: int) -> int:
+        """The columns that a row takes in memory."""
+        return -(-columns // self.row) * self.row
 
 
 class Shape(NamedTuple):
@@ -31,11 +37,6 @@ class Shape(NamedTuple):
     @property
     def size(self) -> int:
         return self.rows * self.columns
-
-
-def padded(columns: int) -> int:
-    """The columns that a row takes in memory."""
-    return -(-columns // LANES) * LANES
 
 
 def product(

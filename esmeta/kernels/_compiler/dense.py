@@ -8,7 +8,7 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Any
 
-from block import TOGETHER, Machine, Shape, padded, product, tanh
+from block import TOGETHER, Machine, Shape, product, tanh
 from llvmlite import ir
 from writer import F32, Writer
 
@@ -37,7 +37,7 @@ class Dense:
         inputs = [f"x{k}" for k in range(len(parts))]
         names = [*inputs, "y", "constants", *each]
         self.of = self.w.table(table, names, ["population", "batch", "keep"])
-        wide = max(padded(size) for size in self.sizes)
+        wide = max(on.padded(size) for size in self.sizes)
         self.scratch = [self.w.room(F32, TOGETHER * wide) for _ in range(2)]
 
     def run(self) -> None:
@@ -55,12 +55,12 @@ class Dense:
             for layer, (before, after) in enumerate(pairwise(self.sizes)):
                 last = layer == self.layers[-1]
                 out = self.scratch[layer % 2]
-                self._layer(layer, p, rows, Shape(before, padded(after)), out)
+                self._layer(layer, p, rows, Shape(before, self.on.padded(after)), out)
                 if not last or self.squash:
-                    with w.loop(0, TOGETHER * padded(after) // 16) as k:
+                    with w.loop(0, TOGETHER * self.on.padded(after) // 16) as k:
                         i = w.mul(k, 16)
                         w.store(tanh(w, of["constants"], w.load(out, i, 16)), out, i)
-                rows = [w.at(out, t * padded(after)) for t in range(TOGETHER)]
+                rows = [w.at(out, t * self.on.padded(after)) for t in range(TOGETHER)]
                 if not last:
                     with w.b.if_then(keep):
                         self._hand_out(out, after, of[f"hidden{layer}"], place, there)
@@ -96,5 +96,5 @@ class Dense:
     def _hand_out(self, rows: Any, width: int, target: Any, place: Any, there: Any) -> None:
         w = self.w
         with w.loop(0, there) as t:
-            source = w.at(rows, w.mul(t, padded(width)))
+            source = w.at(rows, w.mul(t, self.on.padded(width)))
             w.copy(width, source, w.at(target, w.mul(w.add(place, t), width)))

@@ -8,12 +8,12 @@ its code runs wherever it is put.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from block import TOGETHER, Machine, Shape, padded, product, sums, tanh
+from block import TOGETHER, Machine, Shape, product, sums, tanh
 from llvmlite import ir
-from writer import F32, I8, PTR, Writer, pieces, tiles
+from writer import F32, I8, PTR, Piece, Writer, pieces, tiles
 
 POINTERS = "first x start mask alpha kappa composite write y last reads kept constants".split()
 SIZES = ("steps", "population", "batch", "starts", "keep", "every")
@@ -22,7 +22,6 @@ SIZES = ("steps", "population", "batch", "starts", "keep", "every")
 ``starts`` is the second axis of ``start`` (0: no resets); ``keep`` 1 stores what a gradient needs;
 shapes as in ``_cpu.run``, whose ``_CONSTANTS`` are the ``constants``.
 """
-_ROWS = 4  # rows that are written together
 _FAR = 4096  # a matrix of more numbers is fetched early: the first cache cannot hold it
 
 
@@ -43,7 +42,7 @@ class Forward:
         on: Machine,
     ) -> None:
         self.w = Writer(function)
-        self.n, self.m, self.depth = neurons, padded(neurons), depth
+        self.n, self.m, self.depth = neurons, on.padded(neurons), depth
         self.alpha, self.linear, self.on = alpha, linear, on
         self.columns = pieces(self.m, on.lanes)
         self.shape = Shape(self.n, self.m)
@@ -109,20 +108,25 @@ class Forward:
         kappa = w.at(of["kappa"], w.mul(p, depth * (depth + 1)))
         composite = w.at(of["composite"], w.mul(p, (depth + 1) ** 2))
         alpha = w.at(of["alpha"], w.mul(p, self.shape.size)) if self.alpha else None
+        final = w.at(composite, depth * (depth + 1))
         for s in range(1, depth + 1):
-            self._round(
-                s, p, [self._matrix(now, trial) for trial in trials], kappa, composite, alpha
-            )
+            rows = w.at(composite, (s - 1) * (depth + 1))
+            self._prepare(s, p)
+            if s < depth:
+                self._read(s, [self._matrix(now, trial) for trial in trials], rows)
+            else:
+                with w.loop(0, there) as t:
+                    trial = w.add(trials[0], t)
+                    old, new = self._matrix(now, trial), self._matrix(of["last"], trial)
+                    self._read_and_write(w.mul(t, self.m), rows, final, alpha, old, new)
+            self._finish(s, rows, kappa, alpha)
             with w.b.if_then(keep), w.loop(0, there) as t:
                 place = w.add(w.mul(w.add(w.mul(step, depth), s - 1), total), trials[0], t)
                 source = w.at(self.z, w.mul(t, self.m))
                 w.copy(self.n, source, w.at(of["reads"], w.mul(place, self.n)))
         with w.loop(0, there) as t:
-            trial, offset = w.add(trials[0], t), w.mul(t, self.m)
-            target = w.at(of["y"], w.mul(w.add(row, trial), self.n))
-            w.copy(self.n, w.at(self.post(depth), offset), target)
-            old, new = self._matrix(now, trial), self._matrix(of["last"], trial)
-            self._write(offset, w.at(composite, depth * (depth + 1)), alpha, old, new)
+            target = w.at(of["y"], w.mul(w.add(row, trials[0], t), self.n))
+            w.copy(self.n, w.at(self.post(depth), w.mul(t, self.m)), target)
 
     def _source(self) -> Any:
         return self.w.b.load(self.now, typ=PTR)
@@ -153,18 +157,18 @@ class Forward:
                 self._copy(source, self._matrix(of["last"], trial))
             w.b.store(of["last"], self.now)
 
-    def _round(
-        self, s: int, p: Any, now: list[Any], kappa: Any, composite: Any, alpha: Any
-    ) -> None:
-        """From V_{s-1} to V_s for all trials of a block."""
-        w, depth = self.w, self.depth
+    def _prepare(self, s: int, p: Any) -> None:
+        """U of V_{s-1} for all trials of a block."""
+        w = self.w
         if self.linear:
             matrix = w.at(self.of["write"], w.mul(p, self.shape.size))
             self._product(
                 self.post(s - 1), matrix, lambda at, total: w.store(total, self.pre(s - 1), at)
             )
-        row = w.at(composite, (s - 1) * (depth + 1))  # b_{s-1}, c_{s-1,0}, ..
-        self._read(self.post(s - 1), now, row if s > 1 else None)
+
+    def _finish(self, s: int, row: Any, kappa: Any, alpha: Any) -> None:
+        """From z = b_{s-1} W V_{s-1} to V_s for all trials of a block."""
+        w, depth = self.w, self.depth
         if s > 1:
             with w.loop(0, s - 1) as before:
                 correct = self._correct if self.alpha else self._correct_alike
@@ -179,9 +183,9 @@ class Forward:
                 total = w.fma(w.copies(row, before, 16), w.load(self.post(before), i, 16), total)
             w.store(total, self.post(s), i)
 
-    def _read(self, rows: Any, matrices: list[Any], scale: Any) -> None:
-        """``z[t] = scale rows[t] @ matrices[t]``."""
-        w, most = self.w, (self.on.registers - 8) // 2
+    def _read(self, s: int, matrices: list[Any], row: Any) -> None:
+        """``z[t] = b_{s-1} V_{s-1}[t] @ matrices[t]``."""
+        w, most, rows = self.w, (self.on.registers - 8) // 2, self.post(s - 1)
         for tile in tiles(self.columns, most):
             together = max(k for k in (1, 2, 4) if k == 1 or k * len(tile) <= most)
             for low in range(0, TOGETHER, together):
@@ -191,11 +195,14 @@ class Forward:
                 far = together == 1 and self.shape.size > _FAR
                 totals = sums(w, own, own_matrices, self.shape, tile, far)
                 for t, values in zip(trials, totals, strict=True):
-                    for (offset, width), value in zip(tile, values, strict=True):
-                        scaled = (
-                            value if scale is None else w.b.fmul(w.copies(scale, 0, width), value)
-                        )
-                        w.store(scaled, self.z, t * self.m + offset)
+                    self._heard(t * self.m, tile, values, row if s > 1 else None)
+
+    def _heard(self, offset: Any, tile: Any, values: list[Any], scale: Any) -> None:
+        """Keep the sums of a tile as z, times b_{s-1} where it is not 1."""
+        w = self.w
+        for (at, width), value in zip(tile, values, strict=True):
+            scaled = value if scale is None else w.b.fmul(w.copies(scale, 0, width), value)
+            w.store(scaled, self.z, w.add(offset, at))
 
     def _product(self, rows: Any, matrix: Any, take: Callable[[int, Any], None]) -> None:
         """Hand ``take`` the place in ``[4, m]`` and value of all vectors of ``rows @ matrix``."""
@@ -243,34 +250,69 @@ class Forward:
                 )
                 w.store(value, z, offset)
 
-    def _write(self, offset: Any, row: Any, alpha: Any, old: Any, new: Any) -> None:
-        """``new = b_S old + alpha * sum_l U_l (c_l V_l)^T``; ``new`` may be ``old``."""
+    def _read_and_write(
+        self, offset: Any, row: Any, final: Any, alpha: Any, old: Any, new: Any
+    ) -> None:
+        """The last read of a trial, and what it writes: ``old`` is fetched once for both.
+
+        ``z = b_{S-1} V_{S-1} @ old``, ``new = b_S old + alpha * sum_l U_l (c_l V_l)^T``; ``new``
+        may be ``old``.
+        """
         w, rounds = self.w, range(self.depth)
         for at, width in self.columns:
             for s in rounds:
                 value = w.load(w.at(self.post(s), offset), at, width)
-                gain = w.b.fmul(w.copies(row, 1 + s, width), value)
+                gain = w.b.fmul(w.copies(final, 1 + s, width), value)
                 w.store(gain, self.gains, s * self.m + at)
+        held = 2 * self.depth + 3
+        least = (self.on.registers - 6) // 2
+        most = max(least if self.on.registers < 32 else 1, (self.on.registers - held - 4) // 2)
+        for tile in tiles(self.columns, most):
+            count = len(tile)
 
-        def rows(first: Any, count: int) -> list[Any]:
-            lines = [w.add(first, k) for k in range(count)]
-            for at, width in self.columns:
-                fade = w.copies(row, 0, width)
-                gains = [w.load(self.gains, s * self.m + at, width) for s in rounds]
-                for i in lines:
-                    place = w.add(w.mul(i, self.m), at)
-                    factors = [w.copies(w.at(self.pre(s), offset), i, width) for s in rounds]
-                    written = w.b.fmul(factors[0], gains[0])
-                    for factor, gain in zip(factors[1:], gains[1:], strict=True):
-                        written = w.fma(factor, gain, written)
-                    value = w.b.fmul(fade, w.load(old, place, width))
-                    if self.alpha:
-                        value = w.fma(w.load(alpha, place, width), written, value)
-                    else:
-                        value = w.b.fadd(written, value)
-                    w.store(value, new, place)
-            return []
+            def body(first: Any, sums: list[Any], tile: Any = tile) -> list[Any]:
+                lines = [w.add(first, k) for k in range(len(sums) // len(tile))]
+                return self._rows(lines, tile, sums, offset, final, alpha, old, new)
 
-        w.fold(self.n // _ROWS, [], lambda k, _: rows(w.mul(k, _ROWS), _ROWS), 1)
-        for i in range(self.n // _ROWS * _ROWS, self.n):
-            rows(i, 1)
+            def two_rows(pair: Any, sums: list[Any]) -> list[Any]:
+                return body(w.mul(pair, 2), sums)  # noqa: B023
+
+            zeros = [w.zero(width) for _, width in tile]
+            totals = w.fold(self.n // 2, zeros * 2, two_rows, 1)
+            even, odd = totals[:count], totals[count:]
+            if self.n % 2:
+                even = body(self.n - 1, even)
+            values = [w.b.fadd(a, b) for a, b in zip(even, odd, strict=True)]
+            self._heard(offset, tile, values, row if self.depth > 1 else None)
+
+    def _rows(
+        self, lines: list[Any], tile: Sequence[Piece], sums: list[Any], offset: Any, final: Any,
+        alpha: Any, old: Any, new: Any,
+    ) -> list[Any]:  # fmt: skip
+        """Some rows of a tile: the sums with them added; the rows are written anew."""
+        w, rounds, count = self.w, range(self.depth), len(tile)
+        wide = max(width for _, width in tile)
+        last = w.at(self.post(self.depth - 1), offset)
+        # Loaded before the first store, behind which LLVM would have to load them again.
+        told = [w.copies(last, i, wide) for i in lines]
+        factors = [[w.copies(w.at(self.pre(s), offset), i, wide) for s in rounds] for i in lines]
+        fade, sums = w.copies(final, 0, wide), list(sums)
+        for k, (at, width) in enumerate(tile):
+            gains = [w.load(self.gains, s * self.m + at, width) for s in rounds]
+            values = []
+            for odd, i in enumerate(lines):
+                row = w.load(old, w.add(w.mul(i, self.m), at), width)
+                here = odd * count + k
+                sums[here] = w.fma(w.low(told[odd], width), row, sums[here])
+                written = w.b.fmul(w.low(factors[odd][0], width), gains[0])
+                for factor, gain in zip(factors[odd][1:], gains[1:], strict=True):
+                    written = w.fma(w.low(factor, width), gain, written)
+                value = w.b.fmul(w.low(fade, width), row)
+                if self.alpha:
+                    own = w.load(alpha, w.add(w.mul(i, self.m), at), width)
+                    values.append(w.fma(own, written, value))
+                else:
+                    values.append(w.b.fadd(written, value))
+            for i, value in zip(lines, values, strict=True):
+                w.store(value, new, w.add(w.mul(i, self.m), at))
+        return sums

@@ -75,6 +75,10 @@ class Writer:
         zeros = ir.Constant(ir.VectorType(_I32, width), None)
         return self.b.shuffle_vector(one, ir.Constant(kind, ir.Undefined), zeros)
 
+    def low(self, vector: Any, width: int) -> Any:
+        """The first ``width`` numbers of a vector."""
+        return vector if vector.type.count == width else self.part(vector, 0, width)
+
     def part(self, vector: Any, low: int, width: int) -> Any:
         """``width`` numbers of a vector from ``low`` on."""
         mask = [ir.Constant(_I32, low + k) for k in range(width)]
