@@ -17,7 +17,7 @@ from esmeta.errors import UserError, non_negative_int
 
 if TYPE_CHECKING:
     from esmeta.analysis.groups import Group, RunData
-    from esmeta.objectives.metagenrl import MetaGenRLObjective
+    from esmeta.objectives._metagenrl import MetaGenRLObjective
     from esmeta.types import Params
 
 

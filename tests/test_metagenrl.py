@@ -253,10 +253,15 @@ def parts_of(k: int) -> tuple[list[Batch], Batch]:
     return batches, drawn
 
 
-@pytest.mark.parametrize(("k", "reduction"), [(1, "sum"), (1, "mean"), (2, "sum")])
-def test_the_meta_gradient_equals_finite_differences(k: int, reduction: Any) -> None:
+@pytest.mark.parametrize(
+    ("k", "reduction", "clip", "saturation"),
+    [(1, "sum", 0, 0), (1, "mean", 0, 0), (2, "sum", 0, 0), (1, "sum", 0.5, 0.3)],
+)
+def test_the_meta_gradient_equals_finite_differences(
+    k: int, reduction: Any, clip: float, saturation: float
+) -> None:
     agent, params = an_agent()
-    network, alpha = alphas()
+    network, alpha = alphas(saturation=saturation)
     batches, where = parts_of(k)
 
     prepared: list[Params] = []
@@ -272,8 +277,9 @@ def test_the_meta_gradient_equals_finite_differences(k: int, reduction: Any) -> 
 
     def value(alpha: Params) -> Tensor:
         return value_after(
-            agent, params, Held(network, alpha), batches, where, rate=0.01, reduction=reduction
-        )
+            agent, params, Held(network, alpha), batches, where, rate=0.01, reduction=reduction,
+            clip=clip,
+        )  # fmt: skip
 
     leaves = {name: leaf.clone().requires_grad_() for name, leaf in alpha.items()}
     found = torch.autograd.grad(value(leaves).sum(), list(leaves.values()))
@@ -319,6 +325,51 @@ def test_one_inner_step_is_plain_descent_on_the_sum() -> None:
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
     still = value_after(agent, params, loss, batches, where, rate=0.0, reduction="sum")
     assert not torch.allclose(found, still)
+
+
+def test_a_limit_cuts_inner_steps_that_are_longer() -> None:
+    agent, params = an_agent()
+    network, alpha = alphas()
+    batches, where = parts_of(1)
+
+    def after(rate: float, clip: float) -> Tensor:
+        return value_after(
+            agent, params, network.loss(alpha), batches, where, rate=rate, reduction="sum",
+            clip=clip,
+        )  # fmt: skip
+
+    torch.testing.assert_close(after(0.05, 1e6), after(0.05, 0.0), rtol=0, atol=0)
+    # Cut to a norm far below its own, only rate * clip counts.
+    torch.testing.assert_close(after(1.0, 1e-3), after(1e-2, 1e-1), rtol=1e-4, atol=1e-9)
+    assert not torch.allclose(after(1.0, 1e-3), after(1.0, 2e-3), rtol=1e-6, atol=0)
+
+
+def test_saturated_policies_are_pulled_back() -> None:
+    agent, params = an_agent()
+    batch = a_batch()
+    rows, weight = all_rows(batch), batch.inside.flatten(1).double()
+    network, alpha = alphas()
+    pulling, _ = alphas(saturation=0.7)
+    far = {k: v * (40.0 if k.startswith("policy.2") else 1.0) for k, v in params.items()}
+    obs = batch.steps.obs.flatten(1, 2)
+    action = agent.policy(far, obs).mean
+    assert action is not None
+    limit = agent.spec.action.high
+    raw = torch.atanh((action / limit).clamp(-1 + 1e-12, 1 - 1e-12))
+    inside = raw.abs() < 8  # where tanh can be undone
+    assert bool((raw.abs() > 1).any()) and bool(inside.any())
+    excess = agent.saturation(far, obs)
+    expected = (raw.abs() - 1).clamp_min(0).square()
+    torch.testing.assert_close(
+        excess[inside.all(-1)], expected.sum(-1)[inside.all(-1)], rtol=1e-6, atol=1e-9
+    )
+    prepared = network.loss(alpha).prepare(agent, far, batch)
+    without, with_it = (
+        net.loss(alpha, share)(agent, far, batch, prepared, rows)
+        for net, share in ((network, 0.4), (pulling, 0.4))
+    )
+    mean = (excess * weight).sum(1) / weight.sum(1)
+    torch.testing.assert_close(with_it - without, 0.7 * mean, rtol=1e-9, atol=1e-9)
 
 
 def test_values_carry_no_gradient_and_critics_are_frozen() -> None:

@@ -15,8 +15,9 @@ from esmeta import train
 from esmeta.analysis import objectives
 from esmeta.comm import SelfComm
 from esmeta.errors import UserError
-from esmeta.objectives.metagenrl import MetaGenRLObjective
+from esmeta.objectives._metagenrl import MetaGenRLObjective
 from esmeta.record import load_theta
+from esmeta.rng import Rng
 from esmeta.tree import ravel
 
 SMALL = (
@@ -43,7 +44,7 @@ SMALL = (
     "run.metrics_every=1",
     "run.tensorboard=false",
 )
-TWO = "objective.more_tasks=[{name='double_integrator', horizon=32, episode_steps=16}]"
+TWO = "objective.more_tasks=[{name='double_integrator', horizon=32, episode_steps=16, mass=[1.0, 2.0]}]"
 
 
 def parts(*more: str) -> train.Parts:
@@ -109,6 +110,29 @@ def test_agents_are_replaced_after_a_lifetime() -> None:
     assert numbers == [[0, 1, 2]] * 8 + [[3, 4, 5]] * 5
     assert taken == [16, 0, 0, 0, 8, 0, 0, 0, 16, 0, 0, 0, 8]
     assert state.agents[0].agents.state.updates.tolist() == [10] * 3
+
+
+def test_policies_begin_anew_beside_critics_that_stay() -> None:
+    built = parts("objective.policy_lifetime=16")
+    state, ages = built.state, []
+    for _ in range(13):
+        state, _ = built.optimizer.step(state, built.objective, SelfComm(), built.rng)
+        now = state.agents[0].agents.state
+        ages.append(int(now.adam.updates["policy.0.weight"][0]))
+    # After 16 and 32 steps, when the rounds for them are done.
+    assert ages == [1, 2, 3, 4, 1, 2, 3, 4, 5, 6, 7, 8, 1]
+    assert now.index.tolist() == [0, 1, 2] and now.adam.updates["q1.0.weight"].tolist() == [26] * 3
+    learner = built.objective.trainings[0].learner
+    fresh = learner.with_fresh_policies(now, Rng(3))
+    drawn = learner.agent.init(Rng(3), now.index)
+    assert fresh.replay is now.replay and torch.equal(fresh.updates, now.updates)
+    for name in now.params:
+        policy = name.startswith("policy.")
+        new, target = (drawn, drawn) if policy else (now.params, now.target)
+        assert torch.equal(fresh.params[name], new[name])
+        assert torch.equal(fresh.target[name], target[name])
+        assert bool(fresh.adam.second[name].any()) != policy
+    assert not torch.equal(fresh.params["policy.0.weight"], now.params["policy.0.weight"])
 
 
 def test_annealing_is_over_when_it_should_be_and_never_in_meta_test(
@@ -242,6 +266,9 @@ WRONG = [
     (["task.name=maze"], ["4 discrete actions", "continuous"]),
     (["objective.steps=8"], ["objective.steps = 8", "no agent", "update_after = 16"]),
     (["objective.lifetime=10"], ["objective.lifetime = 10", "16 steps", "lifetime = 64"]),
+    (["objective.policy_lifetime=20"], ["policy_lifetime = 20", "period = 8", "lifetime = 16"]),
+    (["objective.inner_clip=-1"], ["inner_clip = -1.0", ">= 0"]),
+    (["objective.saturation=-1"], ["saturation = -1.0", ">= 0"]),
     (["objective.agents=0"], ["objective.agents = 0", ">= 1"]),
     (["objective.period=9"], ["objective.period = 9", "delay = 2", "period = 50"]),
     (["objective.period=24"], ["period = 24", "task.horizon = 64", "task.horizon = 72"]),

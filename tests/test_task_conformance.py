@@ -196,6 +196,7 @@ def test_names_are_the_modules_of_the_folder() -> None:
         ("bandit", {"arms": 1}, ["arms is 1", "2 to 100", "arms=2"]),
         ("displacement", {"train": "up"}, ["'up'", "right, left, horizontal", "train='right'"]),
         ("pendulum", {"gravity": (13.0, 7.0)}, ["(13.0, 7.0)", "lowest", "gravity=(7.0, 13.0)"]),
+        ("pendulum", {"repeat": 0}, ["repeat", "0"]),
         ("pendulum", {"length": (0.0, 1.0)}, ["(0.0, 1.0)", "above 0", "length=(0.7, 1.3)"]),
         ("displacement", {"width": 360.0}, ["360.0", "between 0 and 360", "width=180.0"]),
         ("displacement", {"reward_scale": 0.0}, ["0.0", "above 0", "reward_scale=10.0"]),

@@ -38,6 +38,23 @@ def test_pendulum_equals_gymnasiums() -> None:
         assert bool(step.truncated[0, trial]) and not truncated
 
 
+def test_an_action_of_a_pendulum_may_last() -> None:
+    once, often = make_task("pendulum"), make_task("pendulum", repeat=4, episode_steps=50)
+    tasks = once.sample(5, "train", Rng(0))
+    envs = [task.make_env("cpu") for task in (once, often)]
+    (single, _), (state, _) = (env.reset(tasks, Rng(1)) for env in envs)
+    for torque in torch.linspace(-2.5, 2.5, 6):
+        action = torque.expand(1, 5, 1)
+        total = torch.zeros(1, 5)
+        for _ in range(4):
+            single, step = envs[0].step(single, action)
+            total += step.reward
+        state, lasting = envs[1].step(state, action)
+        torch.testing.assert_close(lasting.obs, step.obs, rtol=0, atol=0)
+        torch.testing.assert_close(lasting.reward, total, rtol=1e-6, atol=0)
+    assert often.reference.random == pytest.approx(4 * once.reference.random)
+
+
 def test_pendulum_gravity_length_and_episodes() -> None:
     task = make_task("pendulum", gravity=(7.0, 13.0), length=(0.7, 1.3), horizon=7, episode_steps=3)
     tasks = task.sample(500, "train", Rng(0))

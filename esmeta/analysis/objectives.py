@@ -18,7 +18,7 @@ from esmeta.types import Params, Task
 
 if TYPE_CHECKING:
     from esmeta.learners._training import Agents
-    from esmeta.objectives.metagenrl import MetaGenRLObjective
+    from esmeta.objectives._metagenrl import MetaGenRLObjective
 
 AGENTS = 8
 """Agents that a curve is the mean of."""

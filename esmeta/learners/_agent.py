@@ -158,6 +158,11 @@ class Agent:
         std = torch.exp(params["log_std"]).clamp_min(_STD_FLOOR).unsqueeze(1)
         return PolicyOut(None, raw, std, None)
 
+    def saturation(self, params: Params, obs: Tensor) -> Tensor:
+        """Squared excess over 1 of what enters the tanh, summed over actions: ``[P, M]``."""
+        raw = self.network(params, "policy", obs)
+        return (raw.abs() - 1.0).relu().square().sum(dim=-1)
+
     def policy_statistics(self, params: Params, obs: Tensor) -> Tensor:
         """Mean and log-std (or probabilities) at ``obs [P, M, S]``: ``[P, M, statistics]``."""
         out = self.policy(params, obs)

@@ -173,6 +173,17 @@ class ReplayLearner:
             params, dict(params), Adam.zeros(params), replay, index, torch.zeros_like(index)
         )
 
+    def with_fresh_policies(self, state: OffPolicy, rng: Rng) -> OffPolicy:
+        """The agents with policies drawn at ``rng``; critics and replays stay."""
+        drawn = self.agent.init(rng, state.index)
+        fresh = {name: leaf for name, leaf in drawn.items() if name.startswith("policy.")}
+        parts = zip(state.adam, Adam.zeros(fresh), strict=True)
+        return state._replace(
+            params=state.params | fresh,
+            target=state.target | fresh,
+            adam=Adam(*(old | new for old, new in parts)),
+        )
+
     def acting(self, state: OffPolicy) -> Params:
         """The policies."""
         return {k: v for k, v in state.params.items() if k.startswith("policy.")}

@@ -27,4 +27,6 @@ def further_task(options: dict[str, Any]) -> Task:
             f"objective.more_tasks: {options!r} has no name; write for example "
             'more_tasks = [{name = "pendulum", horizon = 200}]'
         )
-    return make_task(name, **table)
+    # A list in a file is a tuple in Python.
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in table.items()}
+    return make_task(name, **values)

@@ -20,6 +20,7 @@ from esmeta import errors
 from esmeta.learners._agent import CRITICS, Agent, Head, glorot
 from esmeta.learners._loss import Batch, pick
 from esmeta.learners._off_policy_losses import flat, state_values
+from esmeta.learners._state import clip_norm
 from esmeta.policy import _heads as heads
 from esmeta.rng import Rng
 from esmeta.types import Continuous, Params
@@ -41,12 +42,14 @@ class ObjectiveNetwork:
             place in the episode / the longest episode (``episode``, the paper's), 0 (``none``).
         values: V_t and V_{t+1} (``both``), V_t (``now``) or neither (``none``).
         bound: eta of ``eta tanh(l / eta)``.
+        saturation: factor on the mean squared excess over 1 of what enters a policy's tanh.
     """
 
     length: int = 20
     time: Time = "snippet"
     values: Values = "both"
     bound: float = 1000.0
+    saturation: float = 0.0
 
     def __post_init__(self) -> None:
         errors.positive_int("snippet", self.length, example=20)
@@ -98,7 +101,8 @@ class LearnedObjective:
     """A :class:`esmeta.learners._loss.Loss`: ``share * L_alpha - (1 - share) * Q_1(s, pi(s))``.
 
     What it is told of an agent besides ``pi(s)`` carries no gradient; else it could learn to be
-    DDPG and nothing more. ``share`` is 1 but for the first steps of meta-training.
+    DDPG and nothing more. ``share`` is 1 but for the first steps of meta-training. The penalty on
+    saturated policies, where the network has one, is added to both.
     """
 
     network: ObjectiveNetwork
@@ -170,6 +174,9 @@ class LearnedObjective:
         if self.share < 1:
             worth = agent.critic(params, CRITICS[0], flat(obs), mean)
             total = total - (1.0 - self.share) * (worth * weight).sum(dim=1)
+        if self.network.saturation > 0:
+            excess = agent.saturation(params, flat(obs))
+            total = total + self.network.saturation * (excess * weight).sum(dim=1)
         return total
 
     def steps(
@@ -255,10 +262,12 @@ def value_after(
     *,
     rate: float,
     reduction: Literal["sum", "mean"],
+    clip: float = 0.0,
 ) -> Tensor:
     """Mean ``Q_1(s, pi_phi'(s))`` ``[P]`` over the steps of ``where``, after learning (eqs. 6, 8).
 
-    ``phi' = phi - rate * grad L_alpha`` once per entry of ``batches``, each ``[P, n, L, ...]``.
+    ``phi' = phi - rate * grad L_alpha`` once per entry of ``batches``, each ``[P, n, L, ...]``; a
+    gradient that is longer than ``clip`` is cut to that norm (0: never).
     Differentiable in alpha, through Q_1's action alone: the critics and phi are constants.
     """
     frozen = {k: v.detach() for k, v in params.items()}
@@ -271,7 +280,8 @@ def value_after(
             told = loss(agent, {**frozen, **phi}, batch, prepared, rows)
             total = (told * inner_scale(batch, reduction)).sum()
             found = torch.autograd.grad(total, list(phi.values()), create_graph=True)
-            phi = {k: v - rate * g for (k, v), g in zip(phi.items(), found, strict=True)}
+            found = clip_norm(dict(zip(phi, found, strict=True)), clip)
+            phi = {k: v - rate * found[k] for k, v in phi.items()}
         obs, weight = flat(where.steps.obs), flat(where.inside.to(where.steps.obs.dtype))
         action = heads.mode(agent.policy({**frozen, **phi}, obs))
         worth = agent.critic(frozen, CRITICS[0], obs, action)
