@@ -44,7 +44,10 @@ SMALL = (
     "run.metrics_every=1",
     "run.tensorboard=false",
 )
-TWO = "objective.more_tasks=[{name='double_integrator', horizon=32, episode_steps=16, mass=[1.0, 2.0]}]"
+TWO = (
+    "objective.more_tasks=[{name='double_integrator', horizon=32, episode_steps=16, "
+    "mass=[1.0, 2.0]}]"
+)
 
 
 def parts(*more: str) -> train.Parts:
