@@ -161,7 +161,8 @@ class MujocoEnv:
         if definition.current:
             worlds.derive((~(bad | over)).flatten())
         now = worlds.snapshot(shape)
-        velocity = (definition.place(now) - state.place) / self.seconds
+        place = definition.place(now).clone()
+        velocity = (place - state.place) / self.seconds
         reward = definition.reward(now, velocity, applied.to(self._physics), data)
         time = state.time + (1 if going is None else going)
         terminated = bad if definition.healthy is None else (bad | ~definition.healthy(now)) & ~over
@@ -174,13 +175,14 @@ class MujocoEnv:
             time=time,
             paid=state.paid + inside * reward.unsqueeze(-1),
             spent=state.spent + inside,
-            unstable=state.unstable | bad,
+            unstable=state.unstable if lost is None else state.unstable | bad,
         )
         if definition.success is not None:
             reached = definition.success(now, data) & ~(over | bad)
             later = later._replace(success=state.success | reached)
         later, again = self._ended(later, worlds, terminated | truncated, bad)
-        place = definition.place(now).clone()
+        if again is not None:
+            place = definition.place(now).clone()
         obs = definition.observe(now)
         if going is not None or lost is not None:
             obs = obs.masked_fill((over | bad).unsqueeze(-1), 0.0)
@@ -239,7 +241,7 @@ class MujocoEnv:
     def _at(self, shape: torch.Size, changes: Data) -> Worlds:
         """So many worlds, with these changes to their models."""
         # A simulator keeps the values of what was changed once.
-        key = (shape.numel(), *(name in changes for name in _CHANGES))
+        key = (shape.numel(), *changes)
         worlds = self._worlds.pop(key, None) or self._make(shape.numel(), tuple(changes))
         self._worlds[key] = worlds  # the youngest comes last
         if len(self._worlds) > _KEPT_SIZES:
