@@ -19,8 +19,17 @@ from esmeta.rng import Rng
 from esmeta.tasks import check_int, check_split, task_numbers
 from esmeta.types import Continuous, Reference, Spec, Tasks, TimeStep
 
-Part = Literal["right", "left", "horizontal", "vertical", "all"]
-PARTS: tuple[Part, ...] = ("right", "left", "horizontal", "vertical", "all")
+Part = Literal["right", "left", "horizontal", "vertical", "axes", "diagonals", "all"]
+# Whether ``width`` is of this part or of the rest; equal sectors, and the middle of the first one.
+_SECTORS: dict[Part, tuple[bool, int, float]] = {
+    "right": (True, 1, 0.0),
+    "left": (False, 1, 180.0),
+    "horizontal": (True, 2, 0.0),
+    "vertical": (False, 2, 90.0),
+    "axes": (True, 4, 0.0),
+    "diagonals": (False, 4, 45.0),
+}
+PARTS: tuple[Part, ...] = (*_SECTORS, "all")
 STEP = 0.1
 """Length of the longest displacement."""
 
@@ -50,9 +59,11 @@ class Task:
         episode_steps: steps of an episode; a trial is cut into episodes of that length.
         train: directions of the training split: ``right`` (``width`` degrees about the x axis),
             ``left`` (the others), ``horizontal`` (half of ``width`` about either end of the x
-            axis), ``vertical`` (the others) or ``all``.
+            axis), ``vertical`` (the others), ``axes`` (a quarter of ``width`` about either end of
+            both axes), ``diagonals`` (the others) or ``all``.
         test: the same of the test split.
-        width: degrees of ``right``, or of both sectors of ``horizontal``; 180: half of all.
+        width: degrees of ``right``, or of all sectors of ``horizontal`` or ``axes``; 180: half of
+            all directions.
         strata: directions of tasks k, k + 1, .. are drawn in turn from so many equal parts of the
             their range; a multiple of it as ``task.trials`` makes all generations alike.
         mirrored: tasks 2k and 2k + 1 have opposite directions, so that nothing but reading rewards
@@ -128,16 +139,11 @@ class Task:
 
     def _angle(self, place: Tensor, part: Part) -> Tensor:
         """Angles (radians) at ``place`` in [0, 1) of the range of a split."""
-        first = part in ("right", "horizontal", "all")
-        degrees = 360.0 if part == "all" else self.width if first else 360.0 - self.width
-        middle = {"left": 180.0, "vertical": 90.0}.get(part, 0.0)
-        if part in ("horizontal", "vertical"):
-            # Two opposite sectors of half the width: the second begins where place is 1/2.
-            second = (place >= 0.5).to(place.dtype)
-            angle = middle + 180.0 * second + (2.0 * place - second - 0.5) * degrees / 2.0
-        else:
-            angle = middle + (place - 0.5) * degrees
-        return angle * (math.pi / 180.0)
+        own, count, middle = _SECTORS.get(part, (True, 1, 0.0))
+        degrees = 360.0 if part == "all" else self.width if own else 360.0 - self.width
+        sector = (count * place).floor()
+        within = (count * place - sector - 0.5) * (degrees / count)
+        return (middle + 360.0 / count * sector + within) * (math.pi / 180.0)
 
     def make_env(self, device: torch.device | str) -> DisplacementEnv:
         """The environment; it follows the device of the tasks."""

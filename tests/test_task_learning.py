@@ -119,6 +119,15 @@ def test_directions_of_the_halves_and_strata() -> None:
         assert low <= float(away.min()) < low + 1 and high - 1 < float(away.max()) <= high
         ahead = u[:, 0] if split == "train" else u[:, 1]
         assert [bool(x > 0) for x in ahead[:16]] == ([True] * 4 + [False] * 4) * 2
+    fourfold = make_task("displacement", train="axes", test="diagonals", width=200.0, strata=4)
+    for split, low, high in (("train", 0.0, 25.0), ("test", 25.0, 45.0)):
+        u = fourfold.sample(4000, split, Rng(3)).data["direction"][0]
+        angle = torch.atan2(u[:, 1], u[:, 0]) * 180.0 / math.pi
+        away = (angle - 90.0 * (angle / 90.0).round()).abs()  # from the nearest end of an axis
+        assert low <= float(away.min()) < low + 1 and high - 1 < float(away.max()) <= high
+        first = 0.0 if split == "train" else 45.0
+        sectors = ((angle - first) / 90.0).round() % 4
+        assert sectors[:8].tolist() == [0, 1, 2, 3] * 2
     twins = make_task("displacement", train="horizontal", test="all", mirrored=True, strata=2)
     for split in ("train", "test"):
         u = twins.sample(400, split, Rng(3)).data["direction"][0]
