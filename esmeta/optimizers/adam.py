@@ -31,20 +31,30 @@ class Optimizer:
     """One Adam step on the mean of the agents' gradients.
 
     Attributes:
-        learning_rate: of Adam.
+        learning_rate: of Adam, at first.
+        learning_rate_final: of Adam after ``schedule_updates``, linear in between.
+        schedule_updates: see there; 0: the learning rate stays.
         max_grad_norm: norm of an agent's gradient at most; 0: no limit.
         adam_eps: Adam's epsilon.
     """
 
     learning_rate: float = 1e-3
+    learning_rate_final: float = 1e-4
+    schedule_updates: int = 0
     max_grad_norm: float = 1.0
     adam_eps: float = 1e-8
     gradient: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         errors.finite_positive("learning_rate", self.learning_rate)
+        errors.finite_positive("learning_rate_final", self.learning_rate_final)
+        errors.non_negative_int("schedule_updates", self.schedule_updates, example=1000)
         errors.non_negative("max_grad_norm", self.max_grad_norm)
         errors.finite_positive("adam_eps", self.adam_eps)
+
+    def _rate(self, update: int) -> float:
+        done = min(1.0, update / self.schedule_updates) if self.schedule_updates else 0.0
+        return self.learning_rate + (self.learning_rate_final - self.learning_rate) * done
 
     def check(self, objective: Any, ranks: int) -> None:
         """Refuse an objective without a differentiable loss."""
@@ -114,7 +124,7 @@ class Optimizer:
                 f"update {state.update}: the gradient of an agent is not finite (its critics or "
                 "the learned loss exploded); lower optimizer.learning_rate or objective.inner_rate"
             )
-        pg.adam(state, mean.to(state.theta.dtype), self.learning_rate, self.adam_eps)
+        pg.adam(state, mean.to(state.theta.dtype), self._rate(state.update), self.adam_eps)
         state.update += 1
         return state, means
 
