@@ -38,6 +38,7 @@ SMALL = (
     "objective.anneal_after=0",
     "objective.anneal=24",
     "objective.test_episodes=2",
+    "objective.policy_lifetime=0",
     "budget.updates=9",
     "run.evaluate_every=0",
     "run.evaluate_trials=2",
@@ -89,6 +90,22 @@ def test_the_meta_step_is_adam_on_the_mean_of_clipped_gradients() -> None:
     assert metrics["env_steps"] == 3 * 16
     again, metrics = built.optimizer.step(state, made, SelfComm(), built.rng)
     assert metrics["env_steps"] == 0 and again.update == 2
+
+
+def test_the_learning_rate_falls_in_a_line() -> None:
+    falling = ("optimizer.learning_rate_final=0.001", "optimizer.schedule_updates=4")
+    built = parts("optimizer.learning_rate=0.01", *falling)
+    rates = [built.optimizer._rate(update) for update in range(7)]
+    assert rates == pytest.approx([0.01, 0.00775, 0.0055, 0.00325, 0.001, 0.001, 0.001])
+    assert parts("optimizer.learning_rate=0.01").optimizer._rate(99) == 0.01
+    # The second step is by the second rate: Adam's own, with both moments known.
+    plain = parts("optimizer.learning_rate=0.01")
+    one, other = after(built, 1), after(plain, 1)
+    first = ravel(built.optimizer.theta(one))[0].clone()
+    torch.testing.assert_close(first, ravel(plain.optimizer.theta(other))[0], rtol=0, atol=0)
+    fast = ravel(plain.optimizer.theta(after(plain, 1, other)))[0] - first
+    slow = ravel(built.optimizer.theta(after(built, 1, one)))[0] - first
+    torch.testing.assert_close(slow, 0.775 * fast, rtol=1e-3, atol=2e-7)
 
 
 def test_agents_live_on_for_as_many_rounds_as_steps() -> None:
@@ -285,6 +302,8 @@ WRONG = [
     (["objective.more_tasks=[{name='pendulun'}]"], ["'pendulun'", "pendulum"]),
     (["optimizer.name=ppo"], ["MetaGenRLObjective", "optimizer.name = 'openes'"]),
     (["policy.name=metods"], ["'metagenrl'", 'policy.name = "none"']),
+    (["optimizer.learning_rate_final=0"], ["optimizer.learning_rate_final = 0.0", "> 0"]),
+    (["optimizer.schedule_updates=-1"], ["optimizer.schedule_updates = -1", ">= 0"]),
     (["optimizer.learning_rate=0"], ["optimizer.learning_rate = 0.0", "> 0"]),
 ]
 
