@@ -14,6 +14,9 @@ starts for 40 steps (resets are not on the clock), and none ends early.
   has the islands, which is what gymnasium and everybody else runs.
 * ``env``: one step of esmeta's environment with observation and reward, for B trials at once.
 * ``env + policy``: with a step of a policy (two hidden layers of 64, actions drawn) before each.
+* ``batch 16``: MuJoCo's own batch of worlds and nothing else, and ``batch 16 + torch`` with a dozen
+  bare torch operations before each step, which is that policy without an environment, a
+  distribution or a reward: more than any policy in torch at 16 trials can reach.
 * ``sync``: gymnasium's ``SyncVectorEnv`` of 16, with its observation and reward.
 * ``half over``: the environment where half of the trials have ended, and its share of the cost.
 * ``threads``: wall time of one thread over that of two, B = 256. Says nothing on a busy machine.
@@ -27,6 +30,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib.util
+import itertools
 import json
 import os
 import sys
@@ -51,7 +55,7 @@ from esmeta.cli import prepare_process  # noqa: E402
 prepare_process()
 
 import esmeta  # noqa: E402
-from esmeta.envs._mujoco_model import build_model, quiet  # noqa: E402
+from esmeta.envs._mujoco_model import build_model, quiet, slice_of  # noqa: E402
 from esmeta.envs.mujoco import MujocoEnv  # noqa: E402
 from esmeta.policy import _heads as heads  # noqa: E402
 from esmeta.rng import Rng  # noqa: E402
@@ -140,6 +144,54 @@ def ours(name: str, batch: int, *, policy: bool = False, over: float = 0.0, **op
     return run, batch * STEPS
 
 
+def bare(name: str, batch: int, *, policy: bool) -> Contender:
+    """MuJoCo's batch of worlds, with or without a policy's bare operations."""
+    from mujoco.batch import Batch
+
+    body = make_task(name).body()
+    model = build_model(body)
+    worlds, data, rng = (
+        Batch(model, batch, nthread=1),
+        mujoco.MjData(model),
+        np.random.default_rng(0),
+    )
+    parts = [slice_of(model, part) for part in (mujoco.mjtState.mjSTATE_QPOS,
+             mujoco.mjtState.mjSTATE_QVEL, mujoco.mjtState.mjSTATE_CTRL)]  # fmt: skip
+    first = np.empty_like(worlds.state)
+    for row in first:
+        mujoco.mj_getState(model, data, row, mujoco.mjtState.mjSTATE_INTEGRATION)
+        row[parts[0]] += rng.uniform(-0.1, 0.1, size=model.nq)
+        row[parts[1]] = rng.normal(size=model.nv) * 0.1
+    rows = torch.from_numpy(worlds.state)
+    seen, control = rows[:, parts[0].start : parts[1].stop], rows[:, parts[2]]
+    acts = torch.rand(STEPS, batch, model.nu) * 2 - 1
+    sizes = [model.nq + model.nv + model.nu + 1, 64, 64, model.nu]
+    layers = [
+        (torch.randn(out) * 0.1, torch.randn(width, out) * 0.1)
+        for width, out in itertools.pairwise(sizes)
+    ]
+    reward = torch.zeros(batch, 1)
+
+    @torch.no_grad()
+    def run() -> list[float]:
+        worlds.state[...] = first
+        action, clock = acts[0], Clock()
+        for t in range(STEPS):
+            if policy:
+                x = torch.cat([seen.float(), action, reward], dim=-1)
+                for bias, weight in layers[:-1]:
+                    x = torch.tanh(torch.addmm(bias, x, weight))
+                action = torch.addmm(*layers[-1][:1], x, layers[-1][1]) + 0.5 * acts[t]
+                control.copy_(action.clamp(-1, 1))
+            else:
+                control.copy_(acts[t])
+            worlds.step(None, nstep=body.frame_skip)
+            clock.tick()
+        return clock.pieces
+
+    return run, batch * STEPS
+
+
 def sync(name: str, batch: int) -> Contender:
     """Gymnasium's vector of environments, begun anew as often."""
     make = [lambda: gymnasium.make(name, disable_env_checker=True).unwrapped] * batch
@@ -187,6 +239,8 @@ def compare(body: str, turns: int, batches: list[int]) -> dict[str, dict[str, fl
     for batch in batches:
         contenders[f"env {batch}"] = ours(name, batch)
         contenders[f"env {batch} rows"] = ours(name, batch, engine="rows")
+    contenders["batch 16"] = bare(name, 16, policy=False)
+    contenders["batch 16 + torch"] = bare(name, 16, policy=True)
     contenders["env 16 + policy"] = ours(name, 16, policy=True)
     contenders["half over"] = ours(name, 64, over=0.5)
     if body == "ant":
