@@ -19,7 +19,8 @@ starts for 40 steps (resets are not on the clock), and none ends early.
   distribution or a reward: more than any policy in torch at 16 trials can reach.
 * ``sync``: gymnasium's ``SyncVectorEnv`` of 16, with its observation and reward.
 * ``half over``: the environment where half of the trials have ended, and its share of the cost.
-* ``threads``: wall time of one thread over that of two, B = 256. Says nothing on a busy machine.
+* ``threads``: wall time of one thread over that of two, B = 256. ``ranks``: steps per second of two
+  processes at once over those of one alone, B = 128 each. Both say nothing on a busy machine.
 
 The ant is that of ``ant_dir`` (no contact forces); gymnasium's has them, and ``ant with forces``
 (the row engine) is like for like.
@@ -33,6 +34,7 @@ import importlib.util
 import itertools
 import json
 import os
+import subprocess
 import sys
 import time
 import types
@@ -228,6 +230,31 @@ def thread_gain(name: str, turns: int) -> float:
     return min(times[1]) / min(times[2])
 
 
+def rate_alone(name: str, seconds: float = 4.0) -> float:
+    """Control steps per second of wall time of this process, batch 128."""
+    task, env = make_task(name), environment(name, {})
+    tasks = task.sample(128, "train", Rng(0))
+    acts = torch.rand(20, 1, 128, task.spec.action.size) * 2 - 1
+    best, end = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        state, _ = env.reset(tasks, Rng(1))
+        begin = time.perf_counter()
+        for action in acts:
+            state, _ = env.step(state, action)
+        best = min(best, time.perf_counter() - begin)
+    return 128 * len(acts) / best
+
+
+def rank_gain(name: str) -> float:
+    """Rates of two processes at once over that of one."""
+    rates = {}
+    for count in (1, 2):
+        command = [sys.executable, __file__, "--rate", name]
+        ranks = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(count)]
+        rates[count] = sum(float(rank.communicate()[0]) for rank in ranks)
+    return rates[2] / rates[1]
+
+
 def compare(body: str, turns: int, batches: list[int]) -> dict[str, dict[str, float]]:
     """The best and the median rate of all contenders on one body."""
     name, gym_name = BODIES[body]
@@ -265,8 +292,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="five turns instead of 25")
     parser.add_argument("--json", help="also write the numbers to this file")
+    parser.add_argument("--rate", metavar="TASK", help="print the rate of one process and be done")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    if args.rate:
+        print(rate_alone(args.rate))
+        return
     turns = 5 if args.quick else 25
     result: dict[str, dict[str, dict[str, float]]] = {}
     for body in BODIES:
@@ -281,8 +312,12 @@ def main() -> None:
             print(f"  {key:20} {rate['best']:9.0f} {' '.join(shares)}")
         share = rates["env 64"]["best"] / rates["half over"]["best"]
         gain = thread_gain(BODIES[body][0], turns)
-        rates |= {"ratios": {"cost of half": share, "two threads": gain}}
-        print(f"  half over costs {share:.2f} of all; two threads {gain:.2f} times one")
+        ranks = rank_gain(BODIES[body][0])
+        rates |= {"ratios": {"cost of half": share, "two threads": gain, "two ranks": ranks}}
+        print(
+            f"  half over costs {share:.2f} of all; two threads {gain:.2f} times one, two ranks "
+            f"{ranks:.2f} times"
+        )
     if args.json:
         facts = {"mujoco": mujoco.__version__, "numpy": np.__version__, "turns": turns}
         Path(args.json).write_text(json.dumps({**facts, **result}, indent=2) + "\n")
