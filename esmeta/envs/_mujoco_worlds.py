@@ -124,7 +124,7 @@ class CpuWorlds:
 
 
 def _numbers(marked: Tensor) -> np.ndarray:
-    return marked.nonzero().squeeze(-1).numpy()
+    return np.flatnonzero(marked.numpy())
 
 
 def views_of(

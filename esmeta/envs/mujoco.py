@@ -158,8 +158,9 @@ class MujocoEnv:
         lost = worlds.step(control, None if going is None else going.flatten())
         no = torch.zeros_like(over)
         bad = no if lost is None else lost.unflatten(0, shape) & ~over
+        gone = over if lost is None else over | bad
         if definition.current:
-            worlds.derive((~(bad | over)).flatten())
+            worlds.derive((~gone).flatten())
         now = worlds.snapshot(shape)
         place = definition.place(now).clone()
         velocity = (place - state.place) / self.seconds
@@ -169,7 +170,7 @@ class MujocoEnv:
         late = time >= self._horizon
         truncated = late & ~(terminated | over) if self._some(late) else no
         if going is not None or lost is not None:
-            reward = reward.masked_fill(over | bad, 0.0)
+            reward = reward.masked_fill(gone, 0.0)
         inside = self._inside(time if going is None else time * going)
         later = state._replace(
             time=time,
@@ -178,14 +179,14 @@ class MujocoEnv:
             unstable=state.unstable if lost is None else state.unstable | bad,
         )
         if definition.success is not None:
-            reached = definition.success(now, data) & ~(over | bad)
+            reached = definition.success(now, data) & ~gone
             later = later._replace(success=state.success | reached)
         later, again = self._ended(later, worlds, terminated | truncated, bad)
         if again is not None:
             place = definition.place(now).clone()
         obs = definition.observe(now)
         if going is not None or lost is not None:
-            obs = obs.masked_fill((over | bad).unsqueeze(-1), 0.0)
+            obs = obs.masked_fill(gone.unsqueeze(-1), 0.0)
         later = later._replace(rows=worlds.saved(shape), place=place)
         fresh = later.over if again is None else later.over | again
         step = TimeStep(obs, action, reward, terminated, truncated, fresh, later.over)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -19,11 +18,14 @@ from torch.nn.functional import pad
 from esmeta.kernels import _cpu_build
 from esmeta.kernels._cpu_run import CONSTANTS, LANES, TOGETHER, address, plain, run_blocks
 
+_CONSTANTS = address(CONSTANTS)
+
 
 class Network(NamedTuple):
     """Layers ready to apply: ``weights`` ``[P, K, N]``, ``biases`` ``[P, N]`` as they were given.
 
     ``padded`` are the same in the memory that the function reads; ``squash``: tanh behind the last.
+    ``work`` are the multiply-adds of a row.
     """
 
     weights: tuple[Tensor, ...]
@@ -32,6 +34,7 @@ class Network(NamedTuple):
     padded: tuple[Tensor, ...]
     widths: tuple[int, ...]
     """Of every layer."""
+    work: int
 
 
 def network(weights: tuple[Tensor, ...], biases: tuple[Tensor, ...], squash: bool) -> Network:
@@ -43,7 +46,8 @@ def network(weights: tuple[Tensor, ...], biases: tuple[Tensor, ...], squash: boo
             padded.append(pad(tensor.detach(), (0, short)) if short else plain(tensor))
     widths = tuple(weight.shape[2] for weight in weights)
     _cpu_build.function("dense", squash, 1, weights[0].shape[1], *widths)
-    return Network(weights, biases, squash, tuple(padded), widths)
+    work = sum(weight.shape[1] * weight.shape[2] for weight in weights)
+    return Network(weights, biases, squash, tuple(padded), widths, work)
 
 
 def dense(net: Network, *parts: Tensor) -> Tensor:
@@ -62,18 +66,20 @@ def _run(net: Network, parts: Sequence[Tensor], keep: bool) -> tuple[Tensor, lis
     """The output, and if they are kept the outputs of the layers before the last."""
     population, batch, _ = parts[0].shape
     widths = net.widths
-    parts = [plain(part) for part in parts]
+    # This is called between the steps of a simulator, when nothing is in the caches: every
+    # operation that is not done counts.
+    parts = [part.contiguous() for part in parts]
     shares = [part.shape[2] for part in parts]
     y = torch.empty(population, batch, widths[-1])
     hidden = [torch.empty(population, batch, n) for n in widths[:-1]] if keep else []
-    table = array("q", map(address, (*parts, y, CONSTANTS)))
+    table = array("q", [part.data_ptr() for part in parts])
+    table.extend((y.data_ptr(), _CONSTANTS))
     for k in range(len(widths)):
-        kept = hidden[k] if k < len(hidden) else None
-        table.extend((address(net.padded[2 * k]), address(net.padded[2 * k + 1]), address(kept)))
+        kept = hidden[k].data_ptr() if k < len(hidden) else 0
+        table.extend((net.padded[2 * k].data_ptr(), net.padded[2 * k + 1].data_ptr(), kept))
     table.extend((population, batch, int(keep)))
     call = _cpu_build.function("dense", net.squash, len(shares), *shares, *widths)
-    work = population * batch * sum(a * b for a, b in pairwise((sum(shares), *widths)))
-    run_blocks(call, table, population * -(-batch // TOGETHER), work)
+    run_blocks(call, table, population * -(-batch // TOGETHER), population * batch * net.work)
     return y, hidden
 
 

@@ -141,7 +141,8 @@ class Policy:
 
     def inputs(self, ts: TimeStep, t: int | Tensor, like: Tensor) -> list[Tensor]:
         """Parts ``[..., P, B, K_i]`` of the network's input at step ``t`` of the trial."""
-        reward = ts.reward * self.config.reward_input_scale
+        scale = self.config.reward_input_scale
+        reward = ts.reward if scale == 1.0 else ts.reward * scale
         parts = [ts.obs, ts.prev_action, reward.unsqueeze(-1)]
         if self.config.episode_input:
             parts.append(ts.new_episode.unsqueeze(-1).to(ts.obs.dtype))
