@@ -114,7 +114,7 @@ class MujocoEnv:
         self._unit = bool((self._centre == 0).all() and (self._reach == 1).all())
         self._phase = _phase_table(definition, horizon)
         self._phase_there = torch.from_numpy(self._phase).to(self._physics.device)
-        self._worlds: dict[tuple[int, ...], Worlds] = {}
+        self._worlds: dict[tuple[int | str, ...], Worlds] = {}
 
     def reset(self, tasks: Tasks, rng: Rng, population: int = 1) -> tuple[State, TimeStep]:
         """Start the first episode of every trial; the starts of all episodes are drawn here."""
