@@ -39,6 +39,7 @@ SMALL = (
     "objective.anneal=24",
     "objective.test_episodes=2",
     "objective.policy_lifetime=0",
+    "optimizer.schedule_updates=0",
     "budget.updates=9",
     "run.evaluate_every=0",
     "run.evaluate_trials=2",
