@@ -17,7 +17,7 @@ from torch import Tensor
 from esmeta.envs import _mujoco_engines as engines
 from esmeta.envs import _mujoco_model as models
 from esmeta.envs._mujoco_worlds import CpuWorlds, Worlds
-from esmeta.envs.bodies import Body, Data, Definition
+from esmeta.envs.bodies import Body, Data, Definition, Snapshot
 from esmeta.rng import Rng
 from esmeta.tasks import check_int
 from esmeta.types import Tasks, TimeStep
@@ -51,6 +51,20 @@ class State(NamedTuple):
     starts: Tensor
     data: Data
     changes: Data
+
+
+class _Seen(NamedTuple):
+    """What is known of a state that was returned last, so that it need not be asked again.
+
+    ``over`` and ``time`` are that state's own tensors. ``going`` marks the trials that go on, None
+    if all do. ``common`` is the step that all of these are at; None if they differ, and wherever
+    asking would be waiting for a GPU.
+    """
+
+    over: Tensor
+    time: Tensor
+    going: Tensor | None
+    common: int | None
 
 
 class MujocoEnv:
@@ -114,7 +128,9 @@ class MujocoEnv:
         self._unit = bool((self._centre == 0).all() and (self._reach == 1).all())
         self._phase = _phase_table(definition, horizon)
         self._phase_there = torch.from_numpy(self._phase).to(self._physics.device)
+        self._counts = self._phase.any(axis=1).tolist()  # whether step t is in any phase
         self._worlds: dict[tuple[int | str, ...], Worlds] = {}
+        self._seen: _Seen | None = None
 
     def reset(self, tasks: Tasks, rng: Rng, population: int = 1) -> tuple[State, TimeStep]:
         """Start the first episode of every trial; the starts of all episodes are drawn here."""
@@ -143,20 +159,22 @@ class MujocoEnv:
         action = none.unsqueeze(-1).expand(*shape, model.nu)
         begun = torch.ones_like(no)
         obs = definition.observe(now)
-        return state, self._shown(TimeStep(obs, action, none, no, no, begun, begun))
+        return state, self._shown(obs, action, none, no, no, begun, begun)
 
     def step(self, state: State, action: Tensor) -> tuple[State, TimeStep]:
         """One control step of every world whose trial goes on; actions are clipped to -1..1."""
         definition, over, shape = self._definition, state.over, state.over.shape
-        going = ~over if self._some(over) else None
+        going, common = self._progress(state)
         worlds = self._at(shape, state.changes)
-        action = action.detach().to(self._physics.device).clamp(-1.0, 1.0)
+        if action.device != self._physics.device:
+            action = action.to(self._physics.device)
+        action = action.detach().clamp(-1.0, 1.0)
         data = self.present(state)
         applied = action * data["working"] if "working" in data else action
         worlds.load(state.rows)
         control = self._torque(applied).flatten(0, 1)
         lost = worlds.step(control, None if going is None else going.flatten())
-        no = torch.zeros_like(over)
+        no = over if going is None else torch.zeros_like(over)
         bad = no if lost is None else lost.unflatten(0, shape) & ~over
         gone = over if lost is None else over | bad
         if definition.current:
@@ -164,24 +182,20 @@ class MujocoEnv:
         now = worlds.snapshot(shape)
         place = definition.place(now).clone()
         velocity = (place - state.place) / self.seconds
-        reward = definition.reward(now, velocity, applied.to(self._physics), data)
-        time = state.time + (1 if going is None else going)
-        terminated = bad if definition.healthy is None else (bad | ~definition.healthy(now)) & ~over
-        late = time >= self._horizon
-        truncated = late & ~(terminated | over) if self._some(late) else no
+        reward = definition.reward(now, velocity, applied.to(self._physics.dtype), data)
         if going is not None or lost is not None:
             reward = reward.masked_fill(gone, 0.0)
-        inside = self._inside(time if going is None else time * going)
-        later = state._replace(
-            time=time,
-            paid=state.paid + inside * reward.unsqueeze(-1),
-            spent=state.spent + inside,
-            unstable=state.unstable if lost is None else state.unstable | bad,
-        )
+        time = state.time + (1 if going is None else going)
+        common = None if common is None else common + 1
+        paid, spent = self._counted(state, time, reward, going, common)
+        later = state._replace(time=time, paid=paid, spent=spent)
+        terminated, truncated, ended = self._ends(later, now, bad, no, going, common)
+        if lost is not None:
+            later = later._replace(unstable=state.unstable | bad)
         if definition.success is not None:
             reached = definition.success(now, data) & ~gone
             later = later._replace(success=state.success | reached)
-        later, again = self._ended(later, worlds, terminated | truncated, bad)
+        later, again = (later, None) if ended is None else self._ended(later, worlds, ended, bad)
         if again is not None:
             place = definition.place(now).clone()
         obs = definition.observe(now)
@@ -189,14 +203,74 @@ class MujocoEnv:
             obs = obs.masked_fill(gone.unsqueeze(-1), 0.0)
         later = later._replace(rows=worlds.saved(shape), place=place)
         fresh = later.over if again is None else later.over | again
-        step = TimeStep(obs, action, reward, terminated, truncated, fresh, later.over)
-        return later, self._shown(step)
+        if later.over is over:
+            self._seen = _Seen(over, time, going, common)
+        elif self._episodes == 1 and common is not None:
+            self._seen = _Seen(later.over, time, ~later.over, common)
+        else:
+            self._seen = None
+        return later, self._shown(obs, action, reward, terminated, truncated, fresh, later.over)
+
+    def _progress(self, state: State) -> tuple[Tensor | None, int | None]:
+        """``going`` and ``common`` of :class:`_Seen`."""
+        seen = self._seen
+        if seen is not None and seen.over is state.over and seen.time is state.time:
+            return seen.going, seen.common
+        going = ~state.over if self._some(state.over) else None
+        if self._engine == "warp":
+            return going, None
+        time = state.time.view(-1) if going is None else state.time[going]
+        same = len(time) > 0 and bool((time == time[0]).all())
+        return going, int(time[0]) if same else None
+
+    def _counted(
+        self, state: State, time: Tensor, reward: Tensor, going: Tensor | None, common: int | None
+    ) -> tuple[Tensor, Tensor]:
+        """``paid`` and ``spent`` after a step, for the phases that it belongs to."""
+        if common is None:
+            inside = self._inside(time if going is None else time * going)
+        elif self._counts[common]:
+            inside = self._phase_there[common]
+            inside = inside if going is None else inside * going.unsqueeze(-1)
+        else:
+            return state.paid, state.spent
+        # Factors are 0 and 1, so that it does not matter whether products are rounded.
+        return torch.addcmul(state.paid, inside, reward.unsqueeze(-1)), state.spent + inside
+
+    def _ends(
+        self,
+        later: State,
+        now: Snapshot,
+        bad: Tensor,
+        no: Tensor,
+        going: Tensor | None,
+        common: int | None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Which episodes are terminated, which truncated, and both; None where none is.
+
+        ``no`` is False everywhere, and so is ``bad`` if it is the same tensor.
+        """
+        terminated, healthy = bad, self._definition.healthy
+        if healthy is not None:
+            terminated = ~healthy(now) if bad is no else bad | ~healthy(now)
+            terminated = terminated if going is None else terminated & going
+        late = None if common is None else common >= self._horizon
+        if late is None:
+            marked = later.time >= self._horizon
+            truncated = marked & ~(terminated | later.over) if self._some(marked) else no
+        elif late:
+            truncated = ~terminated if going is None else going & ~terminated
+        else:
+            truncated = no
+        if terminated is no and truncated is no:
+            return no, no, None
+        return terminated, truncated, terminated | truncated
 
     def present(self, state: State) -> Data:
         """What the present episodes are about, leaves ``[Q or P, B, ...]``."""
-        changing = state.data.keys() - _LASTING if self._continual else {"working"}
-        if changing.isdisjoint(state.data):
+        if not self._continual and "working" not in state.data:
             return state.data
+        changing = state.data.keys() - _LASTING if self._continual else {"working"}
         episode = state.episode.clamp(max=self._episodes - 1)
         member, trial = (torch.arange(n, device=episode.device) for n in episode.shape)
         member = member.unsqueeze(-1)
@@ -280,14 +354,13 @@ class MujocoEnv:
         """Actions in -1..1 as controls of the model."""
         return action if self._unit else torch.addcmul(self._centre, action, self._reach)
 
-    def _shown(self, step: TimeStep) -> TimeStep:
-        """The time step in float32 on the agent's device, in one transfer."""
-        if step.obs.device == self._like.device:
-            obs, action, reward = (leaf.float() for leaf in step[:3])
-            return TimeStep(obs, action, reward, *step[3:])
-        flags = torch.stack(step[2:], dim=-1)
-        sizes = [step.obs.shape[-1], step.prev_action.shape[-1], flags.shape[-1]]
-        seen = torch.cat([step.obs, step.prev_action, flags], dim=-1).to(self._like)
+    def _shown(self, obs: Tensor, action: Tensor, reward: Tensor, *marks: Tensor) -> TimeStep:
+        """A time step in float32 on the agent's device, in one transfer."""
+        if obs.device == self._like.device:
+            return TimeStep(obs.float(), action.float(), reward.float(), *marks)
+        flags = torch.stack([reward, *marks], dim=-1)
+        sizes = [obs.shape[-1], action.shape[-1], flags.shape[-1]]
+        seen = torch.cat([obs, action, flags], dim=-1).to(self._like)
         obs, action, flags = seen.split(sizes, dim=-1)
         reward, *marks = flags.unbind(-1)
         return TimeStep(obs, action, reward, *(mark.bool() for mark in marks))
