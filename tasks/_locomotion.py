@@ -233,8 +233,9 @@ def directions(
     """Unit vectors ``direction`` float64 ``[1, B, (count,) 2]`` in the plane.
 
     ``"binary"``: (1, 0) or (-1, 0), a fair coin each; ``"circle"``: a uniform angle. With
-    ``mirrored`` the tasks 2k and 2k + 1 have opposite directions. There are only two binary
-    directions, so that the splits share them; their streams differ.
+    ``mirrored`` the tasks 2k and 2k + 1 are twins: directions are opposite and all else is alike,
+    noise of starts and actions included. There are only two binary directions, so that the splits
+    share them; their streams differ.
     """
     check_split(split)
     index = task_numbers(batch)
@@ -250,7 +251,8 @@ def directions(
     if mirrored:
         second = (index % 2 == 1).reshape(*index.shape, *[1] * (direction.ndim - 2))
         direction = torch.where(second, -direction, direction)
-    return Tasks(index, {"direction": direction})
+    # The address is that of all other randomness.
+    return Tasks(source, {"direction": direction})
 
 
 def speeds(
