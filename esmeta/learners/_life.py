@@ -22,6 +22,7 @@ from esmeta.learners._experience import Experience, Keep
 from esmeta.learners._loss import Loss
 from esmeta.lives import check_can_be_left
 from esmeta.rng import Rng
+from esmeta.tasks import single
 from esmeta.types import BatchedEnv, Params, PolicyOut, Task, Tasks, TimeStep
 
 
@@ -161,11 +162,12 @@ class Lives:
             for name, leaf in life.tasks.data.items()
         }
         agent, acting = self.learner.agent, self.learner.acting(life.state)
-        env = self.task.make_env(self.device)
+        steps = min(self.test_steps, self.task.spec.horizon)
+        env = single(self.task, steps).make_env(self.device)
         begin = loop.start(agent, acting, env, Tasks(index, data), rng)
         kept = EpisodeReturns(*begin.ts.reward.shape, device=self.device)
         act = self.learner.act(life.state)
-        loop.rollout(agent, env, begin, kept, until=self.test_steps, act=act)
+        loop.rollout(agent, env, begin, kept, until=steps, act=act)
         return kept.returns.mean(dim=1), kept.steps.sum(dim=1)
 
     def tasks(self, index: Tensor, split: str) -> Tasks:

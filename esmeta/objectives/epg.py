@@ -26,6 +26,7 @@ from esmeta.learners._segments import SegmentLearner
 from esmeta.objectives import refuse_policy
 from esmeta.objectives._loss_network import LossNetwork
 from esmeta.rng import Rng
+from esmeta.tasks import single
 from esmeta.tree import leaves_of, shapes_of, size_of, unravel_shapes, with_leaves
 from esmeta.types import Fitness, Params, Reference, State, Task
 
@@ -97,6 +98,7 @@ class Objective:
 
     def reference(self, task: Task) -> Reference:
         """The task's scores in proportion to the length of a test episode."""
+        task = single(task, min(self.test_steps, task.spec.horizon))
         known, horizon = task.reference, task.spec.horizon
         part = min(self.test_steps, horizon) / horizon
         note = f"{known.note}; {self.test_steps} of the {horizon} steps they are given for"

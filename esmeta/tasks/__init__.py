@@ -41,6 +41,23 @@ class Drawn(Protocol):
         ...
 
 
+@runtime_checkable
+class Renewed(Protocol):
+    """A task whose trials may be of so many steps, in however many episodes that makes."""
+
+    def single(self, steps: int) -> Task:
+        """The same tasks in trials of one episode of at most ``steps`` steps.
+
+        A task whose trials have a number of episodes returns itself.
+        """
+        ...
+
+
+def single(task: Task, steps: int) -> Task:
+    """For one episode of each trial: what comes after it need not be lived (:class:`Renewed`)."""
+    return task.single(steps) if isinstance(task, Renewed) else task
+
+
 def task_names() -> list[str]:
     """Names of the tasks that ship with esmeta, sorted: the modules of the folder."""
     names = {module.name for module in pkgutil.iter_modules(__path__)}
