@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from esmeta import rollout as loop
+from esmeta.envs.remote import RemoteTask
 from esmeta.errors import UserError
 from esmeta.evaluator import place_tasks
 from esmeta.learners._agent import Agent
@@ -106,9 +107,18 @@ class Lives:
         """Updates of a whole life."""
         return self.task.spec.horizon // self.learner.period
 
-    def check(self) -> None:
-        """Refuse a life without an update, one that ends between two, or that cannot be left."""
+    def windows(self) -> int:
+        """Updates of a life that is left after some of them; refuses worlds that cannot be."""
         check_can_be_left(self.task.make_env(self.device))
+        return self.updates
+
+    def check(self) -> None:
+        """Refuse a life without an update, one that ends between two, and worlds of other ranks."""
+        if isinstance(self.task, RemoteTask):
+            raise UserError(
+                "run.remote_envs = true: every life has worlds of its own, which the other ranks "
+                "would keep for good; write run.remote_envs = false: ranks then share the lives"
+            )
         horizon, period = self.task.spec.horizon, self.learner.period
         if horizon < period or horizon % period:
             raise UserError(
