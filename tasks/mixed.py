@@ -8,6 +8,7 @@ environment a trial is in is not drawn; trials take turns, so that every batch i
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 from dataclasses import dataclass
@@ -116,12 +117,29 @@ class Task:
     def reference(self) -> Reference:
         """Means over the held-out parts, scaled as their rewards."""
         parts = [self._all[number] for number in self._numbers("test")]
-        known = [(part.factor, part.task.reference) for part in parts]
+        # A part that stays as it is in `single` has longer trials.
+        known = [
+            (part.factor * self.horizon / part.task.spec.horizon, part.task.reference)
+            for part in parts
+        ]
         return Reference(
             sum(factor * one.random for factor, one in known) / len(known),
             sum(factor * one.best for factor, one in known) / len(known),
             "mean of " + ", ".join(part.label for part in parts) + ", rewards scaled",
         )
+
+    def single(self, steps: int) -> Task:
+        """The same tasks in trials of one episode of at most ``steps`` steps, where parts can.
+
+        Parts whose trials have a number of episodes stay as they are.
+        """
+        parts = tuple(part._replace(task=_single(part.task, steps)) for part in self._all)
+        if parts == self._all:
+            return self
+        one = copy.copy(self)
+        # These parts are no longer those of the tables.
+        vars(one).update(horizon=steps, _all=parts)
+        return one
 
     def sample(self, batch: int | Tensor, split: str, rng: Rng) -> Tasks:
         """Tasks by number. Data: ``part`` int64 ``[1, B]``; ``"k.name"`` is what part k needs.
@@ -148,6 +166,10 @@ class Task:
             for label, task, factor in self._all
         )
         return mixed.MixedEnv(parts, spec.obs_size, spec.action.size)
+
+
+def _single(task: AnyTask, steps: int) -> AnyTask:
+    return task.single(steps) if hasattr(task, "single") else task  # type: ignore[attr-defined]
 
 
 def _make(table: Table, horizon: int) -> _Part:

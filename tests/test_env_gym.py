@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.util
 import math
@@ -19,6 +20,7 @@ from torch import Tensor
 import esmeta
 from esmeta import config as configs
 from esmeta import train
+from esmeta.envs.remote import RemoteTask
 from esmeta.errors import UserError
 from esmeta.objectives.return_ import Objective
 from esmeta.optimizers.nres import Optimizer as Nres
@@ -288,6 +290,9 @@ def test_lives_that_are_not_left_need_no_copies() -> None:
     config = configs.resolve(configs.load("displacement-epg"), [*small, "objective.chunk=5"])
     chunked: Any = train.build(config).objective
     assert torch.equal(chunked.fitness(theta, 3).returns, whole.returns)
+    far = dataclasses.replace(chunked.lives, task=RemoteTask(config.task.instance, None))  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="run.remote_envs = false"):
+        far.check_own()
     held = chunked.heldout(theta[:1], 4)
     assert torch.equal(chunked.heldout(theta[:1], 4, first=2).returns, held.returns[:, 2:])
 

@@ -33,7 +33,8 @@ class State(NamedTuple):
     """P x B trials: the ``part`` of each, int64 ``[P, B]``, and what it ``earned``, float64.
 
     ``inner`` are the states of all parts, leaves ``[P, B, ...]``, zero where a trial is another
-    part's; leaves without axes (clocks) and the states of hosted worlds are the parts' own.
+    part's; clocks, tables that follow from the tasks, and the states of hosted worlds are the
+    parts' own.
     """
 
     part: Tensor
@@ -96,6 +97,7 @@ class MixedEnv:
         if hosted:
             self.most_worlds = min(hosted)
         self._last: _Last | None = None
+        self._forms: dict[int, list[bool]] = {}
 
     def reset(self, tasks: Tasks, rng: Rng, population: int = 1) -> tuple[State, TimeStep]:
         """Start every trial in the environment of its part.
@@ -106,15 +108,11 @@ class MixedEnv:
         places, back = self._find(part)
         steps, inner, own = [], [], []
         for number, (one, place) in enumerate(zip(self._parts, places, strict=True)):
-            data = {
-                name.partition(".")[2]: place.take(leaf)
-                for name, leaf in tasks.data.items()
-                if name.partition(".")[0] == str(number)
-            }
-            mine = Tasks(place.take(tasks.index), data)
-            state, ts = one.env.reset(mine, rng.fold("part", number), len(place.rows))
+            if number not in self._forms:
+                self._forms[number] = self._form(number, tasks, rng)
+            state, ts = self._begin(number, place, tasks, rng)
             own.append(state)
-            inner.append(self._spread(one, place, part.shape, state))
+            inner.append(self._spread(number, place, part.shape, state))
             steps.append(self._padded(one, place, ts))
         earned = torch.zeros(part.shape, dtype=torch.float64, device=part.device)
         state = State(part, earned, tuple(inner))
@@ -132,7 +130,7 @@ class MixedEnv:
             after, ts = one.env.step(last.own[number], given[..., : one.action_size])
             known = (last.own[number], state.inner[number])
             own[number] = after
-            inner[number] = self._spread(one, place, shape, after, known)
+            inner[number] = self._spread(number, place, shape, after, known)
             steps.append(self._padded(one, place, ts, given))
         ts, paid = self._joined(steps, last.back, shape)
         later = State(state.part, state.earned + paid, tuple(inner))
@@ -152,6 +150,36 @@ class MixedEnv:
         return scores
 
     # --- layout ----------------------------------------------------------------------------------
+
+    def _begin(self, number: int, place: _Places, tasks: Tasks, rng: Rng) -> tuple[Any, TimeStep]:
+        """Start a part's trials, one per row: leaves ``[n, 1, ...]``."""
+        data = {
+            name.partition(".")[2]: place.take(leaf)
+            for name, leaf in tasks.data.items()
+            if name.partition(".")[0] == str(number)
+        }
+        mine = Tasks(place.take(tasks.index), data)
+        return self._parts[number].env.reset(mine, rng.fold("part", number), len(place.rows))
+
+    def _form(self, number: int, tasks: Tasks, rng: Rng) -> list[bool]:
+        """Of each leaf of a part's state, whether it is the trials' own."""
+        part = self._parts[number]
+        if isinstance(part.env, Hosted):
+            return []
+        rows = tasks.index.new_zeros(2)
+        one, two = (
+            leaves_of(self._begin(number, _Places(own, own.cpu(), 0), tasks, rng)[0])
+            for own in (rows[:1], rows)
+        )
+        for leaf, other in zip(one, two, strict=True):
+            if leaf.shape[:1] != other.shape[:1] and other.shape[:2] != (2, 1):
+                raise UserError(
+                    f"parts: the environment of {part.label!r} keeps a leaf {list(other.shape)} "
+                    "for 2 x 1 trials, which is neither [P, B, ...] nor one for all: mixtures "
+                    "cannot take it; write another part"
+                )
+        # A table may have one row too; with two trials it still has.
+        return [leaf.shape[:1] != other.shape[:1] for leaf, other in zip(one, two, strict=True)]
 
     def _find(self, part: Tensor) -> tuple[tuple[_Places, ...], Tensor]:
         """Places of all parts, and the permutation from parts one after the other to places."""
@@ -174,42 +202,32 @@ class MixedEnv:
         if self._last is not None and self._last.state is state:
             return self._last
         places, back = self._find(state.part)
-        own = [
-            inner if isinstance(one.env, Hosted)
-            else with_leaves(
-                inner,
-                [leaf if leaf.ndim == 0 else place.take(leaf) for leaf in leaves_of(inner)],
-            )
-            for one, place, inner in zip(self._parts, places, state.inner, strict=True)
-        ]  # fmt: skip
+        own = []
+        for number, (place, inner) in enumerate(zip(places, state.inner, strict=True)):
+            if not isinstance(self._parts[number].env, Hosted):
+                pairs = zip(leaves_of(inner), self._forms[number], strict=True)
+                inner = with_leaves(inner, [place.take(x) if mine else x for x, mine in pairs])
+            own.append(inner)
         return _Last(state, places, back, tuple(own))
 
     def _spread(
         self,
-        one: Part,
+        number: int,
         place: _Places,
         shape: torch.Size,
         state: Any,
         known: tuple[Any, Any] | None = None,
     ) -> Any:
         """A part's state in the shape of all trials; ``known`` are its last own and whole state."""
-        if isinstance(one.env, Hosted):
+        if isinstance(self._parts[number].env, Hosted):
             return state
         before, wholes = ([], []) if known is None else (leaves_of(tree) for tree in known)
         found = []
-        for number, leaf in enumerate(leaves_of(state)):
-            if known is not None and leaf is before[number]:
-                found.append(wholes[number])  # what a trial does not change is most of a state
-            elif leaf.ndim == 0:
-                found.append(leaf)
-            elif leaf.shape[:2] == (len(place.rows), 1):
-                found.append(place.spread(leaf, shape))
+        for k, (leaf, mine) in enumerate(zip(leaves_of(state), self._forms[number], strict=True)):
+            if known is not None and leaf is before[k]:
+                found.append(wholes[k])  # what a step does not change is most of a state
             else:
-                raise UserError(
-                    f"parts: the environment of {one.label!r} keeps a leaf {list(leaf.shape)} for "
-                    f"{len(place.rows)} x 1 trials; in a mixture all leaves must be [P, B, ...] or "
-                    "without axes: write another part, or give the leaf these axes"
-                )
+                found.append(place.spread(leaf, shape) if mine else leaf)
         return with_leaves(state, found)
 
     def _padded(

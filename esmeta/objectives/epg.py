@@ -172,7 +172,7 @@ class EpgObjective:
             test_steps=config.test_steps,
             twins=config.twins,
         )
-        self.lives.check()
+        self.lives.check_own()
         first = shapes_of(self._init_leaves()) if config.evolve_init else {}
         self.shapes = {**self.network.shapes, **first}
 
