@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from esmeta import rollout as loop
+from esmeta.envs.remote import RemoteTask
 from esmeta.errors import UserError
 from esmeta.evaluator import place_tasks
 from esmeta.learners._agent import Agent
@@ -107,9 +108,27 @@ class Lives:
         """Updates of a whole life."""
         return self.task.spec.horizon // self.learner.period
 
+    def windows(self) -> int:
+        """Updates of a life that is left after some of them, which :meth:`check` must allow."""
+        self.check()
+        return self.updates
+
+    def check_own(self) -> None:
+        """Refuse worlds of other ranks, of which every life would make new ones; and as below."""
+        if isinstance(self.task, RemoteTask):
+            raise UserError(
+                "run.remote_envs = true: every life has worlds of its own, which the other ranks "
+                "would keep for good; write run.remote_envs = false: ranks then share the lives"
+            )
+        self.check_length()
+
     def check(self) -> None:
-        """Refuse a life without an update, one that ends between two, or that cannot be left."""
+        """Refuse lives that cannot be left for others, and :meth:`check_length`."""
         check_can_be_left(self.task.make_env(self.device))
+        self.check_length()
+
+    def check_length(self) -> None:
+        """Refuse a life without an update, or one that ends between two."""
         horizon, period = self.task.spec.horizon, self.learner.period
         if horizon < period or horizon % period:
             raise UserError(

@@ -174,7 +174,7 @@ class EpgObjective:
             test_steps=config.test_steps,
             twins=config.twins,
         )
-        self.lives.check()
+        self.lives.check_own()
         first = shapes_of(self._init_leaves()) if config.evolve_init else {}
         self.shapes = {**self.network.shapes, **first}
 
@@ -297,7 +297,7 @@ class EpgObjective:
     @property
     def life_steps(self) -> int:
         """Updates of an agent's life."""
-        return self.lives.updates
+        return self.lives.windows()
 
     def begin(self, params: Params | Tensor, life: int) -> EpgLives:
         """Members ``[P, ...]`` at the start of life number ``life`` (``trials`` agents each)."""
@@ -325,7 +325,7 @@ class EpgObjective:
         first), so that the windows of a life add up to the score after it.
         """
         members = self._members(params)
-        until = min(lives.updates + steps, self.life_steps)
+        until = min(lives.updates + steps, self.lives.updates)
         parts, gains, taken = [], [], []
         for rows, life, before in lives.parts:
             eta, _ = self._eta(members, rows, self.trials)

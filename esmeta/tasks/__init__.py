@@ -10,12 +10,14 @@ import dataclasses
 import difflib
 import importlib
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor
+
+from esmeta.errors import UserError
 
 if TYPE_CHECKING:
     from esmeta.types import Task
@@ -85,6 +87,26 @@ def make_task(name: str, **options: object) -> Task:
                 f"it must be of type {type(default).__name__}, such as {default!r}"
             )
     return cast("Task", cls(**options))
+
+
+def task_from_table(option: str, table: Mapping[str, Any], example: str) -> Task:
+    """A task from a table of its name and options, as an ``option`` of a configuration has it.
+
+    Errors name the option and the table; ``example`` is what the option should look like.
+    """
+    values = dict(table)
+    name = values.pop("name", None)
+    if not isinstance(name, str):
+        raise UserError(
+            f"{option}: {dict(table)!r} has no name; write for example "
+            f"{option.rpartition('.')[2]} = {example}"
+        )
+    # A list in a file is a tuple in Python.
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    try:
+        return make_task(name, **values)
+    except ValueError as error:
+        raise UserError(f"{option}: {dict(table)!r}: {error}") from error
 
 
 def _task_class(name: str) -> Any:  # noqa: ANN401 - a class from a module that is found by name
