@@ -107,8 +107,12 @@ class Lives:
         return self.task.spec.horizon // self.learner.period
 
     def check(self) -> None:
-        """Refuse a life without an update, one that ends between two, or that cannot be left."""
+        """Refuse lives that cannot be left for others, and :meth:`check_length`."""
         check_can_be_left(self.task.make_env(self.device))
+        self.check_length()
+
+    def check_length(self) -> None:
+        """Refuse a life without an update, or one that ends between two."""
         horizon, period = self.task.spec.horizon, self.learner.period
         if horizon < period or horizon % period:
             raise UserError(
