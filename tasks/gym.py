@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -41,6 +41,8 @@ class Task:
         horizon: steps per trial, shared evenly by its episodes, each of which is truncated at its
             share; 0 takes the registered limit of an episode.
         episodes: per trial. The trial is over when all have ended, early or not.
+        episode_steps: steps of an episode at most in trials that last exactly ``horizon`` steps:
+            episodes begin anew for as long. For agents that learn within a trial; 0: as above.
         task_key: name of the option of ``reset`` that gets the number of the task; empty: tasks
             are nothing but seeds.
         most_worlds: simulators to keep at a time; a population is evaluated in batches of as many.
@@ -50,6 +52,7 @@ class Task:
     kwargs: dict[str, Any] = field(default_factory=dict)
     horizon: int = 0
     episodes: int = 1
+    episode_steps: int = 0
     task_key: str = ""
     most_worlds: int = 256
 
@@ -68,11 +71,28 @@ class Task:
         check_int("episodes", self.episodes, 1, 1000)
         check_int("horizon", self.horizon, 0, 10_000_000)
         check_int("most_worlds", self.most_worlds, 2, 1_000_000)
-        if self.horizon:
+        check_int("episode_steps", self.episode_steps, 0, 1_000_000)
+        if self.episode_steps:
+            self._check_trial()
+        elif self.horizon:
             episode_steps(self.horizon, self.episodes)
         if self._interface.limit is None and not self.horizon:
             raise errors.UserError(
                 f"horizon is 0, but {self.id} has no registered limit of steps: write horizon=1000"
+            )
+
+    def _check_trial(self) -> None:
+        """Refuse trials of fixed length without a length, or with a number of episodes."""
+        if not self.horizon:
+            raise errors.UserError(
+                f"horizon is 0 with episode_steps={self.episode_steps}: such trials last as long "
+                f"as horizon says: write for example horizon={100 * self.episode_steps}"
+            )
+        if self.episodes != 1:
+            raise errors.UserError(
+                f"episodes is {self.episodes} with episode_steps={self.episode_steps}: episodes "
+                "begin anew until the trial is over, however many: write episodes=1 (or "
+                "episode_steps=0)"
             )
 
     @property
@@ -82,17 +102,36 @@ class Task:
     @property
     def _limit(self) -> int:
         """Steps per episode."""
-        return self.horizon // self.episodes or int(self._interface.limit or 0)
+        whole = self.horizon // self.episodes or int(self._interface.limit or 0)
+        return min(self.episode_steps or whole, whole)
 
     @property
     def spec(self) -> Spec:
-        """Sizes as the environment says."""
+        """Sizes as the environment says; of fixed trials, as few episodes as there can be."""
         found = self._interface
+        if self.episode_steps:
+            few = -(-self.horizon // self._limit)
+            return Spec(found.obs_size, found.action, self.horizon, few)
         return Spec(found.obs_size, found.action, self._limit * self.episodes, self.episodes)
+
+    def single(self, steps: int) -> Task:
+        """The same tasks in trials of one episode of at most ``steps`` steps.
+
+        Trials that have a number of episodes stay as they are.
+        """
+        return replace(self, horizon=steps, episode_steps=0) if self.episode_steps else self
 
     @property
     def reference(self) -> Reference:
-        """Random: measured when first asked for. Best: the registered threshold; NaN if none."""
+        """Random: measured when first asked for. Best: the registered threshold; NaN if none.
+
+        Of fixed trials both are those of one episode times as few as there can be.
+        """
+        if self.episode_steps:
+            one = self.single(self._limit).reference
+            few = self.spec.episodes_per_trial
+            note = f"{one.note}; {few} times those of an episode"
+            return Reference(one.random * few, one.best * few, note)
         key = json.dumps({**vars(self), "most_worlds": _MEASURED_TRIALS}, sort_keys=True)
         return _reference(key)
 
@@ -113,6 +152,7 @@ class Task:
             self.kwargs,
             episodes=self.episodes,
             limit=self._limit,
+            steps=self.horizon if self.episode_steps else 0,
             task_key=self.task_key,
             most_worlds=self.most_worlds,
             device=device,

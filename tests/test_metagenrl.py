@@ -358,7 +358,7 @@ def test_saturated_policies_are_pulled_back() -> None:
     raw = torch.atanh((action / limit).clamp(-1 + 1e-12, 1 - 1e-12))
     inside = raw.abs() < 8  # where tanh can be undone
     assert bool((raw.abs() > 1).any()) and bool(inside.any())
-    excess = agent.saturation(far, obs)
+    excess = agent.saturation(agent.network(far, "policy", obs))
     expected = (raw.abs() - 1).clamp_min(0).square()
     torch.testing.assert_close(
         excess[inside.all(-1)], expected.sum(-1)[inside.all(-1)], rtol=1e-6, atol=1e-9

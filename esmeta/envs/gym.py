@@ -142,6 +142,8 @@ class GymEnv:
         kwargs: arguments for ``gymnasium.make``.
         episodes: per trial.
         limit: steps per episode; then it is truncated.
+        steps: of a trial, where episodes begin anew for as long as it lasts; its last episode is
+            truncated. 0: a trial is over when its ``episodes`` are.
         task_key: under this name each reset is given the number of the task as an option, for
             environments with tasks; empty: none.
         most_worlds: how many simulators the evaluator should ask for at a time.
@@ -155,6 +157,7 @@ class GymEnv:
         *,
         episodes: int,
         limit: int,
+        steps: int = 0,
         task_key: str = "",
         most_worlds: int = 256,
         device: torch.device | str = "cpu",
@@ -163,7 +166,7 @@ class GymEnv:
         self.most_worlds = most_worlds
         self._make = functools.partial(make_world, name, dict(kwargs))
         self._name, self._task_key = name, task_key
-        self._episodes, self._limit = episodes, limit
+        self._episodes, self._limit, self._length = episodes, limit, steps
         self._obs_size, self._action = found.obs_size, found.action
         self._device = device
         self._worlds: list[gymnasium.Env] = []
@@ -180,12 +183,10 @@ class GymEnv:
         shape = (population, tasks.index.shape[1])
         count = shape[0] * shape[1]
         self._grow(count)
-        draws = rng.fold("dynamics").integers(tasks.index, self._episodes, _SEEDS)
-        number = tasks.data["seed"]
-        seeds = (draws + number.unsqueeze(-1)) % _SEEDS
-        self._seeds = _rows(seeds.expand(*shape, -1), 2)
-        self._number = _rows(number.expand(shape), 2)
         self._shape = shape
+        self._number = _rows(tasks.data["seed"].expand(shape), 2)
+        self._draw = functools.partial(self._draw_seeds, rng.fold("dynamics"), tasks)
+        self._seeds = self._draw(self._episodes)
         self._obs = np.zeros((count, self._obs_size), dtype=np.float32)
         self._final = np.zeros_like(self._obs)
         self._episode = np.zeros(count, dtype=np.int64)
@@ -202,9 +203,17 @@ class GymEnv:
         action = np.zeros((count, self._action.size), dtype=np.float32)
         return self._state, self._time_step(action, none, no, no, ~no, ~no)
 
+    def _draw_seeds(self, rng: Rng, tasks: Tasks, count: int) -> np.ndarray:
+        """Seeds of the first ``count`` episodes of each trial, ``[P * B, count]``."""
+        draws = rng.integers(tasks.index, count, _SEEDS)
+        seeds = (draws + tasks.data["seed"].unsqueeze(-1)) % _SEEDS
+        return _rows(seeds.expand(*self._shape, -1), 2)
+
     def _begin(self, k: int) -> None:
         """Reset simulator ``k`` for the episode that its trial has come to."""
         options = {self._task_key: int(self._number[k])} if self._task_key else None
+        if self._episode[k] >= self._seeds.shape[1]:  # the first seeds of a longer draw are these
+            self._seeds = self._draw(2 * self._seeds.shape[1])
         seed = int(self._seeds[k, self._episode[k]])
         seen, _ = self._worlds[k].reset(seed=seed, options=options)
         self._obs[k] = self._read(seen)
@@ -224,7 +233,7 @@ class GymEnv:
         for k in np.flatnonzero(~self._over).tolist():
             reward[k], terminated[k], truncated[k] = self._advance(k, given[k])
         ended = terminated | truncated
-        self._over |= ended & (self._episode == self._episodes)
+        self._over |= ended & self._last()
         self._state = State(state.trials, state.step + 1)
         if isinstance(self._action, Discrete):
             given = np.eye(self._action.n, dtype=np.float32)[given]
@@ -244,26 +253,34 @@ class GymEnv:
             )
         self._clock[k] += 1
         self._steps[k] += 1
-        self._returns[k, self._episode[k]] += reward
-        truncated = not terminated and (bool(truncated) or self._clock[k] >= self._limit)
+        if not self._length:
+            self._returns[k, self._episode[k]] += reward
+        late = self._clock[k] >= self._limit or self._steps[k] == self._length
+        truncated = not terminated and (bool(truncated) or late)
         if terminated or truncated:
             self._failures[k] += terminated
             self._episode[k] += 1
-            if self._episode[k] < self._episodes:
+            if not self._last()[k]:
                 self._begin(k)
         return reward, terminated, truncated
+
+    def _last(self) -> np.ndarray:
+        """Whether an episode that has ended was the last one of its trial, bool ``[P * B]``."""
+        if self._length:
+            return self._steps >= self._length
+        return self._episode >= self._episodes
 
     def metrics(self, state: State) -> dict[str, Tensor]:
         """``length`` (steps), ``episodes`` done, ``terminated`` (share of them), ``return_k``.
 
-        All are float32 ``[P, B]``; ``return_k`` of each episode where there are several, NaN for
-        those that did not begin.
+        All are float32 ``[P, B]``; ``return_k`` of each episode where a trial has a number of them,
+        NaN for those that did not begin.
         """
         self._check(state)
         done = self._episode
         share = np.where(done > 0, self._failures / np.maximum(done, 1), np.nan)
         scores = {"length": self._steps, "episodes": done, "terminated": share}
-        if self._episodes > 1:
+        if self._episodes > 1 and not self._length:
             begun = np.arange(self._episodes) <= done[:, None]
             returns = np.where(begun, self._returns, np.nan)
             scores |= {f"return_{k + 1}": returns[:, k] for k in range(self._episodes)}

@@ -150,17 +150,22 @@ class Agent:
         if isinstance(action, Discrete):
             return PolicyOut(raw, None, None, None)
         if self.style == "relu":
-            middle, limit = (action.high + action.low) / 2, (action.high - action.low) / 2
-            raw = middle + limit * torch.tanh(raw)
-            return PolicyOut(None, raw, torch.full_like(raw[..., :1], self.std * limit), None)
+            std = self.std * (action.high - action.low) / 2
+            return PolicyOut(None, self.limited(raw), torch.full_like(raw[..., :1], std), None)
         if "log_std" not in params:
             return PolicyOut(None, raw, torch.full_like(raw[..., :1], self.std), None)
         std = torch.exp(params["log_std"]).clamp_min(_STD_FLOOR).unsqueeze(1)
         return PolicyOut(None, raw, std, None)
 
-    def saturation(self, params: Params, obs: Tensor) -> Tensor:
+    def limited(self, raw: Tensor) -> Tensor:
+        """The action of ``relu`` agents whose policy network says ``raw [P, M, A]``."""
+        spec = self.spec.action
+        assert isinstance(spec, Continuous)
+        middle, limit = (spec.high + spec.low) / 2, (spec.high - spec.low) / 2
+        return middle + limit * torch.tanh(raw)
+
+    def saturation(self, raw: Tensor) -> Tensor:
         """Squared excess over 1 of what enters the tanh, summed over actions: ``[P, M]``."""
-        raw = self.network(params, "policy", obs)
         return (raw.abs() - 1.0).relu().square().sum(dim=-1)
 
     def policy_statistics(self, params: Params, obs: Tensor) -> Tensor:

@@ -53,16 +53,19 @@ def adam_step(
     """
     params = dict(params)
     first, second, updates = dict(adam.first), dict(adam.second), dict(adam.updates)
-    for name, gradient in gradients.items():
-        updates[name] = updates[name] + 1
-        # float64, so that the correction of late updates is not lost.
-        correct1 = 1.0 - beta1 ** updates[name].double()
-        correct2 = (1.0 - beta2 ** updates[name].double()).sqrt()
-        first[name] = first[name] * beta1 + gradient * (1.0 - beta1)
-        second[name] = second[name] * beta2 + gradient * gradient * (1.0 - beta2)
-        denominator = second[name].sqrt() / _per_agent(correct2, gradient) + eps
-        step = first[name] / _per_agent(correct1, gradient) / denominator
-        params[name] = params[name] - step * rate
+    if not gradients:
+        return params, adam
+    done = torch.stack([updates[name] for name in gradients]) + 1
+    # float64, so that the correction of late updates is not lost; of all leaves in one go.
+    correct1 = (1.0 - beta1 ** done.double()).unbind()
+    correct2 = (1.0 - beta2 ** done.double()).sqrt().unbind()
+    for i, (name, gradient) in enumerate(gradients.items()):
+        updates[name] = done[i]
+        first[name] = (first[name] * beta1).add_(gradient * (1.0 - beta1))
+        second[name] = (second[name] * beta2).add_((gradient * gradient).mul_(1.0 - beta2))
+        denominator = second[name].sqrt().div_(_per_agent(correct2[i], gradient)).add_(eps)
+        step = (first[name] / _per_agent(correct1[i], gradient)).div_(denominator)
+        params[name] = params[name] - step.mul_(rate)
     return params, Adam(first, second, updates)
 
 

@@ -124,9 +124,12 @@ class Training:
             state.replay.cut()
             env_state, ts = self._reset(state.index, agents.trial + 1)
             active = torch.ones_like(agents.active)
+            # An episode that was cut has no return: its rewards are not the next one's.
+            scores = agents.scores._replace(earned=torch.zeros_like(agents.scores.earned))
             agents = agents._replace(
-                env_state=env_state, ts=ts, active=active, trial=agents.trial + 1, t=0
-            )
+                env_state=env_state, ts=ts, active=active, trial=agents.trial + 1, t=0,
+                scores=scores,
+            )  # fmt: skip
         width = self.task.spec.action.size
         draw = self._rng().fold("action", state.replay.count)
         noise = draw.normal(state.index, learner.period * width).float()

@@ -128,9 +128,9 @@ class LearnedObjective:
     def prepare(self, agent: Agent, params: Params, batch: Batch) -> Params:
         """Inputs that are not of the policy: z(r), t, z(V'), z(V) ``[P, n, L, 4]``; constants."""
         steps, inside = batch.steps, batch.inside.to(batch.steps.reward.dtype)
-        value = state_values(agent, params, steps.obs)
-        last = state_values(agent, params, steps.next_obs[:, :, -1:])
-        following = torch.cat([value[..., 1:], last], dim=-1)
+        states = torch.cat([steps.obs, steps.next_obs[:, :, -1:]], dim=2)
+        values = state_values(agent, params, states)
+        value, following = values[..., :-1], values[..., 1:]
         # A time limit hides what came next: V of the step itself stands for it.
         following = torch.where(steps.known | steps.terminated, following, value)
         seen = torch.cat([inside, inside[..., -1:] * ~steps.ended[..., -1:]], dim=-1)
@@ -138,12 +138,12 @@ class LearnedObjective:
         following = (following - mean) / std * ~steps.terminated
         value = (value - mean) / std
         mean, std = _moments(steps.reward, inside)
-        none, values = torch.zeros_like(value), self.network.values
+        none, shown = torch.zeros_like(value), self.network.values
         columns = [
             (steps.reward - mean) / std,
             self._time(agent, batch),
-            following if values == "both" else none,
-            none if values == "none" else value,
+            following if shown == "both" else none,
+            none if shown == "none" else value,
         ]
         return {"told": torch.stack(columns, dim=-1) * inside.unsqueeze(-1)}
 
@@ -165,7 +165,8 @@ class LearnedObjective:
         obs, action, inside = (pick(x, rows) for x in (steps.obs, steps.action, batch.inside))
         weight = flat(inside.to(obs.dtype))
         weight = weight / weight.sum(dim=1, keepdim=True)
-        mean = heads.mode(agent.policy(params, flat(obs)))
+        raw = agent.network(params, "policy", flat(obs))
+        mean = agent.limited(raw)
         total = torch.zeros_like(weight[:, 0])
         if self.share > 0:
             now = mean.reshape(action.shape)
@@ -175,7 +176,7 @@ class LearnedObjective:
             worth = agent.critic(params, CRITICS[0], flat(obs), mean)
             total = total - (1.0 - self.share) * (worth * weight).sum(dim=1)
         if self.network.saturation > 0:
-            excess = agent.saturation(params, flat(obs))
+            excess = agent.saturation(raw)
             total = total + self.network.saturation * (excess * weight).sum(dim=1)
         return total
 
@@ -188,19 +189,16 @@ class LearnedObjective:
         middle, limit = (spec.high + spec.low) / 2, (spec.high - spec.low) / 2
         # A pair per action dimension [P, m, L, A, 2]: weights know nothing of their number.
         pairs = (torch.stack([action, now], dim=-1) - middle) / limit
-        x = pairs.flatten(1, -2)
-        for i in range(3):
-            x = self._normalised(f"action.{i}", _half_square(self._dense(f"action.{i}", x)))
+        x = self._normalised("action", 3, pairs.flatten(1, -2))
         x = x.reshape(*pairs.shape[:-1], WIDTH).mean(dim=-2)
+        x = self._scaled("action.2", flat(x)).reshape(x.shape)
         y = flat(told)
         for i in range(2):
             y = _half_square(self._dense(f"other.{i}", y))
         y = self._dense("other.2", y).reshape(*told.shape[:-1], _OTHER)
         h = self._backwards(torch.cat([x, y], dim=-1), inside)
-        z = flat(h)
-        for i in range(2):
-            z = self._normalised(f"head.{i}", _half_square(self._dense(f"head.{i}", z)))
-        raw = self._dense("head.2", z).reshape(inside.shape)
+        z = self._normalised("head", 2, flat(h))
+        raw = self._dense("head.2", z, after="head.1").reshape(inside.shape)
         return self.network.bound * torch.tanh(raw / self.network.bound)
 
     def _backwards(self, x: Tensor, inside: Tensor) -> Tensor:
@@ -211,25 +209,43 @@ class LearnedObjective:
         weight = self.alpha["lstm.weight"].expand(len(x), -1, -1)
         inputs, own = weight[:, : x.shape[-1]], weight[:, x.shape[-1] :]
         bias = self.alpha["lstm.bias"].unsqueeze(1)
-        driven = torch.baddbmm(bias, flat(x), inputs).reshape(*x.shape[:-1], 4 * WIDTH)
-        mask = inside.to(x.dtype).unsqueeze(-1)
-        h = torch.zeros_like(x[:, :, 0, :WIDTH])
-        c, states = h, []
-        for t in range(x.shape[2] - 1, -1, -1):
-            enter, keep, new, leave = torch.baddbmm(driven[:, :, t], h, own).chunk(4, dim=-1)
-            c = torch.sigmoid(keep) * c + torch.sigmoid(enter) * torch.tanh(new)
-            c = c * mask[:, :, t]
-            h = torch.sigmoid(leave) * torch.tanh(c)
+        # Cut once: a slice per step would have the gradient of each filled up to the whole snippet.
+        x = x.transpose(1, 2)
+        driven = torch.baddbmm(bias, flat(x), inputs).reshape(*x.shape[:-1], 4 * WIDTH).unbind(1)
+        mask = inside.transpose(1, 2).to(x.dtype).unsqueeze(-1).unbind(1)
+        c = torch.zeros_like(driven[0][..., :WIDTH])
+        h, states = c, []
+        for t in range(x.shape[1] - 1, -1, -1):
+            gates = torch.baddbmm(driven[t], h, own)
+            enter, keep, _, leave = torch.sigmoid(gates).chunk(4, dim=-1)
+            new = torch.tanh(gates[..., 2 * WIDTH : 3 * WIDTH])
+            c = (keep * c + enter * new) * mask[t]
+            h = leave * torch.tanh(c)
             states.append(h)
         return torch.stack(states[::-1], dim=2)
 
-    def _dense(self, name: str, x: Tensor) -> Tensor:
-        weight, bias = self.alpha[f"{name}.weight"], self.alpha[f"{name}.bias"]
-        return torch.baddbmm(bias.unsqueeze(1), x, weight.expand(len(x), -1, -1))
+    def _normalised(self, name: str, count: int, x: Tensor) -> Tensor:
+        """``count`` layers with layer norm, of the last one without its gain and shift."""
+        for i in range(count):
+            after = f"{name}.{i - 1}" if i else ""
+            x = _half_square(self._dense(f"{name}.{i}", x, after=after))
+            x = layer_norm(x, x.shape[-1:])
+        return x
 
-    def _normalised(self, name: str, x: Tensor) -> Tensor:
+    def _dense(self, name: str, x: Tensor, *, after: str = "") -> Tensor:
+        """A linear layer of ``x [P, M, K]``, which lacks gain and shift of the layer ``after``.
+
+        They are put into the weights: there are far more rows than weights.
+        """
+        weight, bias = self.alpha[f"{name}.weight"], self.alpha[f"{name}.bias"].unsqueeze(1)
+        if after:
+            bias = torch.baddbmm(bias, self.alpha[f"{after}.shift"].unsqueeze(1), weight)
+            weight = self.alpha[f"{after}.gain"].unsqueeze(2) * weight
+        return torch.baddbmm(bias, x, weight.expand(len(x), -1, -1))
+
+    def _scaled(self, name: str, x: Tensor) -> Tensor:
         gain, shift = self.alpha[f"{name}.gain"], self.alpha[f"{name}.shift"]
-        return layer_norm(x, x.shape[-1:]) * gain.unsqueeze(1) + shift.unsqueeze(1)
+        return x * gain.unsqueeze(1) + shift.unsqueeze(1)
 
 
 def _half_square(x: Tensor) -> Tensor:

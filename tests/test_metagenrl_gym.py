@@ -1,0 +1,207 @@
+"""MetaGenRL and hand-written losses on Gymnasium's environments: episodes that end, worlds left."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+from test_bad_input import assert_says
+from test_metagenrl_runs import SMALL
+from tiny_runs import overrides, run_here
+
+from esmeta import config as configs
+from esmeta import evaluate, learn, train
+from esmeta.comm import SelfComm
+from esmeta.errors import UserError
+from esmeta.learners._training import Agents, Training
+from esmeta.objectives._metagenrl import MetaGenRLObjective
+from esmeta.tasks import make_task
+from esmeta.tree import ravel
+
+needs_box2d = pytest.mark.skipif(
+    importlib.util.find_spec("Box2D") is None,
+    reason="LunarLander needs Box2D: pip install 'esmeta[box2d]'",
+)
+BRIEF = ("task.name=gym", "task.id=Brief-v0", "task.horizon=64", "task.episode_steps=10")
+BESIDE = "objective.more_tasks=[{name='gym', id='Brief-v0', horizon=64, episode_steps=10}]"
+LUNAR = (
+    "objective.more_tasks=[{name='gym', id='LunarLanderContinuous-v3', horizon=64, "
+    "episode_steps=1000}]"
+)
+
+
+class Brief(gymnasium.Env):
+    """An episode of 2 to 5 steps, or of 30, as its seed has it; every step earns 1."""
+
+    observation_space = spaces.Box(-1.0, 1.0, (3,))
+    action_space = spaces.Box(-1.0, 1.0, (2,))
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+        super().reset(seed=seed)
+        self.left = int(self.np_random.choice([2, 3, 4, 5, 30]))
+        return self._see(), {}
+
+    def _see(self) -> np.ndarray:
+        return np.full(3, self.left / 30, dtype=np.float32)
+
+    def step(self, action: Any) -> Any:
+        self.left -= 1
+        return self._see(), 1.0, self.left == 0, False, {}
+
+
+@pytest.fixture(autouse=True)
+def registered() -> Iterator[None]:
+    gymnasium.register("Brief-v0", Brief, max_episode_steps=30)
+    yield
+    del gymnasium.registry["Brief-v0"]
+
+
+def parts(*more: str) -> train.Parts:
+    return train.build(configs.resolve(configs.load("pendulum-metagenrl"), [*SMALL, *more]))
+
+
+def training(**options: Any) -> Training:
+    """Agents on the environment that ends early, in trials of 40 steps and windows of 8."""
+    made = parts(BESIDE).objective
+    assert isinstance(made, MetaGenRLObjective)
+    runner = made.trainings[1]
+    task = make_task("gym", id="Brief-v0", **{"horizon": 40, "episode_steps": 10, **options})
+    runner = Training(
+        replace(runner.learner, start=1000), task, 0, "train", torch.device("cpu"), episodes=100
+    )
+    runner.check()
+    return runner
+
+
+def act(runner: Training, agents: Agents, windows: int) -> Agents:
+    for _ in range(windows):
+        agents, new = runner.act(agents)
+        replay = agents.state.replay.add(new)
+        agents = agents._replace(state=agents.state._replace(replay=replay))
+    return agents
+
+
+def test_no_life_is_cut_because_another_agents_episodes_were_short() -> None:
+    runner = training()
+    agents = act(runner, runner.begin(torch.arange(4)), 5)
+    assert agents.trial == 0 and agents.t == 40
+    steps = agents.state.replay.steps
+    assert bool(steps.reward.eq(1).all()), "every step of the trial is lived"
+    lengths = agents.scores.recent
+    assert len(agents.scores.episodes.unique()) > 1, "they have as many episodes as come"
+    assert set(lengths[~lengths.isnan()].tolist()) >= {2.0, 3.0, 4.0, 5.0, 10.0}
+    assert agents.scores.total.tolist() == [40.0] * 4
+    # An episode that the limit cut is not terminated; one that ended is.
+    cut = steps.ended & ~steps.terminated
+    since = agents.state.replay.time
+    assert bool(cut.any()) and bool((since[cut] == 9).logical_or(cut.nonzero()[:, 1] == 39).all())
+    assert bool((since[steps.terminated] < 9).all())
+    # With a number of episodes per trial all would have begun anew together.
+    few = training(episodes=4, episode_steps=0)
+    assert act(few, few.begin(torch.arange(4)), 5).trial > 0
+
+
+def test_what_an_episode_that_was_cut_had_earned_is_not_the_next_ones() -> None:
+    runner = training(horizon=48, episode_steps=0, episodes=3)  # at most 16 steps an episode
+    agents = runner.begin(torch.arange(4))
+    for _ in range(12):
+        agents = act(runner, agents, 1)
+        lengths = agents.scores.recent
+        assert float(lengths[~lengths.isnan()].max()) <= 16, "no episode is longer than its limit"
+    assert agents.trial > 1
+
+
+def test_simulators_that_cannot_be_stored_begin_a_new_trial() -> None:
+    runner = training()
+    agents = act(runner, runner.begin(torch.arange(3)), 3)
+    assert agents.t == 24 and bool((agents.scores.earned > 0).any())
+    saved = {name: leaf.clone() for name, leaf in runner.save(agents).items()}
+    again = replace(runner).restore(saved)
+    for name, leaf in agents.state.params.items():
+        assert torch.equal(again.state.params[name], leaf)
+    assert again.state.replay.count == 24
+    for one, two in zip(again.state.replay.steps, agents.state.replay.steps, strict=True):
+        assert torch.equal(one[:, :24], two[:, :24])
+    later = act(runner, again, 1)
+    assert (later.trial, later.t) == (agents.trial + 1, 8), "in the middle of none"
+    assert bool(later.state.replay.steps.ended[:, 23].all()), "nothing follows from the last step"
+    assert not bool((later.state.replay.steps.terminated[:, 23] & ~saved_end(agents)).any())
+    # What was left unfinished is no score; what was finished stays.
+    assert bool((later.scores.total >= agents.scores.total).all())
+    assert bool((later.scores.total + later.scores.earned == agents.scores.total + 8).all())
+
+
+def saved_end(agents: Agents) -> torch.Tensor:
+    return agents.state.replay.steps.terminated[:, 23]
+
+
+def test_a_run_beside_it_goes_on_after_a_kill(tmp_path: Path) -> None:
+    args = ["pendulum-metagenrl", *overrides(*SMALL, BESIDE), "--out", tmp_path / "run"]
+    assert run_here(*args, *overrides("budget.updates=6")) == 0
+    assert run_here(*args, "--resume") == 0
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    steps = [json.loads(line)["env_steps"] for line in lines]
+    assert steps[-1] > steps[5] > 0
+    assert evaluate.main([str(tmp_path / "run"), "--trials", "2"]) == 0
+
+
+def test_meta_test_in_an_environment_that_it_never_met(tmp_path: Path) -> None:
+    assert run_here("pendulum-metagenrl", *overrides(*SMALL), "--out", tmp_path / "run") == 0
+    args = [word for text in BRIEF for word in ("--set", text)]
+    assert evaluate.main([str(tmp_path / "run"), "--trials", "2", *args]) == 0
+
+
+def test_a_step_with_agents_there_alone() -> None:
+    built = parts(BESIDE)
+    state, metrics = built.optimizer.step(built.state, built.objective, SelfComm(), built.rng)
+    assert metrics["env_steps"] == 6 * 16
+    assert not torch.equal(ravel(built.optimizer.theta(state)), ravel(built.theta))
+
+
+@pytest.mark.parametrize("learner", ["td3", "ppo"])
+def test_hand_written_losses_learn_there(learner: str, tmp_path: Path) -> None:
+    short = {
+        "ppo": ["learner.period=20", "learner.minibatch=10", "learner.epochs=2"],
+        "td3": ["learner.period=20", "learner.start=20", "learner.update_after=20"],
+    }[learner]
+    pairs = [*short, "learner.hidden=[8]", "task.id=Brief-v0", "task.episode_steps=10"]
+    args = [word for pair in pairs for word in ("--set", pair)]
+    out = tmp_path / "curve.json"
+    words = [learner, "--task", "gym", "--steps", "60", "--agents", "3", "--parts", "3"]
+    assert learn.main([*words, *args, "--out", str(out)]) == 0
+    curve = json.loads(out.read_text())["curve"]
+    assert all(2 <= row["return"] <= 10 for row in curve), "whole episodes in every part"
+
+
+@needs_box2d
+def test_lunar_lander_beside_another_environment(tmp_path: Path) -> None:
+    args = ["pendulum-metagenrl", *overrides(*SMALL, LUNAR), "--out", tmp_path / "run"]
+    assert run_here(*args, *overrides("budget.updates=6")) == 0
+    assert run_here(*args, "--resume") == 0
+    there = ("task.name=gym", "task.id=LunarLanderContinuous-v3", "task.horizon=64",
+             "task.episode_steps=1000")  # fmt: skip
+    words = [word for text in there for word in ("--set", text)]
+    assert evaluate.main([str(tmp_path / "run"), "--trials", "2", *words]) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"horizon": 0}, ["horizon is 0", "episode_steps=10", "horizon=1000"]),
+        ({"episodes": 3}, ["episodes is 3", "episode_steps=10", "write episodes=1"]),
+        ({"episode_steps": -1}, ["episode_steps is -1", "episode_steps=0"]),
+    ],
+)
+def test_bad_options(options: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises((UserError, ValueError)) as caught:
+        training(**options)
+    assert_says(str(caught.value), *words)
