@@ -128,6 +128,25 @@ def test_ppos_share_falls_and_is_zero_where_it_should_be(monkeypatch: pytest.Mon
         whole.fitness(thetas, 3)
 
 
+def test_lives_grow_and_held_out_ones_are_whole() -> None:
+    grows = ("objective.life_first=0.25", "objective.life_generations=4")
+    young = objective(*grows, "objective.period=4", "objective.ppo_generations=0")
+    assert [young.updates(g) for g in (0, 2, 3, 4, 9)] == [3, 6, 8, 12, 12]
+    whole = objective("objective.period=4", "objective.ppo_generations=0")
+    assert [whole.updates(g) for g in (0, 9)] == [12, 12]
+    thetas = members(young, 3)
+    for generation, steps in ((0, 12), (2, 24), (5, 48)):
+        found = young.fitness(thetas, generation)
+        assert found.steps.tolist() == [[steps + 3 * 16] * 3] * 3
+        assert torch.equal(found.returns, whole.fitness(thetas, generation).returns) == (
+            steps == 48
+        )
+    assert torch.equal(young.heldout(thetas, 2).returns, whole.heldout(thetas, 2).returns)
+    # The first updates of a short life are those of the whole one.
+    few = objective("task.horizon=12", "objective.period=4", "objective.ppo_generations=0")
+    assert few.lives.updates == young.updates(0)
+
+
 @pytest.mark.parametrize("windows", [(1, 1, 1), (2, 1), (3,)])
 def test_windows_add_up_to_the_life(windows: tuple[int, ...]) -> None:
     whole = objective("objective.chunk=5")
@@ -246,6 +265,13 @@ WRONG = [
     (["objective.perod=8"], ["objective.perod", "did you mean 'period'"]),
     (["optimizer.learning_rate_generations=-1"], ["learning_rate_generations = -1", ">= 0"]),
     (["optimizer.tasks=per_pair"], ["'per_pair'", "tasks = 'shared'", "ppo_generations = 0"]),
+    (
+        ["optimizer.tasks=per_pair", "objective.ppo_generations=0", "objective.life_generations=3"],
+        ["'per_pair'", "tasks = 'shared'", "life_generations = 0"],
+    ),
+    (["objective.life_first=0"], ["objective.life_first = 0.0", "> 0"]),
+    (["objective.life_first=2"], ["objective.life_first = 2.0", "0 and 1"]),
+    (["objective.life_generations=-1"], ["objective.life_generations = -1", ">= 0"]),
     (["policy.neurons=4"], ["policy.neurons", "takes no options", "[objective]"]),
 ]
 
