@@ -232,6 +232,17 @@ def test_no_reward_loss_is_blind_to_it() -> None:
     assert not torch.allclose(10 * seen, rescaled, rtol=1e-5, atol=1e-6)
 
 
+def test_a_penalty_on_saturation_is_part_of_every_life() -> None:
+    far = ("objective.learning_rate=1.0", "objective.ppo_generations=0")
+    free, held = objective(*far), objective(*far, "objective.saturation=10.0")
+    thetas = members(free, 3)
+    for a, b in (
+        (free.fitness(thetas, 0), held.fitness(thetas, 0)),
+        (free.heldout(thetas, 2), held.heldout(thetas, 2)),
+    ):
+        assert not torch.equal(a.returns, b.returns)
+
+
 @pytest.mark.parametrize("optimizer", ["openes", "nres", "snes"])
 def test_any_optimizer_and_a_resumed_run_repeats(tmp_path: Path, optimizer: str) -> None:
     args = ["displacement-epg", "--optimizer", optimizer, *overrides(*SMALL)]
@@ -269,6 +280,7 @@ WRONG = [
         ["optimizer.tasks=per_pair", "objective.ppo_generations=0", "objective.life_generations=3"],
         ["'per_pair'", "tasks = 'shared'", "life_generations = 0"],
     ),
+    (["objective.saturation=-1"], ["objective.saturation = -1.0", ">= 0"]),
     (["objective.life_first=0"], ["objective.life_first = 0.0", "> 0"]),
     (["objective.life_first=2"], ["objective.life_first = 2.0", "0 and 1"]),
     (["objective.life_generations=-1"], ["objective.life_generations = -1", ">= 0"]),
