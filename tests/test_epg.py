@@ -141,7 +141,9 @@ def test_lives_grow_and_held_out_ones_are_whole() -> None:
         assert torch.equal(found.returns, whole.fitness(thetas, generation).returns) == (
             steps == 48
         )
-    assert torch.equal(young.heldout(thetas, 2).returns, whole.heldout(thetas, 2).returns)
+    held = young.heldout(thetas, 2)
+    assert torch.equal(held.returns, whole.heldout(thetas, 2).returns)
+    assert held.steps.tolist() == [[48 + 3 * 16] * 2] * 3
     # The first updates of a short life are those of the whole one.
     few = objective("task.horizon=12", "objective.period=4", "objective.ppo_generations=0")
     assert few.lives.updates == young.updates(0)
