@@ -128,6 +128,27 @@ def test_ppos_share_falls_and_is_zero_where_it_should_be(monkeypatch: pytest.Mon
         whole.fitness(thetas, 3)
 
 
+def test_lives_grow_and_held_out_ones_are_whole() -> None:
+    grows = ("objective.life_first=0.25", "objective.life_generations=4")
+    young = objective(*grows, "objective.period=4", "objective.ppo_generations=0")
+    assert [young.updates(g) for g in (0, 2, 3, 4, 9)] == [3, 6, 8, 12, 12]
+    whole = objective("objective.period=4", "objective.ppo_generations=0")
+    assert [whole.updates(g) for g in (0, 9)] == [12, 12]
+    thetas = members(young, 3)
+    for generation, steps in ((0, 12), (2, 24), (5, 48)):
+        found = young.fitness(thetas, generation)
+        assert found.steps.tolist() == [[steps + 3 * 16] * 3] * 3
+        assert torch.equal(found.returns, whole.fitness(thetas, generation).returns) == (
+            steps == 48
+        )
+    held = young.heldout(thetas, 2)
+    assert torch.equal(held.returns, whole.heldout(thetas, 2).returns)
+    assert held.steps.tolist() == [[48 + 3 * 16] * 2] * 3
+    # The first updates of a short life are those of the whole one.
+    few = objective("task.horizon=12", "objective.period=4", "objective.ppo_generations=0")
+    assert few.lives.updates == young.updates(0)
+
+
 @pytest.mark.parametrize("windows", [(1, 1, 1), (2, 1), (3,)])
 def test_windows_add_up_to_the_life(windows: tuple[int, ...]) -> None:
     whole = objective("objective.chunk=5")
@@ -213,6 +234,17 @@ def test_no_reward_loss_is_blind_to_it() -> None:
     assert not torch.allclose(10 * seen, rescaled, rtol=1e-5, atol=1e-6)
 
 
+def test_a_penalty_on_saturation_is_part_of_every_life() -> None:
+    far = ("objective.learning_rate=1.0", "objective.ppo_generations=0")
+    free, held = objective(*far), objective(*far, "objective.saturation=10.0")
+    thetas = members(free, 3)
+    for a, b in (
+        (free.fitness(thetas, 0), held.fitness(thetas, 0)),
+        (free.heldout(thetas, 2), held.heldout(thetas, 2)),
+    ):
+        assert not torch.equal(a.returns, b.returns)
+
+
 @pytest.mark.parametrize("optimizer", ["openes", "nres", "snes"])
 def test_any_optimizer_and_a_resumed_run_repeats(tmp_path: Path, optimizer: str) -> None:
     args = ["displacement-epg", "--optimizer", optimizer, *overrides(*SMALL)]
@@ -246,6 +278,14 @@ WRONG = [
     (["objective.perod=8"], ["objective.perod", "did you mean 'period'"]),
     (["optimizer.learning_rate_generations=-1"], ["learning_rate_generations = -1", ">= 0"]),
     (["optimizer.tasks=per_pair"], ["'per_pair'", "tasks = 'shared'", "ppo_generations = 0"]),
+    (
+        ["optimizer.tasks=per_pair", "objective.ppo_generations=0", "objective.life_generations=3"],
+        ["'per_pair'", "tasks = 'shared'", "life_generations = 0"],
+    ),
+    (["objective.saturation=-1"], ["objective.saturation = -1.0", ">= 0"]),
+    (["objective.life_first=0"], ["objective.life_first = 0.0", "> 0"]),
+    (["objective.life_first=2"], ["objective.life_first = 2.0", "0 and 1"]),
+    (["objective.life_generations=-1"], ["objective.life_generations = -1", ">= 0"]),
     (["policy.neurons=4"], ["policy.neurons", "takes no options", "[objective]"]),
 ]
 

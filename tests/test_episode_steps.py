@@ -12,6 +12,7 @@ from test_mujoco import ENGINES, actions, play
 from torch import Tensor
 
 from esmeta import PopulationEvaluator, make_policy
+from esmeta.envs import mujoco
 from esmeta.envs.mujoco import MujocoEnv, State
 from esmeta.learners import ppo
 from esmeta.learners._life import Lives
@@ -132,6 +133,24 @@ def test_starts_are_noise_about_the_pose() -> None:
     assert float(noise.abs().max()) <= 5e-3 and float(noise.std()) > 2.5e-3
     assert float(torch.corrcoef(noise.T).fill_diagonal_(0).abs().max()) < 0.3
     assert float(noise.mean(0).abs().max()) < 4 * 3e-3 / len(noise) ** 0.5
+
+
+def test_every_episode_has_noise_of_its_own_address() -> None:
+    # Drawn for many at a time, by worlds that are not at the same episode.
+    task = make_task("random_hopper", horizon=160, episode_steps=2)
+    tasks, env = task.sample(2, "train", Rng(0)), task.make_env("cpu")
+    state, _ = env.reset(tasks, Rng(1))
+    state = state._replace(episode=state.episode + torch.tensor([[0, 5]]))
+    before = state.episode
+    for action in actions(100, 1, 2, 3):
+        state, ts = env.step(state, action)
+        if not ts.new_episode.any():
+            continue
+        assert ts.new_episode.all() and (state.episode == before + 1).all()
+        before, address = state.episode, state.address + state.episode
+        noise = task.definition().noise.draw(mujoco._EPISODES, address, 1, 6, 6).squeeze(-2)
+        assert torch.equal(motion(env, state), env._pose + noise)
+    assert before.tolist() == [[50, 55]], "past what is drawn at a time"
 
 
 def test_trials_of_a_number_of_episodes_start_as_before() -> None:
@@ -282,7 +301,7 @@ def test_a_life_fills_its_steps_and_a_test_episode_is_one() -> None:
     once = dataclasses.replace(once, learner=lives.learner)
     expected, counted = once.score(life, "test")
     assert torch.equal(score, expected) and torch.equal(steps, counted)
-    assert (steps < 150).any()
+    assert steps.max() == 150 and steps.min() < 150, "three of at most 50 steps"
 
 
 def test_a_test_episode_costs_no_physics_after_its_end(monkeypatch) -> None:

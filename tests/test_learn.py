@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from esmeta import learn
 from esmeta.config import module_names
@@ -46,6 +47,30 @@ def test_a_learner_lives_and_repeats(name: str, tmp_path: Path) -> None:
     assert curves[0] != curves[1], "three agents are not one"
 
 
+def test_policies_are_scored_after_their_lives(tmp_path: Path, capsys) -> None:
+    out = tmp_path / "out.json"
+    more = changes(*SHORT["ppo"], "learner.hidden=[8]", "task.episode_steps=20")
+    args = ["ppo", "--task", "pendulum", "--steps", 40, "--agents", 3, *more, "--out", out]
+    assert run(*args) == 0
+    assert json.loads(out.read_text())["test"] is None
+    assert "after the life" not in capsys.readouterr().out
+    args += ["--test-episodes", 2, "--test-steps", 10]
+    assert run(*args) == 0
+    found = json.loads(out.read_text())["test"]
+    shown = f"return {found['return']:10.3f} ± {found['se']:.3f}  (2 test episodes of at most 10"
+    assert "after the life" in (said := capsys.readouterr().out) and shown in said
+    lives, loss = learn.build(learn.parser().parse_args([str(arg) for arg in args]))
+    life = lives.begin(torch.arange(3), "test")
+    untrained = lives.score(life, "test")[0]
+    for _ in range(2):
+        life, _ = lives.advance(life, loss, "test")
+    trained, steps = lives.score(life, "test")
+    assert found["agents"] == 3 and steps.tolist() == [20, 20, 20]
+    assert found["return"] == pytest.approx(float(trained.mean()))
+    assert found["se"] == pytest.approx(float(trained.std()) / 3**0.5)
+    assert not torch.equal(trained, untrained)
+
+
 def test_discrete_actions() -> None:
     args = ["--task", "bandit", "--steps", 40, "--agents", 2]
     assert run("ppo", *args, *changes("learner.period=20", "learner.minibatch=10")) == 0
@@ -58,6 +83,8 @@ def test_discrete_actions() -> None:
         (["ppo", "--task", "pendulun"], ["'pendulun'", "did you mean 'pendulum'"]),
         (["ppo", "--task", "pendulum", "--steps", "0"], ["--steps = 0", ">= 1"]),
         (["ppo", "--task", "pendulum", "--agents", "0"], ["--agents = 0", ">= 1"]),
+        (["ppo", "--task", "pendulum", "--test-episodes", "-1"], ["--test-episodes = -1", ">= 0"]),
+        (["ppo", "--task", "pendulum", "--test-steps", "0"], ["--test-steps = 0", ">= 1"]),
         (["ppo", "--task", "pendulum", "--steps", "100"], ["period = 2000", "task.horizon = 2000"]),
         (["ppo", "--task", "pendulum", "--set", "ppo.clip=1"], ["ppo.clip", "learner.KEY"]),
         (["ppo", "--task", "pendulum", "--set", "learner.klip=1"], ["learner.klip", "'clip'"]),
@@ -81,5 +108,5 @@ def test_flags_are_frozen() -> None:
     flags = {word for action in learn.parser()._actions for word in action.option_strings}
     assert flags == {
         "-h", "--help", "--task", "--steps", "--agents", "--set", "--split", "--seed", "--device",
-        "--parts", "--out",
+        "--parts", "--out", "--test-episodes", "--test-steps",
     }  # fmt: skip

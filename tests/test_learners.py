@@ -416,6 +416,29 @@ def test_no_reward_means_no_reward() -> None:
         assert torch.equal(first, second) != reward
 
 
+def test_the_penalty_is_on_means_beyond_the_limits_alone() -> None:
+    spec = Spec(obs_size=3, action=Continuous(2, low=-2.0, high=4.0), horizon=100)
+    agent, params = agents(spec)
+    params["policy.2.bias"] = torch.tensor([[1.0, 1.0], [9.0, 1.0], [1.0, -8.0], [9.0, 9.0]] * 2)[
+        :AGENTS
+    ].double()
+    batch, rows = a_batch(spec), torch.tensor([[0, 3, 5]]).expand(AGENTS, -1)
+    plain, held = network(spec), network(spec, saturation=0.5)
+    leaves = eta(plain)
+    prepared = plain.loss(leaves).prepare(agent, params, batch)
+    before, after = (
+        net.loss(leaves)(agent, params, batch, prepared, rows) for net in (plain, held)
+    )
+    mean = agent.policy(params, batch.steps.obs[:, -NEWEST:]).mean
+    assert mean is not None
+    beyond = (mean[:, [0, 3, 5]] - 4).clamp_min(0) + (-2 - mean[:, [0, 3, 5]]).clamp_min(0)
+    expected = 0.5 * (beyond / 3.0).square().sum(-1).mean(-1)
+    assert torch.allclose(after - before, expected, rtol=1e-9, atol=1e-12)
+    assert (expected > 0).tolist() == [False, True, True, True, False]
+    with pytest.raises(UserError, match="saturation = 0.5.*4 discrete actions.*saturation = 0"):
+        LossNetwork(Spec(3, Discrete(4), 10), BUFFER, saturation=0.5)
+
+
 def test_an_unfilled_buffer_is_zero_in_front() -> None:
     agent = Agent(SPEC, (4,), heads=EVERY_HEAD)
     learner = SegmentLearner(agent, period=8, context=24)

@@ -18,9 +18,10 @@ class State(NamedTuple):
     the steps of the trial (0 where its length is a number of episodes), ``over`` bool whether it
     has ended, ``unstable`` int64 how often MuJoCo lost it, ``success`` bool whether it was where it
     should be, ``paid`` and ``spent`` float64 ``[.., K]`` the sums of reward and of steps in each
-    phase, ``starts`` float64 ``[Q, B, episodes, nq + nv]`` (in trials of so many steps without
-    their noise, which ``address`` int64 ``[Q, B]`` and the episode's number tell), ``data`` and
-    ``changes`` the tasks' ``[Q, B, ...]``.
+    phase, ``starts`` float64 ``[Q, B, episodes, nq + nv]``, ``data`` and ``changes`` the tasks'
+    ``[Q, B, ...]``. In trials of so many steps ``starts`` are without their noise, which
+    ``address`` int64 ``[Q, B]`` and the episode's number tell; ``noise`` ``[.., n, nq + nv]`` is
+    that of the n episodes from the last multiple of n on (else n = 0).
     """
 
     rows: Tensor
@@ -35,6 +36,7 @@ class State(NamedTuple):
     spent: Tensor
     starts: Tensor
     address: Tensor
+    noise: Tensor
     data: Data
     changes: Data
 

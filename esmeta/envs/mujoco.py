@@ -26,6 +26,7 @@ _CHANGES = (*models.FACTORS, "gravity")
 _LASTING = (*_CHANGES, "start", "pose")  # what all episodes of a trial share
 _KEPT_SIZES = 4  # engines that are kept for batches of other sizes
 _EPISODES = Rng(0).fold("episodes")  # all else that starts depend on is in the state's addresses
+_AHEAD = 16  # episodes that noise is drawn for at a time: the draws of one cost as much
 
 
 class MujocoEnv:
@@ -83,6 +84,8 @@ class MujocoEnv:
         self._body, self._definition = body, definition
         self._horizon, self._episodes, self._continual = horizon, episodes, continual
         self._steps = steps
+        # On a GPU they are drawn in every step, as nobody looks whether they have to be.
+        self._ahead = 0 if steps == 0 else 1 if self._engine == "warp" else _AHEAD
         self._threads = threads
         self.seconds = float(model.opt.timestep) * body.frame_skip
         self._like = torch.empty(0, dtype=torch.float32, device=device)
@@ -123,14 +126,17 @@ class MujocoEnv:
         none = torch.zeros(shape, dtype=torch.float64, device=there)
         no = torch.zeros(shape, dtype=torch.bool, device=there)
         zero = torch.zeros(shape, dtype=torch.int64, device=there)
-        first = self._first(starts, address, zero)
+        noise = self._noise(address, zero)
+        first = self._first(starts, noise, zero)
         worlds.restart(first.flatten(0, 1), ~no.flatten())
         now = worlds.snapshot(shape)
         paid = none.new_zeros(*shape, self._phase.shape[1])
         rows, place = worlds.saved(shape), definition.place(now).clone()
         state = State(
-            rows, place, zero, zero, zero, no, zero, no, paid, paid, starts, address, data, changes
-        )
+            rows, place, time=zero, episode=zero, elapsed=zero, over=no, unstable=zero, success=no,
+            paid=paid, spent=paid, starts=starts, address=address, noise=noise, data=data,
+            changes=changes,
+        )  # fmt: skip
         action = none.unsqueeze(-1).expand(*shape, model.nu)
         begun = torch.ones_like(no)
         obs = definition.observe(now)
@@ -279,21 +285,34 @@ class MujocoEnv:
         state = state._replace(episode=episode, over=over)
         if (self._episodes == 1 and not self._steps) or not self._some(again):
             return state, None
-        first = self._first(state.starts, state.address, episode)
+        if self._steps and self._some(again & (episode % self._ahead == 0)):
+            state = state._replace(noise=self._noise(state.address, episode))
+        first = self._first(state.starts, state.noise, episode)
         worlds.restart(first.flatten(0, 1), again.flatten())
         return state._replace(time=state.time.masked_fill(again, 0)), again
 
-    def _first(self, starts: Tensor, address: Tensor, episode: Tensor) -> Tensor:
+    def _first(self, starts: Tensor, noise: Tensor, episode: Tensor) -> Tensor:
         """Where the episodes number ``episode [P, B]`` start, ``[P, B, nq + nv]``."""
-        number = episode.clamp(max=starts.shape[2] - 1)[..., None, None]
-        number = number.expand(-1, -1, 1, starts.shape[-1])
-        first = starts.expand(*episode.shape, -1, -1).gather(2, number).squeeze(2)
-        if not self._steps:
-            return first
-        # How many there will be is not known: each is drawn when it begins, by its own address.
-        size = self.model.nq, self.model.nv
-        noise = self._definition.noise.draw(_EPISODES, address + episode, 1, *size)
-        return first + noise.squeeze(-2).to(first)
+
+        def of(each: Tensor, number: Tensor) -> Tensor:
+            chosen = number[..., None, None].expand(-1, -1, 1, each.shape[-1])
+            return each.expand(*episode.shape, -1, -1).gather(2, chosen).squeeze(2)
+
+        first = of(starts, episode.clamp(max=starts.shape[2] - 1))
+        return first + of(noise, episode % self._ahead) if self._steps else first
+
+    def _noise(self, address: Tensor, episode: Tensor) -> Tensor:
+        """Noise of episodes number ``episode [P, B]`` and about, ``[P, B, n, nq + nv]``.
+
+        How many a trial will have is not known, so that each has an address of its own.
+        """
+        nq, nv, ahead = self.model.nq, self.model.nv, self._ahead
+        if ahead == 0:
+            return self._physics.new_zeros(*episode.shape, 0, nq + nv)
+        first = address + episode // ahead * ahead
+        index = first.unsqueeze(-1) + torch.arange(ahead, device=first.device)
+        noise = self._definition.noise.draw(_EPISODES, index, 1, nq, nv)
+        return noise.squeeze(-2).to(self._physics)
 
     def metrics(self, state: State) -> dict[str, Tensor]:
         """Scores of each trial so far, float32 ``[P, B]``.

@@ -46,14 +46,22 @@ class LossNetwork:
         buffer: steps that it reads, N.
         reward: whether it sees rewards.
         memory: whether the memory unit may learn; else its first values are constant inputs.
+        saturation: factor on the mean squared excess of the policy's mean over the limits of the
+            actions, a part of the loss that is not learned; 0: none, as published.
     """
 
     spec: Spec
     buffer: int
     reward: bool = True
     memory: bool = False
+    saturation: float = 0.0
 
     def __post_init__(self) -> None:
+        if self.saturation > 0 and isinstance(self.spec.action, Discrete):
+            raise UserError(
+                f"saturation = {self.saturation}: the task has {self.spec.action.n} discrete "
+                "actions, which have no limits to exceed; write saturation = 0"
+            )
         if self.positions[-1] < 1:
             raise UserError(
                 f"buffer = {self.buffer}: too short for the two convolutions over time; write at "
@@ -161,7 +169,17 @@ class LearnedLoss:
             [own, context.unsqueeze(1).expand(spread), policy, memory.expand(spread)], dim=-1
         )
         y = leaky_relu(self._layer("head.0", y), _SLOPE)
-        return self._layer("head.1", y).squeeze(-1).mean(dim=1)
+        return self._layer("head.1", y).squeeze(-1).mean(dim=1) + self._excess(policy)
+
+    def _excess(self, policy: Tensor) -> Tensor | float:
+        """The penalty ``[P]`` on policies with the statistics ``policy [P, m, 2 A]``."""
+        action = self.network.spec.action
+        if self.network.saturation == 0 or isinstance(action, Discrete):
+            return 0.0
+        middle, limit = (action.high + action.low) / 2, (action.high - action.low) / 2
+        mean = (policy[..., : action.size] - middle) / limit
+        excess = (mean.abs() - 1.0).relu().square().sum(dim=-1)
+        return self.network.saturation * excess.mean(dim=1)
 
     def read(self, x: Tensor) -> Tensor:
         """The context ``[P, 32]`` of a buffer of features ``[P, N, features]``."""

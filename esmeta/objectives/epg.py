@@ -45,6 +45,9 @@ class Objective:
         hidden: widths of the tanh layers of policy and V.
         reward: whether the loss network sees rewards (off: no-reward EPG).
         memory: whether the memory unit learns (off as in the released launcher).
+        saturation: factor on the mean squared excess of the policies' means over the limits of the
+            actions, added to the learned loss; 0: none, as published. Where all actions are clipped
+            to one, members do not differ, and evolution sees nothing.
         evolve_init: evolve the policy's first parameters too.
         ppo_generations: generations over which PPO's share falls from ``ppo_first`` to
             ``ppo_last``; 0: no PPO.
@@ -70,6 +73,7 @@ class Objective:
     hidden: tuple[int, ...] = (64, 64)
     reward: bool = True
     memory: bool = False
+    saturation: float = 0.0
     evolve_init: bool = False
     ppo_generations: int = 250
     ppo_first: float = 1.0
@@ -91,6 +95,7 @@ class Objective:
         errors.non_negative_int("ppo_generations", self.ppo_generations, example=100)
         errors.fraction("ppo_first", self.ppo_first)
         errors.fraction("ppo_last", self.ppo_last)
+        errors.non_negative("saturation", self.saturation)
         errors.fraction("life_first", self.life_first)
         errors.finite_positive("life_first", self.life_first, example=0.25)
         errors.non_negative_int("life_generations", self.life_generations, example=100)
@@ -143,7 +148,9 @@ class EpgObjective:
         self.trials = trials
         self.seed = seed
         self.device = torch.device(device)
-        self.network = LossNetwork(task.spec, config.buffer, config.reward, config.memory)
+        self.network = LossNetwork(
+            task.spec, config.buffer, config.reward, config.memory, config.saturation
+        )
         heads: frozenset[Head] = frozenset({"log_std", "memory"})
         self._ppo = PolicyGradient(clip=0.2, kl_coef=0.001)
         if config.ppo_generations:
