@@ -1,7 +1,8 @@
 """``python -m esmeta.learn LEARNER``: train a batch of agents by a hand-written loss.
 
 The baselines of learned losses, in the same harness: every agent lives one trial of its own task,
-from fresh networks, and the return over that life is reported.
+from fresh networks, and the return over that life is reported. With ``--test-episodes`` the policy
+is scored after its life too, as the fitness of a learned loss is.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from esmeta import errors
 from esmeta.cli import Parser, prepare_process
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from esmeta.learners._life import Lives
     from esmeta.learners._loss import Loss
     from esmeta.learners._record import Diary
@@ -49,6 +52,13 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--seed", type=int, default=0, help="seed of everything random (%(default)s)")
     p.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:N")
     p.add_argument("--parts", type=int, default=10, help="parts of the life in the table")
+    p.add_argument(
+        "--test-episodes",
+        type=int,
+        default=0,
+        help="episodes played after the life with the policy as it then is; 0: none (%(default)s)",
+    )
+    p.add_argument("--test-steps", type=int, default=1000, help="of each at most (%(default)s)")
     p.add_argument("--out", type=Path, metavar="FILE.json", help="also write the numbers there")
     return p
 
@@ -70,21 +80,34 @@ def build(args: argparse.Namespace) -> tuple[Lives, Loss]:
         ("--steps", args.steps),
         ("--agents", args.agents),
         ("--parts", args.parts),
+        ("--test-steps", args.test_steps),
     ):
         errors.positive_int(name, value, example=4)
     errors.non_negative_int("--seed", args.seed)
+    errors.non_negative_int("--test-episodes", args.test_episodes)
     options = configs.load_class("learner", args.learner)
     maker = errors.check_options(options, tables["learner"], "learner")
     kind = configs.load_class("task", args.task)
     task: Task = errors.check_options(kind, tables["task"], "task")
     learner, loss = maker.make(task.spec, task.spec.horizon)
-    lives = Lives(learner, task, args.seed, torch.device(args.device), test_steps=args.steps)
+    lives = Lives(
+        learner,
+        task,
+        args.seed,
+        torch.device(args.device),
+        test_episodes=args.test_episodes,
+        test_steps=args.test_steps,
+    )
     lives.check_length()  # lives are lived one step after the other: any simulator will do
     return lives, loss
 
 
-def learn(lives: Lives, loss: Loss, agents: int, split: str) -> Diary:
-    """Let ``agents`` agents, numbers 0 and up, live and learn."""
+def learn(lives: Lives, loss: Loss, agents: int, split: str) -> tuple[Diary, Tensor | None]:
+    """Let ``agents`` agents, numbers 0 and up, live and learn.
+
+    Also returns what their test episodes earn after it, a mean of each agent, float64 ``[agents]``;
+    None where there are none.
+    """
     import torch
 
     from esmeta.learners._record import Diary
@@ -98,7 +121,8 @@ def learn(lives: Lives, loss: Loss, agents: int, split: str) -> Diary:
             life, new = lives.advance(life, loss, split)
             diary.add(type(new)(*(leaf[:agents] for leaf in new)))
             bar.update(update + 1, (update + 1) / lives.updates)
-    return diary
+    scores = lives.score(life, split)[0][:agents] if lives.test_episodes else None
+    return diary, scores
 
 
 def table(diary: Diary, parts: int) -> list[dict[str, float]]:
@@ -115,6 +139,14 @@ def table(diary: Diary, parts: int) -> list[dict[str, float]]:
     return rows
 
 
+def after_life(scores: Tensor) -> dict[str, float]:
+    """Mean of the agents' scores after their lives and its standard error."""
+    from esmeta.evaluate import summary
+
+    mean, error, count = summary(scores)
+    return {"return": mean, "se": error, "agents": count}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     args = parser().parse_args(argv)
@@ -125,12 +157,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         lives, loss = build(args)
         began = time.monotonic()
-        diary = learn(lives, loss, args.agents, args.split)
+        diary, scores = learn(lives, loss, args.agents, args.split)
         rows = table(diary, args.parts)
+        test = None if scores is None else after_life(scores)
         seconds = time.monotonic() - began
         if args.out is not None:
             facts = {"learner": args.learner, "task": args.task, "set": args.set, "seed": args.seed}
-            args.out.write_text(json.dumps({**facts, "seconds": seconds, "curve": rows}) + "\n")
+            facts |= {"seconds": seconds, "curve": rows, "test": test}
+            args.out.write_text(json.dumps(facts) + "\n")
     except errors.UserError as error:
         print(f"esmeta: error: {error}", file=sys.stderr)
         return 2
@@ -140,6 +174,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"{args.task} by {args.learner}: {args.agents} agents, {seconds:.0f} s")
     for row in rows:
         print(f"{row['steps']:>10,} steps  return {row['return']:10.3f} ± {row['se']:.3f}")
+    if test is not None:
+        episodes = f"{args.test_episodes} test episodes of at most {args.test_steps:,} steps"
+        print(f"after the life  return {test['return']:10.3f} ± {test['se']:.3f}  ({episodes})")
     return 0
 
 

@@ -146,7 +146,7 @@ class TrialLives:
     def _save_part(self, part: _Part, life: int) -> State:
         rows, end = len(part.rows), part.end
         tasks, rng = self._trials(life)
-        # A leaf that has the same shape for one member more is not the members'.
+        # A leaf that is as long for one member more is not the members'.
         other, _ = self.evaluator.env.reset(tasks, rng, rows + 1)
         saved = {"steps": torch.full((rows,), end.t), "active": end.active}
         saved |= {f"memory.{name}": leaf for name, leaf in end.state.items()}
@@ -155,7 +155,7 @@ class TrialLives:
         for number, (leaf, reference) in enumerate(pairs):
             if leaf.ndim == 0:
                 saved[f"env.{number}"] = leaf.expand(rows)
-            elif leaf.shape != reference.shape:
+            elif leaf.shape[0] != reference.shape[0]:
                 saved[f"env.{number}"] = leaf
         return saved
 

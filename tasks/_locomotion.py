@@ -65,6 +65,9 @@ class Simulated(ABC):
     Args:
         horizon: control steps of a trial at most, shared evenly by its episodes.
         episodes: episodes of a trial, all on the same task.
+        episode_steps: steps of an episode at most in a trial of exactly ``horizon`` steps: bodies
+            that fall begin anew, in however many episodes that makes; 0: the trial is over with its
+            ``episodes``.
         engine: ``"auto"``, ``"batch"`` (MuJoCo 3.17) or ``"rows"``: the same numbers, on the CPU;
             ``"warp"``: MuJoCo Warp on the run's device, in float32.
         threads: threads that step worlds; with MPI, ranks do the same and 1 is right.
@@ -82,6 +85,7 @@ class Simulated(ABC):
 
     horizon: int = 200
     episodes: int = 1
+    episode_steps: int = 0
     engine: str = "auto"
     threads: int = 1
     contact_rule: str = "legacy"
@@ -92,6 +96,7 @@ class Simulated(ABC):
 
     def __post_init__(self) -> None:
         episode_steps(self.horizon, self.episodes)
+        check_int("episode_steps", self.episode_steps, 0, 100_000)
         check_int("threads", self.threads, 1, 1024)
         errors.one_of("engine", self.engine, ENGINES)
         self.body()  # checks what is left
@@ -99,7 +104,15 @@ class Simulated(ABC):
 
     def _check_changes(self) -> None:
         """Refuse motors that are not there, and episodes that cannot differ."""
-        check_int("impaired_from", self.impaired_from, 1, self.episodes)
+        if self.episode_steps and (self.episodes > 1 or self.continual):
+            given = f"episodes = {self.episodes}" if self.episodes > 1 else "continual = true"
+            raise errors.UserError(
+                f"{given} with episode_steps = {self.episode_steps}: such a trial has as many "
+                "episodes as come, all on one task; write episodes = 1 and continual = false, or "
+                "episode_steps = 0"
+            )
+        most = 1000 if self.episode_steps else self.episodes
+        check_int("impaired_from", self.impaired_from, 1, most)
         if self.impaired not in ("none", "random"):
             motors = models.motors(self.body().xml)
             for joint in self.impaired.split(","):
@@ -129,7 +142,8 @@ class Simulated(ABC):
         """Tasks by number; with ``impaired`` also ``working`` float64 ``[1, B, episodes, nu]``.
 
         It is 0 for motors that fail and 1 for the others. With ``continual`` whatever else a task
-        is about has an axis of episodes too.
+        is about has an axis of episodes too. With ``episode_steps`` the last one told stands for
+        all that follow.
         """
         tasks = self.draw(batch, split, rng)
         if self.impaired == "none":
@@ -142,14 +156,15 @@ class Simulated(ABC):
 
     def _working(self, index: Tensor, split: str, rng: Rng) -> Tensor:
         motors = models.motors(self.body().xml)
-        episode = torch.arange(1, self.episodes + 1)
+        episodes = self.impaired_from if self.episode_steps else self.episodes
+        episode = torch.arange(1, episodes + 1)
         if self.impaired == "random":
             failed = rng.fold("impaired", split).integers(index, self.draws(), len(motors))
             fails = torch.nn.functional.one_hot(failed, len(motors)).bool()
         else:
             fails = torch.tensor([name in self.impaired.split(",") for name in motors])
         fails = fails & (episode >= self.impaired_from).unsqueeze(-1)
-        return (~fails).double().expand(*index.shape, self.episodes, len(motors))
+        return (~fails).double().expand(*index.shape, episodes, len(motors))
 
     @abstractmethod
     def definition(self) -> Definition:
@@ -162,15 +177,27 @@ class Simulated(ABC):
 
     def trial(self, obs_size: int, actions: int) -> Spec:
         """The spec of a trial of these options."""
-        return Spec(obs_size, Continuous(actions), self.horizon, self.episodes)
+        return Spec(obs_size, Continuous(actions), self.horizon, self.fewest())
+
+    def fewest(self) -> int:
+        """Episodes of a trial in which none ends early."""
+        return -(-self.horizon // self.episode_steps) if self.episode_steps else self.episodes
+
+    def single(self, steps: int) -> Simulated:
+        """The same bodies in trials of one episode of at most ``steps`` steps.
+
+        Trials that have a number of episodes stay as they are.
+        """
+        return replace(self, horizon=steps, episode_steps=0) if self.episode_steps else self
 
     def make_env(self, device: torch.device | str) -> MujocoEnv:
         """The environment; time steps are on ``device``, and so is physics by ``"warp"``."""
         return MujocoEnv(
             self.body(),
             self.definition(),
-            horizon=episode_steps(self.horizon, self.episodes),
+            horizon=self.episode_steps or episode_steps(self.horizon, self.episodes),
             episodes=self.episodes,
+            steps=self.horizon if self.episode_steps else 0,
             continual=self.continual and self.renewable,
             engine=self.engine,
             threads=self.threads,
@@ -233,8 +260,9 @@ def directions(
     """Unit vectors ``direction`` float64 ``[1, B, (count,) 2]`` in the plane.
 
     ``"binary"``: (1, 0) or (-1, 0), a fair coin each; ``"circle"``: a uniform angle. With
-    ``mirrored`` the tasks 2k and 2k + 1 have opposite directions. There are only two binary
-    directions, so that the splits share them; their streams differ.
+    ``mirrored`` the tasks 2k and 2k + 1 are twins: directions are opposite and all else is alike,
+    noise of starts and actions included. There are only two binary directions, so that the splits
+    share them; their streams differ.
     """
     check_split(split)
     index = task_numbers(batch)
@@ -250,7 +278,8 @@ def directions(
     if mirrored:
         second = (index % 2 == 1).reshape(*index.shape, *[1] * (direction.ndim - 2))
         direction = torch.where(second, -direction, direction)
-    return Tasks(index, {"direction": direction})
+    # The address is that of all other randomness.
+    return Tasks(source, {"direction": direction})
 
 
 def speeds(

@@ -35,8 +35,8 @@ class Task(ant.Ant):
 
     Args:
         directions: ``"binary"``: along x or against it; ``"circle"``: any.
-        mirrored: tasks 2k and 2k + 1 have opposite directions, so that the luck of a policy that
-            only walks one way cancels.
+        mirrored: tasks 2k and 2k + 1 are twins: all is alike, noise included, but their directions
+            are opposite, so that what a policy earns without reading rewards cancels exactly.
     """
 
     directions: str = "binary"

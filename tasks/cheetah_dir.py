@@ -27,8 +27,8 @@ class Task(cheetah.Cheetah):
     """Run forwards or backwards. Options: :class:`esmeta.tasks._cheetah.Cheetah`.
 
     Args:
-        mirrored: tasks 2k and 2k + 1 have opposite directions, so that the luck of a policy that
-            only runs one way cancels.
+        mirrored: tasks 2k and 2k + 1 are twins: all is alike, noise included, but their directions
+            are opposite, so that what a policy earns without reading rewards cancels exactly.
     """
 
     mirrored: bool = False

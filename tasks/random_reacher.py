@@ -67,12 +67,13 @@ class Task(walk.Simulated):
 
     def draw(self, batch: int | Tensor, split: str, rng: Rng) -> Tasks:
         """Arms, see :func:`links`; ``pose [1, B, episodes, 4]`` holds the targets."""
+        episodes = self.fewest()
         check_split(split)
         index = task_numbers(batch)
         scale = rng.fold("links", split)
         factors = random_models.uniform(scale, index, (2,), self.scale_min, self.scale_max)
-        draw = rng.fold("target", split).uniform(index, 2 * self.episodes)
-        u, v = draw.unflatten(-1, (self.episodes, 2)).unbind(-1)
+        draw = rng.fold("target", split).uniform(index, 2 * episodes)
+        u, v = draw.unflatten(-1, (episodes, 2)).unbind(-1)
         radius, angle = DISC * u.sqrt(), 2.0 * math.pi * v
         pose = torch.zeros(*u.shape, 4, dtype=torch.float64)
         pose[..., 2], pose[..., 3] = radius * angle.cos(), radius * angle.sin()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.util
 import math
@@ -19,6 +20,7 @@ from torch import Tensor
 import esmeta
 from esmeta import config as configs
 from esmeta import train
+from esmeta.envs.remote import RemoteTask
 from esmeta.errors import UserError
 from esmeta.objectives.return_ import Objective
 from esmeta.optimizers.nres import Optimizer as Nres
@@ -268,9 +270,31 @@ def test_what_needs_worlds_in_tensors_is_refused_before_any_work() -> None:
     with pytest.raises(UserError, match=r"capture = true.*GymEnv.*objective.capture = false"):
         esmeta.PopulationEvaluator(policy, task, capture=True)
     pendulum = ["task.name=gym", "task.id=Pendulum-v1", "task.horizon=640"]
-    config = configs.resolve(configs.load("displacement-epg"), pendulum)
-    with pytest.raises(UserError, match=r"GymEnv cannot be left.*objective.name = 'return'"):
+    windows = ["optimizer.name=nres", "objective.ppo_generations=0"]
+    config = configs.resolve(configs.load("displacement-epg"), [*pendulum, *windows])
+    with pytest.raises(UserError, match=r"GymEnv cannot be left.*optimizer.name = 'openes'"):
         train.build(config)
+
+
+def test_lives_that_are_not_left_need_no_copies() -> None:
+    """EPG by a search for whole lives: the same bits in any chunk, and simulators of their own."""
+    small = ["task.name=gym", "task.id=Pendulum-v1", "task.horizon=48", "task.episodes=2",
+             "task.trials=3", "objective.period=16", "objective.buffer=32", "objective.hidden=[4]",
+             "objective.minibatch=8", "objective.test_steps=9", "objective.twins=1"]  # fmt: skip
+    config = configs.resolve(configs.load("displacement-epg"), small)
+    objective: Any = train.build(config).objective
+    draw = torch.Generator().manual_seed(0)
+    theta = 0.1 * torch.randn(4, esmeta.ravel(objective.init(0)).shape[1], generator=draw)
+    whole = objective.fitness(theta, 3)
+    assert len(whole.returns.unique()) == whole.returns.numel()
+    config = configs.resolve(configs.load("displacement-epg"), [*small, "objective.chunk=5"])
+    chunked: Any = train.build(config).objective
+    assert torch.equal(chunked.fitness(theta, 3).returns, whole.returns)
+    far = dataclasses.replace(chunked.lives, task=RemoteTask(config.task.instance, None))  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="run.remote_envs = false"):
+        far.check_own()
+    held = chunked.heldout(theta[:1], 4)
+    assert torch.equal(chunked.heldout(theta[:1], 4, first=2).returns, held.returns[:, 2:])
 
 
 def test_not_a_number_names_the_episode() -> None:

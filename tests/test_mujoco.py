@@ -47,12 +47,6 @@ if importlib.util.find_spec("imageio") is None:
     sys.modules["imageio"] = types.ModuleType("imageio")
 
 
-@pytest.fixture(autouse=True)
-def _elsewhere(tmp_path, monkeypatch) -> None:
-    # MuJoCo writes its warnings to a file in the working directory.
-    monkeypatch.chdir(tmp_path)
-
-
 def actions(steps: int, *shape: int, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.rand(steps, *shape, generator=generator) * 2 - 1
@@ -363,6 +357,23 @@ def test_an_exploding_world_is_ended_by_its_own_physics() -> None:
     assert env.metrics(state)["unstable"].tolist() == [[0.0, 1.0]]
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_warnings_go_to_the_log_alone(
+    engine: str, threads: int, tmp_path, monkeypatch, caplog, capfd
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where MuJoCo would write a file
+    task = make_task("cheetah_dir", engine=engine, threads=threads)
+    env = task.make_env("cpu")
+    state, _ = env.reset(task.sample(2, "train", Rng(0)), Rng(0))
+    with caplog.at_level("DEBUG", logger="esmeta.mujoco"):
+        _, ts = env.step(state, torch.full((1, 2, 6), torch.nan))
+    # A policy that says NaN earns NaN, which makes a member of a population fail.
+    assert ts.reward.isnan().all()
+    assert {"CTRL" in record.message for record in caplog.records} == {True}
+    assert capfd.readouterr() == ("", "") and not list(tmp_path.iterdir())
+
+
 def test_episodes_follow_each_other_in_the_same_step() -> None:
     task = make_task("hopper", horizon=75, episodes=3)
     env, tasks = task.make_env("cpu"), task.sample(4, "train", Rng(0))
@@ -428,7 +439,10 @@ def test_wrong_changes_are_refused() -> None:
         ),
     ],
 )
-def test_wrong_models_are_refused(tmp_path, body: dict[str, str], words: list[str]) -> None:
+def test_wrong_models_are_refused(
+    tmp_path, monkeypatch, body: dict[str, str], words: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "broken.xml").write_text("<mujoco><worldbody></mujoco>")
     geoms = '<geom size="1" margin="0.1"/><geom size="1"/>'
     (tmp_path / "margins.xml").write_text(f"<mujoco><worldbody>{geoms}</worldbody></mujoco>")
@@ -436,6 +450,7 @@ def test_wrong_models_are_refused(tmp_path, body: dict[str, str], words: list[st
         build_model(Body(frame_skip=1, **body))
     for word in words:
         assert word in str(caught.value), str(caught.value)
+    assert "cannot read it (xml" not in str(caught.value)  # what is told is told once
 
 
 def test_the_batch_engine_needs_its_mujoco(monkeypatch) -> None:

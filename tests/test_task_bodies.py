@@ -215,6 +215,16 @@ def test_two_directions_are_opposite(name: str) -> None:
     assert torch.equal(mirrored[::2], -mirrored[1::2])
 
 
+def test_what_twins_earn_without_reading_rewards_cancels() -> None:
+    task = make_task("cheetah_dir", mirrored=True, horizon=20, ctrl_cost=0.0)
+    policy = esmeta.make_policy("mlp", task.spec, reward_input_scale=0.0, std_value=0.5)
+    evaluator = esmeta.PopulationEvaluator(policy, task, trials=6)
+    returns = evaluator(policy.init(0), seed=0, split="train").returns[0]
+    assert float(returns.abs().min()) > 1e-3
+    assert torch.equal(returns[::2], -returns[1::2])
+    assert len(set(returns[::2].tolist())) == 3
+
+
 def test_directions_of_the_circle_are_uniform() -> None:
     task = make_task("ant_dir", directions="circle")
     direction = task.sample(4000, "test", Rng(0)).data["direction"][0]

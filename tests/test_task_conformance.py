@@ -17,7 +17,7 @@ EXTRA_STEPS = 3
 # Simulated bodies take their time, and do in a short episode what they do in a long one.
 SHORT = {
     16: "ant ant_dir ant_goal ant_ring ant_vel goal_ant cheetah_dir cheetah_vel",
-    30: "half_cheetah hopper walker2d hopper_params walker_params",
+    30: "half_cheetah hopper mixed walker2d hopper_params walker_params",
     40: "directional_hopper random_hopper random_walker block_push wheeled",
 }
 CHEAP = {name: {"horizon": steps} for steps, names in SHORT.items() for name in names.split()}

@@ -141,7 +141,8 @@ def draw_gallery(objective: EpgObjective, eta: Params, out: Path) -> Path:
     """The loss against displacement and reward: four agents, at three times of their lives."""
     from matplotlib.figure import Figure
 
-    times = sorted({1, max(1, objective.life_steps // 4), max(1, objective.life_steps - 1)})
+    updates = objective.lives.updates
+    times = sorted({1, max(1, updates // 4), max(1, updates - 1)})
     figure = Figure(figsize=(9.0, 2.3 * len(times)), dpi=72, layout="constrained")
     grid: Sequence[Sequence[Any]] = figure.subplots(len(times), 4, squeeze=False).tolist()
     for row, updates in zip(grid, times, strict=True):

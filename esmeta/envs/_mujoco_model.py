@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib
 import importlib.util
+import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -17,6 +17,7 @@ import numpy as np
 from esmeta import errors
 from esmeta.envs.bodies import Body
 
+_LOG = logging.getLogger("esmeta.mujoco")
 _MARGINS_ADD_UP = (3, 5)
 """The first MuJoCo that adds the margins of two geoms; before, the larger one counted."""
 # What a world may change, the model's array that holds it, and the number of the array's last axes
@@ -107,13 +108,14 @@ def build_model(body: Body) -> Any:
     reset of unstable worlds is switched off too, because it would hide them.
     """
     mujoco = import_mujoco()
-    with quiet(mujoco):
-        try:
-            model = mujoco.MjModel.from_xml_path(str(asset(body.xml)))
-        except ValueError as error:
-            raise errors.UserError(
-                f"xml = {body.xml!r}: MuJoCo cannot read it ({error}); give a MuJoCo XML file"
-            ) from error
+    log_warnings(mujoco)
+    path = asset(body.xml)
+    try:
+        model = mujoco.MjModel.from_xml_path(str(path))
+    except ValueError as error:
+        raise errors.UserError(
+            f"xml = {body.xml!r}: MuJoCo cannot read it ({error}); give a MuJoCo XML file"
+        ) from error
     flags = mujoco.mjtDisableBit
     # Before MuJoCo 3.4 islands are off by default, and the flag that switches them on is another.
     island = getattr(flags, "mjDSBL_ISLAND", 0)
@@ -134,14 +136,13 @@ def build_model(body: Body) -> Any:
     return model
 
 
-@contextlib.contextmanager
-def quiet(mujoco: Any) -> Iterator[None]:
-    """Without what MuJoCo prints on old words in model files, and writes to a log file."""
-    mujoco.set_mju_user_warning(lambda message: None)
-    try:
-        yield
-    finally:
-        mujoco.set_mju_user_warning(None)
+def log_warnings(mujoco: Any) -> None:
+    """Send MuJoCo's warnings to the log ``esmeta.mujoco``, as debugging messages.
+
+    By itself MuJoCo prints them, world by world, and writes them to a file in the working
+    directory. What they say of worlds that are lost is counted by the environment.
+    """
+    mujoco.set_mju_user_warning(_LOG.debug)
 
 
 def slice_of(model: Any, component: int) -> slice:

@@ -107,7 +107,7 @@ class Noise:
             else:
                 draws = stream.normal(index, episodes * size)
             rows = draws.reshape(*index.shape, episodes, size)
-            parts.append(rows * torch.tensor(scale, dtype=torch.float64))
+            parts.append(rows * torch.tensor(scale, dtype=torch.float64, device=rows.device))
         return torch.cat(parts, dim=-1)
 
 

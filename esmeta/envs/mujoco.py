@@ -8,16 +8,15 @@ is float64; what an agent sees is float32, and goes to the agent's device in one
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 import torch
 from torch import Tensor
 
 from esmeta.envs import _mujoco_engines as engines
 from esmeta.envs import _mujoco_model as models
+from esmeta.envs._mujoco_state import Seen, State, phase_table
 from esmeta.envs._mujoco_worlds import CpuWorlds, Worlds
-from esmeta.envs.bodies import Body, Data, Definition
+from esmeta.envs.bodies import Body, Data, Definition, Snapshot
 from esmeta.rng import Rng
 from esmeta.tasks import check_int
 from esmeta.types import Tasks, TimeStep
@@ -26,31 +25,7 @@ ENGINES = engines.ENGINES
 _CHANGES = (*models.FACTORS, "gravity")
 _LASTING = (*_CHANGES, "start", "pose")  # what all episodes of a trial share
 _KEPT_SIZES = 4  # engines that are kept for batches of other sizes
-
-
-class State(NamedTuple):
-    """P x B trials, where physics takes place; leaves ``[P, B, ...]`` unless said otherwise.
-
-    ``rows`` ``[.., S]`` are MuJoCo's states and ``place`` where the body was, as physics has them,
-    ``time`` int64 the steps of the present episode, ``episode`` int64 its number, ``over`` bool
-    whether the trial has ended, ``unstable`` bool whether because MuJoCo lost it, ``success`` bool
-    whether it was where it should be, ``paid`` and ``spent`` float64 ``[.., K]`` the sums of reward
-    and of steps in each phase, ``starts`` float64 ``[Q, B, episodes, nq + nv]``, ``data`` and
-    ``changes`` the tasks' ``[Q, B, ...]``.
-    """
-
-    rows: Tensor
-    place: Tensor
-    time: Tensor
-    episode: Tensor
-    over: Tensor
-    unstable: Tensor
-    success: Tensor
-    paid: Tensor
-    spent: Tensor
-    starts: Tensor
-    data: Data
-    changes: Data
+_EPISODES = Rng(0).fold("episodes")  # all else that starts depend on is in the state's addresses
 
 
 class MujocoEnv:
@@ -59,9 +34,12 @@ class MujocoEnv:
     A trial is ``episodes`` episodes of at most ``horizon`` control steps on the same task. Where an
     episode ends before the last, the world starts the next one in the same step: the time step
     carries the last reward and the new first observation. A trial that has ended costs no physics.
+    With ``steps`` a trial is so many control steps instead, in however many episodes that makes:
+    all trials end together, the last episode of each where it happens to be (truncated).
 
     Worlds that MuJoCo cannot go on with (NaN, huge values, errors) end their trial at once,
-    terminated with reward 0, and count in the metric ``unstable``.
+    terminated with reward 0, and count in the metric ``unstable``. With ``steps`` that ends the
+    episode only: a life goes on, and the metric says how often it happened.
 
     What the tasks' data hold under ``mass``, ``inertia``, ``friction``, ``damping``, ``gear``,
     ``size`` (factors) or ``gravity`` changes the model of each world; see
@@ -76,7 +54,8 @@ class MujocoEnv:
         body: what is simulated.
         definition: what is seen, paid and ended.
         horizon: control steps of an episode at most.
-        episodes: episodes of a trial.
+        episodes: episodes of a trial; 1 with ``steps``.
+        steps: control steps of a trial; 0: as many as its episodes have.
         continual: whether episodes differ: the tasks' data that are about the task alone (neither
             ``start`` and ``pose`` nor changes of the model) are then ``[Q, B, episodes, ...]``.
         engine: ``"auto"``, ``"batch"`` or ``"rows"``: the same bits; ``"warp"``: float32.
@@ -91,6 +70,7 @@ class MujocoEnv:
         *,
         horizon: int,
         episodes: int = 1,
+        steps: int = 0,
         continual: bool = False,
         engine: str = "auto",
         threads: int = 1,
@@ -102,6 +82,7 @@ class MujocoEnv:
         self.model = model = models.build_model(body)
         self._body, self._definition = body, definition
         self._horizon, self._episodes, self._continual = horizon, episodes, continual
+        self._steps = steps
         self._threads = threads
         self.seconds = float(model.opt.timestep) * body.frame_skip
         self._like = torch.empty(0, dtype=torch.float32, device=device)
@@ -112,51 +93,63 @@ class MujocoEnv:
         limits = torch.from_numpy(model.actuator_ctrlrange.copy()).to(self._physics)
         self._centre, self._reach = limits.mean(-1), (limits[:, 1] - limits[:, 0]) / 2
         self._unit = bool((self._centre == 0).all() and (self._reach == 1).all())
-        self._phase = _phase_table(definition, horizon)
+        self._phase = phase_table(definition, horizon)
         self._phase_there = torch.from_numpy(self._phase).to(self._physics.device)
+        self._counts = self._phase.any(axis=1).tolist()  # whether step t is in any phase
         self._worlds: dict[tuple[int | str, ...], Worlds] = {}
+        self._seen: Seen | None = None
 
     def reset(self, tasks: Tasks, rng: Rng, population: int = 1) -> tuple[State, TimeStep]:
-        """Start the first episode of every trial; the starts of all episodes are drawn here."""
+        """Start the first episode of every trial; what the others start from is drawn here."""
         data = {name: leaf.cpu() for name, leaf in tasks.data.items()}
         changes = {name: leaf.double() for name, leaf in data.items() if name in _CHANGES}
         model, definition, there = self.model, self._definition, self._physics.device
         address = data.get("start", tasks.index.cpu())
-        noise = definition.noise.draw(rng, address, self._episodes, model.nq, model.nv)
-        starts = self._pose + noise
+        starts = self._pose.expand(*address.shape, 1, -1)
+        if not self._steps:
+            starts = starts + definition.noise.draw(
+                rng, address, self._episodes, model.nq, model.nv
+            )
         if "pose" in data:
             pose = data["pose"].double()
             pose = pose if pose.ndim == starts.ndim else pose.unsqueeze(2)
-            starts[..., : model.nq] += pose - self._pose[: model.nq]
+            moved = starts[..., : model.nq] + (pose - self._pose[: model.nq])
+            still = starts[..., model.nq :].expand(*moved.shape[:-1], -1)
+            starts = torch.cat([moved, still], dim=-1)
         shape, starts = torch.Size((population, starts.shape[1])), starts.to(self._physics)
+        address = rng.fold("dynamics", "episodes").bits(address, 1).squeeze(-1).to(there)
         data = {name: leaf.to(there) for name, leaf in data.items()}
         worlds = self._at(shape, changes)
         none = torch.zeros(shape, dtype=torch.float64, device=there)
         no = torch.zeros(shape, dtype=torch.bool, device=there)
         zero = torch.zeros(shape, dtype=torch.int64, device=there)
-        first = starts[:, :, 0].expand(*shape, -1)
+        first = self._first(starts, address, zero)
         worlds.restart(first.flatten(0, 1), ~no.flatten())
         now = worlds.snapshot(shape)
         paid = none.new_zeros(*shape, self._phase.shape[1])
         rows, place = worlds.saved(shape), definition.place(now).clone()
-        state = State(rows, place, zero, zero, no, no, no, paid, paid, starts, data, changes)
+        state = State(
+            rows, place, zero, zero, zero, no, zero, no, paid, paid, starts, address, data, changes
+        )
         action = none.unsqueeze(-1).expand(*shape, model.nu)
         begun = torch.ones_like(no)
         obs = definition.observe(now)
-        return state, self._shown(TimeStep(obs, action, none, no, no, begun, begun))
+        return state, self._shown(obs, action, none, no, no, begun, begun)
 
     def step(self, state: State, action: Tensor) -> tuple[State, TimeStep]:
         """One control step of every world whose trial goes on; actions are clipped to -1..1."""
         definition, over, shape = self._definition, state.over, state.over.shape
-        going = ~over if self._some(over) else None
+        going, common = self._progress(state)
         worlds = self._at(shape, state.changes)
-        action = action.detach().to(self._physics.device).clamp(-1.0, 1.0)
+        if action.device != self._physics.device:
+            action = action.to(self._physics.device)
+        action = action.detach().clamp(-1.0, 1.0)
         data = self.present(state)
         applied = action * data["working"] if "working" in data else action
         worlds.load(state.rows)
         control = self._torque(applied).flatten(0, 1)
         lost = worlds.step(control, None if going is None else going.flatten())
-        no = torch.zeros_like(over)
+        no = over if going is None else torch.zeros_like(over)
         bad = no if lost is None else lost.unflatten(0, shape) & ~over
         gone = over if lost is None else over | bad
         if definition.current:
@@ -164,46 +157,115 @@ class MujocoEnv:
         now = worlds.snapshot(shape)
         place = definition.place(now).clone()
         velocity = (place - state.place) / self.seconds
-        reward = definition.reward(now, velocity, applied.to(self._physics), data)
-        time = state.time + (1 if going is None else going)
-        terminated = bad if definition.healthy is None else (bad | ~definition.healthy(now)) & ~over
-        late = time >= self._horizon
-        truncated = late & ~(terminated | over) if self._some(late) else no
+        reward = definition.reward(now, velocity, applied.to(self._physics.dtype), data)
         if going is not None or lost is not None:
             reward = reward.masked_fill(gone, 0.0)
-        inside = self._inside(time if going is None else time * going)
-        later = state._replace(
-            time=time,
-            paid=state.paid + inside * reward.unsqueeze(-1),
-            spent=state.spent + inside,
-            unstable=state.unstable if lost is None else state.unstable | bad,
-        )
+        one = 1 if going is None else going
+        time = state.time + one
+        # Where all are over it stands still.
+        common = None if common is None else min(common + 1, self._horizon)
+        paid, spent = self._counted(state, time, reward, going, common)
+        later = state._replace(time=time, paid=paid, spent=spent)
+        if self._steps:
+            later = later._replace(elapsed=state.elapsed + one)
+        terminated, truncated, ended = self._ends(later, now, bad, no, going, common)
+        if lost is not None:
+            later = later._replace(unstable=state.unstable + bad)
         if definition.success is not None:
             reached = definition.success(now, data) & ~gone
             later = later._replace(success=state.success | reached)
-        later, again = self._ended(later, worlds, terminated | truncated, bad)
+        later, again = (later, None) if ended is None else self._ended(later, worlds, ended, bad)
         if again is not None:
             place = definition.place(now).clone()
         obs = definition.observe(now)
         if going is not None or lost is not None:
-            obs = obs.masked_fill(gone.unsqueeze(-1), 0.0)
+            blank = gone & later.over
+            obs = obs.masked_fill(blank.unsqueeze(-1), 0.0)
         later = later._replace(rows=worlds.saved(shape), place=place)
         fresh = later.over if again is None else later.over | again
-        step = TimeStep(obs, action, reward, terminated, truncated, fresh, later.over)
-        return later, self._shown(step)
+        self._seen = self._noticed(state, later, time, going, common)
+        return later, self._shown(obs, action, reward, terminated, truncated, fresh, later.over)
+
+    def _progress(self, state: State) -> tuple[Tensor | None, int | None]:
+        """``going`` and ``common`` of :class:`Seen`."""
+        seen = self._seen
+        if seen is not None and seen.over is state.over and seen.time is state.time:
+            return seen.going, seen.common
+        going = ~state.over if self._some(state.over) else None
+        if self._engine == "warp" or self._steps:
+            return going, None
+        time = state.time.view(-1) if going is None else state.time[going]
+        same = len(time) > 0 and bool((time == time[0]).all())
+        return going, int(time[0]) if same else None
+
+    def _noticed(
+        self, state: State, later: State, time: Tensor, going: Tensor | None, common: int | None
+    ) -> Seen | None:
+        """What a step has told of the state after it; ``time`` before episodes began anew."""
+        if later.over is state.over:
+            return Seen(later.over, time, going, common)
+        if self._episodes == 1 and common is not None:
+            return Seen(later.over, time, ~later.over, common)
+        return None
+
+    def _counted(
+        self, state: State, time: Tensor, reward: Tensor, going: Tensor | None, common: int | None
+    ) -> tuple[Tensor, Tensor]:
+        """``paid`` and ``spent`` after a step, for the phases that it belongs to."""
+        if common is None:
+            inside = self._inside(time if going is None else time * going)
+        elif self._counts[common]:
+            inside = self._phase_there[common]
+            inside = inside if going is None else inside * going.unsqueeze(-1)
+        else:
+            return state.paid, state.spent
+        # Factors are 0 and 1, so that it does not matter whether products are rounded.
+        return torch.addcmul(state.paid, inside, reward.unsqueeze(-1)), state.spent + inside
+
+    def _ends(
+        self,
+        later: State,
+        now: Snapshot,
+        bad: Tensor,
+        no: Tensor,
+        going: Tensor | None,
+        common: int | None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Which episodes are terminated, which truncated, and both; None where none is.
+
+        ``no`` is False everywhere, and so is ``bad`` if it is the same tensor.
+        """
+        terminated, healthy = bad, self._definition.healthy
+        if healthy is not None:
+            terminated = ~healthy(now) if bad is no else bad | ~healthy(now)
+            terminated = terminated if going is None else terminated & going
+        late = None if common is None else common >= self._horizon
+        if late is None:
+            marked = later.time >= self._horizon
+            if self._steps:
+                marked = marked | (later.elapsed >= self._steps)
+            truncated = marked & ~(terminated | later.over) if self._some(marked) else no
+        elif late:
+            truncated = ~terminated if going is None else going & ~terminated
+        else:
+            truncated = no
+        if terminated is no and truncated is no:
+            return no, no, None
+        return terminated, truncated, terminated | truncated
 
     def present(self, state: State) -> Data:
         """What the present episodes are about, leaves ``[Q or P, B, ...]``."""
-        changing = state.data.keys() - _LASTING if self._continual else {"working"}
-        if changing.isdisjoint(state.data):
+        if not self._continual and "working" not in state.data:
             return state.data
-        episode = state.episode.clamp(max=self._episodes - 1)
+        changing = state.data.keys() - _LASTING if self._continual else {"working"}
+        episode = state.episode
         member, trial = (torch.arange(n, device=episode.device) for n in episode.shape)
         member = member.unsqueeze(-1)
-        return {
-            name: leaf[member % len(leaf), trial, episode] if name in changing else leaf
-            for name, leaf in state.data.items()
-        }
+
+        def now(leaf: Tensor) -> Tensor:  # the last told stands for all that follow
+            return leaf[member % len(leaf), trial, episode.clamp(max=leaf.shape[2] - 1)]
+
+        return {k: now(leaf) if k in changing else leaf for k, leaf in state.data.items()}
 
     def _ended(
         self, state: State, worlds: Worlds, ended: Tensor, bad: Tensor
@@ -212,21 +274,32 @@ class MujocoEnv:
         if not self._some(ended):
             return state, None
         episode = state.episode + ended
-        over = state.over | bad | (episode >= self._episodes)
+        done = state.elapsed >= self._steps if self._steps else bad | (episode >= self._episodes)
+        over = state.over | done
         again = ended & ~over
         state = state._replace(episode=episode, over=over)
-        if self._episodes == 1 or not self._some(again):
+        if (self._episodes == 1 and not self._steps) or not self._some(again):
             return state, None
-        starts = state.starts.expand(*again.shape, -1, -1)
-        number = episode.clamp(max=self._episodes - 1)[..., None, None]
-        first = starts.gather(2, number.expand(-1, -1, 1, starts.shape[-1])).squeeze(2)
+        first = self._first(state.starts, state.address, episode)
         worlds.restart(first.flatten(0, 1), again.flatten())
         return state._replace(time=state.time.masked_fill(again, 0)), again
+
+    def _first(self, starts: Tensor, address: Tensor, episode: Tensor) -> Tensor:
+        """Where the episodes number ``episode [P, B]`` start, ``[P, B, nq + nv]``."""
+        number = episode.clamp(max=starts.shape[2] - 1)[..., None, None]
+        number = number.expand(-1, -1, 1, starts.shape[-1])
+        first = starts.expand(*episode.shape, -1, -1).gather(2, number).squeeze(2)
+        if not self._steps:
+            return first
+        # How many there will be is not known: each is drawn when it begins, by its own address.
+        size = self.model.nq, self.model.nv
+        noise = self._definition.noise.draw(_EPISODES, address + episode, 1, *size)
+        return first + noise.squeeze(-2).to(first)
 
     def metrics(self, state: State) -> dict[str, Tensor]:
         """Scores of each trial so far, float32 ``[P, B]``.
 
-        ``unstable``: 1 where MuJoCo lost the world. ``success``, where the definition has it: 1
+        ``unstable``: how often MuJoCo lost the world. ``success``, where the definition has it: 1
         where the goal was reached at any step. The definition's phases: mean reward per step in
         that span of the episodes; NaN where no episode came so far.
         """
@@ -280,22 +353,13 @@ class MujocoEnv:
         """Actions in -1..1 as controls of the model."""
         return action if self._unit else torch.addcmul(self._centre, action, self._reach)
 
-    def _shown(self, step: TimeStep) -> TimeStep:
-        """The time step in float32 on the agent's device, in one transfer."""
-        if step.obs.device == self._like.device:
-            obs, action, reward = (leaf.float() for leaf in step[:3])
-            return TimeStep(obs, action, reward, *step[3:])
-        flags = torch.stack(step[2:], dim=-1)
-        sizes = [step.obs.shape[-1], step.prev_action.shape[-1], flags.shape[-1]]
-        seen = torch.cat([step.obs, step.prev_action, flags], dim=-1).to(self._like)
+    def _shown(self, obs: Tensor, action: Tensor, reward: Tensor, *marks: Tensor) -> TimeStep:
+        """A time step in float32 on the agent's device, in one transfer."""
+        if obs.device == self._like.device:
+            return TimeStep(obs.float(), action.float(), reward.float(), *marks)
+        flags = torch.stack([reward, *marks], dim=-1)
+        sizes = [obs.shape[-1], action.shape[-1], flags.shape[-1]]
+        seen = torch.cat([obs, action, flags], dim=-1).to(self._like)
         obs, action, flags = seen.split(sizes, dim=-1)
         reward, *marks = flags.unbind(-1)
         return TimeStep(obs, action, reward, *(mark.bool() for mark in marks))
-
-
-def _phase_table(definition: Definition, horizon: int) -> np.ndarray:
-    """1 where step t of an episode is in a phase, float64 ``[horizon + 1, K]``."""
-    table = np.zeros((horizon + 1, len(definition.phases)))
-    for phase, (first, last) in enumerate(definition.phases.values()):
-        table[first : last + 1, phase] = 1.0
-    return table

@@ -32,6 +32,8 @@ class Network(NamedTuple):
     biases: tuple[Tensor, ...]
     squash: bool
     padded: tuple[Tensor, ...]
+    places: tuple[tuple[int, int], ...]
+    """Addresses of ``padded``, by layer."""
     widths: tuple[int, ...]
     """Of every layer."""
     work: int
@@ -47,7 +49,9 @@ def network(weights: tuple[Tensor, ...], biases: tuple[Tensor, ...], squash: boo
     widths = tuple(weight.shape[2] for weight in weights)
     _cpu_build.function("dense", squash, 1, weights[0].shape[1], *widths)
     work = sum(weight.shape[1] * weight.shape[2] for weight in weights)
-    return Network(weights, biases, squash, tuple(padded), widths, work)
+    pointers = [tensor.data_ptr() for tensor in padded]
+    places = tuple(zip(pointers[0::2], pointers[1::2], strict=True))
+    return Network(weights, biases, squash, tuple(padded), places, widths, work)
 
 
 def dense(net: Network, *parts: Tensor) -> Tensor:
@@ -74,9 +78,8 @@ def _run(net: Network, parts: Sequence[Tensor], keep: bool) -> tuple[Tensor, lis
     hidden = [torch.empty(population, batch, n) for n in widths[:-1]] if keep else []
     table = array("q", [part.data_ptr() for part in parts])
     table.extend((y.data_ptr(), _CONSTANTS))
-    for k in range(len(widths)):
-        kept = hidden[k].data_ptr() if k < len(hidden) else 0
-        table.extend((net.padded[2 * k].data_ptr(), net.padded[2 * k + 1].data_ptr(), kept))
+    for k, place in enumerate(net.places):
+        table.extend((*place, hidden[k].data_ptr() if k < len(hidden) else 0))
     table.extend((population, batch, int(keep)))
     call = _cpu_build.function("dense", net.squash, len(shares), *shares, *widths)
     run_blocks(call, table, population * -(-batch // TOGETHER), population * batch * net.work)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from esmeta import rollout as loop
+from esmeta.envs.remote import RemoteTask
 from esmeta.errors import UserError
 from esmeta.evaluator import place_tasks
 from esmeta.learners._agent import Agent
@@ -22,6 +23,7 @@ from esmeta.learners._experience import Experience, Keep
 from esmeta.learners._loss import Loss
 from esmeta.lives import check_can_be_left
 from esmeta.rng import Rng
+from esmeta.tasks import single
 from esmeta.types import BatchedEnv, Params, PolicyOut, Task, Tasks, TimeStep
 
 
@@ -106,6 +108,20 @@ class Lives:
         """Updates of a whole life."""
         return self.task.spec.horizon // self.learner.period
 
+    def windows(self) -> int:
+        """Updates of a life that is left after some of them, which :meth:`check` must allow."""
+        self.check()
+        return self.updates
+
+    def check_own(self) -> None:
+        """Refuse worlds of other ranks, of which every life would make new ones; and as below."""
+        if isinstance(self.task, RemoteTask):
+            raise UserError(
+                "run.remote_envs = true: every life has worlds of its own, which the other ranks "
+                "would keep for good; write run.remote_envs = false: ranks then share the lives"
+            )
+        self.check_length()
+
     def check(self) -> None:
         """Refuse lives that cannot be left for others, and :meth:`check_length`."""
         check_can_be_left(self.task.make_env(self.device))
@@ -165,11 +181,12 @@ class Lives:
             for name, leaf in life.tasks.data.items()
         }
         agent, acting = self.learner.agent, self.learner.acting(life.state)
-        env = self.task.make_env(self.device)
+        steps = min(self.test_steps, self.task.spec.horizon)
+        env = single(self.task, steps).make_env(self.device)
         begin = loop.start(agent, acting, env, Tasks(index, data), rng)
         kept = EpisodeReturns(*begin.ts.reward.shape, device=self.device)
         act = self.learner.act(life.state)
-        loop.rollout(agent, env, begin, kept, until=self.test_steps, act=act)
+        loop.rollout(agent, env, begin, kept, until=steps, act=act)
         return kept.returns.mean(dim=1), kept.steps.sum(dim=1)
 
     def tasks(self, index: Tensor, split: str) -> Tasks:

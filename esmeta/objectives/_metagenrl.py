@@ -15,9 +15,9 @@ from esmeta import errors
 from esmeta.evaluator import on_device
 from esmeta.learners._loss import Loss
 from esmeta.learners._training import Agents, Training
-from esmeta.objectives import further_task
 from esmeta.objectives._objective_network import ObjectiveNetwork, value_after
 from esmeta.rng import Rng
+from esmeta.tasks import task_from_table
 from esmeta.tree import unravel_shapes
 from esmeta.types import Fitness, Params, State, Task
 
@@ -57,9 +57,10 @@ class MetaGenRLObjective:
             config.snippet, config.time, config.values, config.bound, config.saturation
         )
         self.shapes = self.network.shapes
+        example = '[{name = "pendulum", horizon = 200}]'
+        more = [task_from_table("objective.more_tasks", t, example) for t in config.more_tasks]
         self.trainings = [
-            self.training(t, "train", seed, number)
-            for number, t in enumerate([task, *map(further_task, config.more_tasks)])
+            self.training(t, "train", seed, number) for number, t in enumerate([task, *more])
         ]
 
     def training(self, task: Task, split: str, seed: int, number: int = 0) -> Training:

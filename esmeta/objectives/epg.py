@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,13 +20,15 @@ from torch import Tensor
 from esmeta import errors
 from esmeta.evaluator import on_device
 from esmeta.learners._agent import Agent, Head
-from esmeta.learners._life import Life, Lives
+from esmeta.learners._life import Lives
 from esmeta.learners._loss import Loss, Mixture, PolicyGradient
 from esmeta.learners._segments import SegmentLearner
 from esmeta.objectives import refuse_policy
+from esmeta.objectives._epg_lives import EpgLives, Part, leaves_of_part, restored
 from esmeta.objectives._loss_network import LossNetwork
 from esmeta.rng import Rng
-from esmeta.tree import leaves_of, shapes_of, size_of, unravel_shapes, with_leaves
+from esmeta.tasks import single
+from esmeta.tree import shapes_of, size_of, unravel_shapes
 from esmeta.types import Fitness, Params, Reference, State, Task
 
 
@@ -48,6 +50,10 @@ class Objective:
             ``ppo_last``; 0: no PPO.
         ppo_first: share of PPO's loss at first.
         ppo_last: share of PPO's loss that stays.
+        life_first: share of its updates that a life has in the first generation; short lives are
+            many. Held-out lives and those of ``nres`` and ``pes`` are whole ones.
+        life_generations: generations over which lives grow from it to their whole length, by the
+            same factor in each; 0: they are whole from the start.
         test_episodes: episodes after a life whose mean return is its fitness.
         test_steps: steps of such an episode at most.
         twins: lives in a row that share first networks, noise and minibatches, so that they differ
@@ -68,6 +74,8 @@ class Objective:
     ppo_generations: int = 250
     ppo_first: float = 1.0
     ppo_last: float = 0.0
+    life_first: float = 1.0
+    life_generations: int = 0
     test_episodes: int = 3
     test_steps: int = 1000
     twins: int = 1
@@ -83,6 +91,9 @@ class Objective:
         errors.non_negative_int("ppo_generations", self.ppo_generations, example=100)
         errors.fraction("ppo_first", self.ppo_first)
         errors.fraction("ppo_last", self.ppo_last)
+        errors.fraction("life_first", self.life_first)
+        errors.finite_positive("life_first", self.life_first, example=0.25)
+        errors.non_negative_int("life_generations", self.life_generations, example=100)
         errors.positive_int("chunk", self.chunk, example=64)
         if self.chunk < 2:
             raise errors.UserError(
@@ -97,6 +108,7 @@ class Objective:
 
     def reference(self, task: Task) -> Reference:
         """The task's scores in proportion to the length of a test episode."""
+        task = single(task, min(self.test_steps, task.spec.horizon))
         known, horizon = task.reference, task.spec.horizon
         part = min(self.test_steps, horizon) / horizon
         note = f"{known.note}; {self.test_steps} of the {horizon} steps they are given for"
@@ -108,24 +120,6 @@ class Objective:
         """Tie the objective to a task distribution; ``policy`` must be ``none``."""
         refuse_policy(policy, "epg")
         return EpgObjective(self, task, trials=trials, seed=seed, device=device)
-
-
-class _Part(NamedTuple):
-    """One batch of agents: ``rows`` of all agents, their lives, and their last score ``[A]``."""
-
-    rows: Tensor
-    life: Life
-    score: Tensor
-
-
-@dataclass(frozen=True)
-class EpgLives:
-    """Lives number ``life`` of ``population`` members, after ``updates`` updates."""
-
-    life: int
-    updates: int
-    population: int
-    parts: tuple[_Part, ...]
 
 
 class EpgObjective:
@@ -172,7 +166,7 @@ class EpgObjective:
             test_steps=config.test_steps,
             twins=config.twins,
         )
-        self.lives.check()
+        self.lives.check_own()
         first = shapes_of(self._init_leaves()) if config.evolve_init else {}
         self.shapes = {**self.network.shapes, **first}
 
@@ -204,22 +198,31 @@ class EpgObjective:
             return 0.0
         return last + (first - last) * max(0.0, 1.0 - generation / self.config.ppo_generations)
 
+    def updates(self, generation: int) -> int:
+        """Updates of a life in a generation."""
+        whole, first = self.lives.updates, self.config.life_first
+        if self.config.life_generations == 0:
+            return whole
+        left = max(0.0, 1.0 - generation / self.config.life_generations)
+        return max(1, round(whole * first**left))
+
     # --- fitness -------------------------------------------------------------------------------
 
     def fitness(self, params: Params | Tensor, step: int | Tensor) -> Fitness:
         """Returns after lives on the tasks of ``step``."""
         if isinstance(step, Tensor):
-            if self.config.ppo_generations:
-                raise errors.UserError(
-                    "optimizer.tasks = 'per_pair' does not say which generation it is, which "
-                    "PPO's share falls by; write optimizer.tasks = 'shared', or "
-                    "objective.ppo_generations = 0"
-                )
-            share, first = 0.0, step[:, None]
+            for option in ("ppo_generations", "life_generations"):
+                if getattr(self.config, option):
+                    raise errors.UserError(
+                        "optimizer.tasks = 'per_pair' does not say which generation it is, which "
+                        f"{option} counts; write optimizer.tasks = 'shared', or "
+                        f"objective.{option} = 0"
+                    )
+            share, first, updates = 0.0, step[:, None], self.lives.updates
         else:
-            share, first = self.share(step), torch.tensor([step])
+            share, first, updates = self.share(step), torch.tensor([step]), self.updates(step)
         index = first * self.trials + torch.arange(self.trials)
-        return self._scores(self._members(params), index, "train", share)
+        return self._scores(self._members(params), index, "train", share, updates=updates)
 
     def heldout(
         self, params: Params | Tensor, trials: int, seed: int | None = None, first: int = 0
@@ -263,9 +266,11 @@ class EpgObjective:
         share: float,
         lives: Lives | None = None,
         *,
+        updates: int = 0,
         more: bool = False,
     ) -> Fitness:
         lives = lives or self.lives
+        updates = updates or lives.updates
         population = len(next(iter(params.values())))
         trials = index.shape[-1]
         numbers = index.expand(population, trials).reshape(-1)
@@ -277,7 +282,7 @@ class EpgObjective:
             if more:
                 found["untrained"], _ = lives.score(life, split)
             total = torch.zeros(len(rows), dtype=torch.float64, device=self.device)
-            for _ in range(lives.updates):
+            for _ in range(updates):
                 life, new = lives.advance(life, self.loss(eta, share), split)
                 total = total + new.reward.double().sum(dim=1)
             found["return"], found["steps"] = lives.score(life, split)
@@ -295,7 +300,7 @@ class EpgObjective:
     @property
     def life_steps(self) -> int:
         """Updates of an agent's life."""
-        return self.lives.updates
+        return self.lives.windows()
 
     def begin(self, params: Params | Tensor, life: int) -> EpgLives:
         """Members ``[P, ...]`` at the start of life number ``life`` (``trials`` agents each)."""
@@ -307,7 +312,7 @@ class EpgObjective:
             _, first = self._eta(members, rows, self.trials)
             started = self.lives.begin(numbers[rows], "train", first)
             score = torch.zeros(len(rows), dtype=torch.float64, device=self.device)
-            parts.append(_Part(rows, started, score))
+            parts.append(Part(rows, started, score))
         return EpgLives(life, 0, population, tuple(parts))
 
     def _numbers(self, population: int, life: int) -> Tensor:
@@ -323,7 +328,7 @@ class EpgObjective:
         first), so that the windows of a life add up to the score after it.
         """
         members = self._members(params)
-        until = min(lives.updates + steps, self.life_steps)
+        until = min(lives.updates + steps, self.lives.updates)
         parts, gains, taken = [], [], []
         for rows, life, before in lives.parts:
             eta, _ = self._eta(members, rows, self.trials)
@@ -331,7 +336,7 @@ class EpgObjective:
             for _ in range(until - lives.updates):
                 life, _ = self.lives.advance(life, loss, "train")
             score, test_steps = self.lives.score(life, "train")
-            parts.append(_Part(rows, life, score))
+            parts.append(Part(rows, life, score))
             gains.append(score - before)
             taken.append(test_steps + life.end.t - began)
         shape = (lives.population, self.trials)
@@ -341,7 +346,7 @@ class EpgObjective:
 
     def save(self, lives: EpgLives) -> State:
         """Lives as plain tensors, leaves ``[P, trials, ...]``; tasks and noise are drawn again."""
-        saved = [_leaves(part) for part in lives.parts]
+        saved = [leaves_of_part(part) for part in lives.parts]
         count = lives.population * self.trials
         shape = (lives.population, self.trials)
         where = torch.tensor([[lives.life, lives.updates]]).expand(lives.population, 2)
@@ -367,34 +372,5 @@ class EpgObjective:
         for rows in self._batches(len(numbers)):
             begun = self.lives.begin(numbers[rows], "train")
             own = {name: leaf[rows] for name, leaf in flat.items()}
-            parts.append(_restored(begun, rows, own))
+            parts.append(restored(begun, rows, own))
         return EpgLives(life, int(saved["updates"][0]), population, tuple(parts))
-
-
-def _tensors(life: Life) -> list[Tensor]:
-    """All that changes during a life."""
-    return leaves_of((life.state, life.end.env_state, life.end.ts, life.end.active))
-
-
-def _leaves(part: _Part) -> State:
-    """Leaves ``[A, ...]`` of a batch: clocks, which all share, are repeated, tables left out."""
-    agents = len(part.rows)
-    saved = {"t": torch.full((agents,), part.life.end.t), "score": part.score}
-    for number, leaf in enumerate(_tensors(part.life)):
-        if leaf.ndim == 0:
-            saved[f"leaf.{number}"] = leaf.expand(agents)
-        elif leaf.shape[0] == agents:
-            saved[f"leaf.{number}"] = leaf
-    return saved
-
-
-def _restored(begun: Life, rows: Tensor, saved: State) -> _Part:
-    leaves = _tensors(begun)
-    for name, leaf in saved.items():
-        if name.startswith("leaf."):
-            number = int(name.partition(".")[2])
-            leaves[number] = leaf.max() if leaves[number].ndim == 0 else leaf
-    tree = (begun.state, begun.end.env_state, begun.end.ts, begun.end.active)
-    state, env_state, ts, active = with_leaves(tree, leaves)
-    end = begun.end._replace(env_state=env_state, ts=ts, active=active, t=int(saved["t"].max()))
-    return _Part(rows, begun._replace(state=state, end=end), saved["score"])

@@ -58,7 +58,8 @@ class Bound(NamedTuple):
     memory: Any
     head: Mlp
     value: Mlp
-    log_std: Tensor | None
+    std: Tensor | None
+    """Of actions, ``[P or 1, 1, A or 1]``; None where the state gives it."""
 
 
 class Policy:
@@ -136,8 +137,15 @@ class Policy:
             memory=self.memory.prepare(memory),
             head=bind_mlp(params, "head"),
             value=bind_mlp(params, "value"),
-            log_std=params.get("head.log_std"),
+            std=self._std(params),
         )
+
+    def _std(self, params: Params) -> Tensor | None:
+        if "head.log_std" in params:
+            return torch.exp(params["head.log_std"]).clamp_min(_MIN_STD).unsqueeze(1)
+        if not self._gaussian or self.config.std == "state":
+            return None
+        return next(iter(params.values())).new_full((1, 1, 1), self.config.std_value)
 
     def inputs(self, ts: TimeStep, t: int | Tensor, like: Tensor) -> list[Tensor]:
         """Parts ``[..., P, B, K_i]`` of the network's input at step ``t`` of the trial."""
@@ -153,7 +161,8 @@ class Policy:
             time = t.to(ts.obs) if isinstance(t, Tensor) else ts.obs.new_full((), t)
             time = time.reshape(time.shape + (1,) * (reward.ndim + 1 - time.ndim))
             parts.append((time / self.spec.horizon).expand_as(parts[2]))
-        return [part.to(like.dtype) for part in parts]
+        dtype = like.dtype
+        return [part if part.dtype == dtype else part.to(dtype) for part in parts]
 
     def heads(self, bound: Bound, y: Tensor) -> PolicyOut:
         """Read-outs of the memory's output ``[(T,) P, B, size]``."""
@@ -161,13 +170,12 @@ class Policy:
         value = apply_mlp(bound.value, y).squeeze(-1) if bound.value.layers else None
         if not self._gaussian:
             return PolicyOut(raw, None, None, value)
-        if self.config.std == "state":
+        if bound.std is None:
             mean, log_std = raw.chunk(2, dim=-1)
             return PolicyOut(None, mean, torch.exp(log_std).clamp_min(_MIN_STD), value)
-        if bound.log_std is not None:
-            std = torch.exp(bound.log_std).clamp_min(_MIN_STD).unsqueeze(1)
-            return PolicyOut(None, raw, std, value)
-        return PolicyOut(None, raw, torch.full_like(raw[..., :1], self.config.std_value), value)
+        one = bound.std.shape[-1] == 1  # fixed: one number for all
+        std = bound.std.expand(*raw.shape[:-1], 1) if one else bound.std
+        return PolicyOut(None, raw, std, value)
 
     def step_bound(
         self, bound: Bound, state: State, ts: TimeStep, t: int = 0, *, in_place: bool = False

@@ -10,12 +10,14 @@ import dataclasses
 import difflib
 import importlib
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor
+
+from esmeta.errors import UserError
 
 if TYPE_CHECKING:
     from esmeta.types import Task
@@ -39,6 +41,23 @@ class Drawn(Protocol):
     def frame_rate(self) -> float:
         """Steps per second of real time."""
         ...
+
+
+@runtime_checkable
+class Renewed(Protocol):
+    """A task whose trials may be of so many steps, in however many episodes that makes."""
+
+    def single(self, steps: int) -> Task:
+        """The same tasks in trials of one episode of at most ``steps`` steps.
+
+        A task whose trials have a number of episodes returns itself.
+        """
+        ...
+
+
+def single(task: Task, steps: int) -> Task:
+    """For one episode of each trial: what comes after it need not be lived (:class:`Renewed`)."""
+    return task.single(steps) if isinstance(task, Renewed) else task
 
 
 def task_names() -> list[str]:
@@ -68,6 +87,26 @@ def make_task(name: str, **options: object) -> Task:
                 f"it must be of type {type(default).__name__}, such as {default!r}"
             )
     return cast("Task", cls(**options))
+
+
+def task_from_table(option: str, table: Mapping[str, Any], example: str) -> Task:
+    """A task from a table of its name and options, as an ``option`` of a configuration has it.
+
+    Errors name the option and the table; ``example`` is what the option should look like.
+    """
+    values = dict(table)
+    name = values.pop("name", None)
+    if not isinstance(name, str):
+        raise UserError(
+            f"{option}: {dict(table)!r} has no name; write for example "
+            f"{option.rpartition('.')[2]} = {example}"
+        )
+    # A list in a file is a tuple in Python.
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    try:
+        return make_task(name, **values)
+    except ValueError as error:
+        raise UserError(f"{option}: {dict(table)!r}: {error}") from error
 
 
 def _task_class(name: str) -> Any:  # noqa: ANN401 - a class from a module that is found by name

@@ -57,7 +57,7 @@ from esmeta.cli import prepare_process  # noqa: E402
 prepare_process()
 
 import esmeta  # noqa: E402
-from esmeta.envs._mujoco_model import build_model, quiet, slice_of  # noqa: E402
+from esmeta.envs._mujoco_model import build_model, log_warnings, slice_of  # noqa: E402
 from esmeta.envs.mujoco import MujocoEnv  # noqa: E402
 from esmeta.policy import _heads as heads  # noqa: E402
 from esmeta.rng import Rng  # noqa: E402
@@ -197,8 +197,8 @@ def bare(name: str, batch: int, *, policy: bool) -> Contender:
 def sync(name: str, batch: int) -> Contender:
     """Gymnasium's vector of environments, begun anew as often."""
     make = [lambda: gymnasium.make(name, disable_env_checker=True).unwrapped] * batch
-    with quiet(mujoco):
-        envs = gymnasium.vector.SyncVectorEnv(make)
+    log_warnings(mujoco)
+    envs = gymnasium.vector.SyncVectorEnv(make)
     rng = np.random.default_rng(0)
     acts = rng.uniform(-1, 1, size=(STEPS, *envs.action_space.shape)).astype(np.float32)
 

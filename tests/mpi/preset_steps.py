@@ -7,7 +7,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from test_presets import PRESETS, tiny
+from test_presets import HERE, tiny
 
 from esmeta import train
 from esmeta.comm import install_excepthook, make_comm
@@ -15,7 +15,7 @@ from esmeta.tree import theta_sha256
 
 comm = make_comm(60.0)
 install_excepthook(comm)
-for name in PRESETS:
+for name in HERE:
     comm.label = name
     parts = train.build(tiny(name))
     state, metrics = parts.optimizer.step(parts.state, parts.objective, comm, parts.rng)
@@ -23,4 +23,4 @@ for name in PRESETS:
     assert comm.same(digest), f"{name}: the ranks have different thetas"
     assert metrics["env_steps"] > 0
 if comm.rank == 0:
-    print(f"{len(PRESETS)} presets on {comm.size} ranks")
+    print(f"{len(HERE)} presets on {comm.size} ranks")

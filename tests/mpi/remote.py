@@ -32,6 +32,7 @@ SHORT: dict[str, dict[str, object]] = {
     "harlow": {"horizon": 30, "presentations": 1},
     "hopper": {"horizon": 4},
     "maze": {"size": 4, "horizon": 12},
+    "mixed": {"horizon": 4},
     "navigation": {"horizon": 12, "episodes": 2},
     "point": {"horizon": 12, "episodes": 2, "start": "square"},
     "walker2d": {"horizon": 4},

@@ -1,0 +1,61 @@
+"""Where P x B trials on simulated bodies are, for :mod:`esmeta.envs.mujoco`."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from esmeta.envs.bodies import Data, Definition
+
+
+class State(NamedTuple):
+    """P x B trials, where physics takes place; leaves ``[P, B, ...]`` unless said otherwise.
+
+    ``rows`` ``[.., S]`` are MuJoCo's states and ``place`` where the body was, as physics has them,
+    ``time`` int64 the steps of the present episode, ``episode`` int64 its number, ``elapsed`` int64
+    the steps of the trial (0 where its length is a number of episodes), ``over`` bool whether it
+    has ended, ``unstable`` int64 how often MuJoCo lost it, ``success`` bool whether it was where it
+    should be, ``paid`` and ``spent`` float64 ``[.., K]`` the sums of reward and of steps in each
+    phase, ``starts`` float64 ``[Q, B, episodes, nq + nv]`` (in trials of so many steps without
+    their noise, which ``address`` int64 ``[Q, B]`` and the episode's number tell), ``data`` and
+    ``changes`` the tasks' ``[Q, B, ...]``.
+    """
+
+    rows: Tensor
+    place: Tensor
+    time: Tensor
+    episode: Tensor
+    elapsed: Tensor
+    over: Tensor
+    unstable: Tensor
+    success: Tensor
+    paid: Tensor
+    spent: Tensor
+    starts: Tensor
+    address: Tensor
+    data: Data
+    changes: Data
+
+
+class Seen(NamedTuple):
+    """What is known of a state that was returned last, so that it need not be asked again.
+
+    ``over`` and ``time`` are that state's own tensors. ``going`` marks the trials that go on, None
+    if all do. ``common`` is the step that all of these are at; None if they differ, and wherever
+    asking would be waiting for a GPU.
+    """
+
+    over: Tensor
+    time: Tensor
+    going: Tensor | None
+    common: int | None
+
+
+def phase_table(definition: Definition, horizon: int) -> np.ndarray:
+    """1 where step t of an episode is in a phase, float64 ``[horizon + 1, K]``."""
+    table = np.zeros((horizon + 1, len(definition.phases)))
+    for phase, (first, last) in enumerate(definition.phases.values()):
+        table[first : last + 1, phase] = 1.0
+    return table
