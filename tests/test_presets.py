@@ -19,9 +19,12 @@ from esmeta.tree import ravel, size_of
 
 PRESETS = sorted(path.stem for path in (ROOT / "runs" / "presets").glob("*.toml"))
 OPTIMIZERS = configs.module_names("esmeta.optimizers")
-NAME = re.compile(rf"([a-z0-9-]+?)-(gru-|lstm-)?({'|'.join([*OPTIMIZERS, 'epg', 'metagenrl'])})")
+NAME = re.compile(
+    rf"([a-z0-9-]+?)(?:-small)?-(gru-|lstm-)?({'|'.join([*OPTIMIZERS, 'epg', 'metagenrl'])})"
+)
+SHORT = {"half_cheetah": "cheetah", "walker2d": "walker", "LunarLanderContinuous-v3": "lunar"}
 MEMORIES = {None: "metods", "gru-": "rl2", "lstm-": "lstm"}
-LUNAR = [name for name in PRESETS if "LunarLander" in str(configs.load(name)["task"])]
+LUNAR = [name for name in PRESETS if "LunarLander" in str(configs.load(name))]
 HERE = [name for name in PRESETS if name not in LUNAR or importlib.util.find_spec("Box2D")]
 """Those that can be built: the others need an extra that is not installed."""
 needs_box2d = pytest.mark.skipif(
@@ -31,7 +34,12 @@ ALL = [pytest.param(name, marks=[needs_box2d] if name in LUNAR else []) for name
 
 
 def subject(config: configs.Config) -> str:
-    """What the first part of a preset's name says: the task, of a mixture what it is made of."""
+    """What the first part of a preset's name says: the task, or the environments it is of."""
+    if config.objective.name == "metagenrl":
+        own = {"name": config.task.name, "id": getattr(config.task.instance, "id", "")}
+        tables = [own, *config.objective.instance.more_tasks]
+        names = [table["id"] if table["name"] == "gym" else table["name"] for table in tables]
+        return "_".join(SHORT.get(name, name) for name in names)
     if config.task.name != "mixed":
         return config.task.name
     labels = [part.get("label", part["name"]) for part in config.task.instance.parts]
@@ -41,7 +49,12 @@ def subject(config: configs.Config) -> str:
 def test_there_are_presets_and_names_agree() -> None:
     assert configs.preset_names() == PRESETS
     assert "harlow-ppo" in PRESETS and len(PRESETS) >= 39
-    assert LUNAR == ["cheetah-lunar-epg", "cheetah-lunar-lstm-ppo"]
+    rows = [
+        "cheetah-lunar", "cheetah-lunar-small", "cheetah-lunar-walker-ant", "hopper-lunar", "lunar",
+        "lunar-hopper-walker-ant",
+    ]  # fmt: skip
+    learned = [f"{row}-metagenrl" for row in rows]
+    assert sorted(["cheetah-lunar-epg", "cheetah-lunar-lstm-ppo", *learned]) == LUNAR
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -101,7 +114,7 @@ def tiny(name: str) -> configs.Config:
         "run.tensorboard": "false",
     }
     if config.objective.name == "metagenrl":
-        small |= {"task.episodes": 2, "objective.period": 2}
+        small |= {"task.episode_steps": 6, "objective.period": 2}
     for section in ("task", "policy", "objective", "optimizer"):
         instance = getattr(config, section).instance
         known = {f.name for f in dataclasses.fields(instance)} if instance else set()
