@@ -20,7 +20,7 @@ from torch import Tensor
 from esmeta.envs import mixed
 from esmeta.errors import UserError, finite_positive
 from esmeta.rng import Rng
-from esmeta.tasks import check_int, check_split, task_from_table, task_numbers
+from esmeta.tasks import check_int, check_split, single, task_from_table, task_numbers
 from esmeta.types import Continuous, Reference, Spec, Tasks
 from esmeta.types import Task as AnyTask
 
@@ -133,7 +133,7 @@ class Task:
 
         Parts whose trials have a number of episodes stay as they are.
         """
-        parts = tuple(part._replace(task=_single(part.task, steps)) for part in self._all)
+        parts = tuple(part._replace(task=single(part.task, steps)) for part in self._all)
         if parts == self._all:
             return self
         one = copy.copy(self)
@@ -166,10 +166,6 @@ class Task:
             for label, task, factor in self._all
         )
         return mixed.MixedEnv(parts, spec.obs_size, spec.action.size)
-
-
-def _single(task: AnyTask, steps: int) -> AnyTask:
-    return task.single(steps) if hasattr(task, "single") else task  # type: ignore[attr-defined]
 
 
 def _make(table: Table, horizon: int) -> _Part:

@@ -22,7 +22,7 @@ OPTIMIZERS = configs.module_names("esmeta.optimizers")
 NAME = re.compile(
     rf"([a-z0-9-]+?)(?:-small)?-(gru-|lstm-)?({'|'.join([*OPTIMIZERS, 'epg', 'metagenrl'])})"
 )
-SHORT = {"half_cheetah": "cheetah", "walker2d": "walker", "LunarLanderContinuous-v3": "lunar"}
+SHORT = {"half_cheetah": "cheetah", "walker2d": "walker"}
 MEMORIES = {None: "metods", "gru-": "rl2", "lstm-": "lstm"}
 LUNAR = [name for name in PRESETS if "LunarLander" in str(configs.load(name))]
 HERE = [name for name in PRESETS if name not in LUNAR or importlib.util.find_spec("Box2D")]
@@ -34,16 +34,15 @@ ALL = [pytest.param(name, marks=[needs_box2d] if name in LUNAR else []) for name
 
 
 def subject(config: configs.Config) -> str:
-    """What the first part of a preset's name says: the task, or the environments it is of."""
-    if config.objective.name == "metagenrl":
-        own = {"name": config.task.name, "id": getattr(config.task.instance, "id", "")}
-        tables = [own, *config.objective.instance.more_tasks]
-        names = [table["id"] if table["name"] == "gym" else table["name"] for table in tables]
-        return "_".join(SHORT.get(name, name) for name in names)
-    if config.task.name != "mixed":
+    """What the first part of a preset's name says: the task, or its environments in order."""
+    task = {"name": config.task.name, **config.task.options}
+    tables = [*task.get("parts", [task]), *config.objective.options.get("more_tasks", [])]
+    lunar = ["LunarLander" in table.get("id", "") for table in tables]
+    if len(tables) == 1 and not lunar[0]:
         return config.task.name
-    labels = [part.get("label", part["name"]) for part in config.task.instance.parts]
-    return "_".join(label.rpartition("_")[2] for label in labels)
+    names = [table["name"] for table in tables]
+    words = [SHORT.get(name, name) for name in names]
+    return "_".join("lunar" if there else word for there, word in zip(lunar, words, strict=True))
 
 
 def test_there_are_presets_and_names_agree() -> None:

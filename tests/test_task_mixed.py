@@ -32,6 +32,10 @@ CHEAP = (
 )
 BODIES = ({"name": "half_cheetah"}, {"name": "hopper", "episodes": 2, "factor": 0.5})
 HOSTED = ({"name": "gym", "id": "Pendulum-v1", "label": "swing"}, {"name": "hopper"})
+RENEWED = (
+    {"name": "hopper", "episode_steps": 5},
+    {"name": "gym", "id": "Pendulum-v1", "label": "swing", "episode_steps": 6},
+)
 needs_box2d = pytest.mark.skipif(
     importlib.util.find_spec("Box2D") is None,
     reason="LunarLander needs Box2D: pip install 'esmeta[box2d]'",
@@ -67,6 +71,7 @@ def play(task: Any, tasks: Tasks, actions: torch.Tensor, rng: Rng) -> tuple[list
         CHEAP,
         BODIES,
         HOSTED,
+        RENEWED,
         pytest.param(
             ({"name": "gym", "id": "LunarLanderContinuous-v3", "label": "lunar"}, *BODIES),
             marks=needs_box2d,
@@ -199,6 +204,8 @@ class Renewed(displacement.Task):
 
 
 def test_one_episode_alone_where_parts_can() -> None:
+    alone = mixture(RENEWED).single(5)
+    assert [part.task.spec.horizon for part in alone._all] == [5, 5]
     assert mixture().single(5).spec == mixture().spec, "no part can"
     own = {"name": f"{__name__}:Renewed", "label": "renewed", "episode_steps": 7}
     task = mixture((CHEAP[0], own))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ class Worlds(Protocol):
         ...
 
     def step(self, control: Tensor, going: Tensor | None) -> Tensor | None:
-        """One control step with ``control [N, nu]`` of the worlds in ``going [N]`` (None: all).
+        """One control step with ``control [P, B, nu]`` of the worlds in ``going [N]`` (None: all).
 
         The others keep their states. Returns bool ``[N]``: worlds that are lost, by an error, NaN
         or huge numbers; None where none is.
@@ -59,6 +59,14 @@ class Worlds(Protocol):
         ...
 
 
+class _Views(NamedTuple):
+    """A simulator's memory as ``[P, B, ...]``."""
+
+    rows: Tensor
+    control: Tensor
+    snapshot: Snapshot
+
+
 class CpuWorlds:
     """An engine of :mod:`esmeta.envs._mujoco_engines`, and torch views of its memory."""
 
@@ -82,19 +90,19 @@ class CpuWorlds:
         self._outputs = {name: torch.from_numpy(a) for name, a in engine.outputs.items()}
         self.changes: Data | None = None
         self._held: Tensor | None = None
-        self._views: dict[torch.Size, Snapshot] = {}
+        self._views: dict[torch.Size, _Views] = {}
 
     def load(self, rows: Tensor) -> None:
         if rows is not self._held:
-            self._rows.copy_(rows.flatten(0, 1))
+            self._seen(rows.shape[:2]).rows.copy_(rows)
         self._held = None
 
     def saved(self, shape: torch.Size) -> Tensor:
-        self._held = self._rows.clone().unflatten(0, shape)
+        self._held = self._seen(shape).rows.clone()
         return self._held
 
     def step(self, control: Tensor, going: Tensor | None) -> Tensor | None:
-        self._ctrl.copy_(control)
+        self._seen(control.shape[:2]).control.copy_(control)
         failed = self._engine.step(None if going is None else _numbers(going), self._substeps)
         # One number for all worlds is cheap, and NaN is not less than anything.
         if not len(failed) and np.dot(self._flat, self._flat) < HUGE**2:
@@ -112,8 +120,13 @@ class CpuWorlds:
         self.derive(chosen)
 
     def snapshot(self, shape: torch.Size) -> Snapshot:
+        return self._seen(shape).snapshot
+
+    def _seen(self, shape: torch.Size) -> _Views:
         if shape not in self._views:
-            self._views[shape] = views_of(self._qpos, self._qvel, self._outputs, shape)
+            now = views_of(self._qpos, self._qvel, self._outputs, shape)
+            rows, control = (leaf.unflatten(0, shape) for leaf in (self._rows, self._ctrl))
+            self._views[shape] = _Views(rows, control, now)
         return self._views[shape]
 
     def vary(self, changes: Mapping[str, np.ndarray]) -> None:

@@ -147,8 +147,7 @@ class MujocoEnv:
         data = self.present(state)
         applied = action * data["working"] if "working" in data else action
         worlds.load(state.rows)
-        control = self._torque(applied).flatten(0, 1)
-        lost = worlds.step(control, None if going is None else going.flatten())
+        lost = worlds.step(self._torque(applied), None if going is None else going.flatten())
         no = over if going is None else torch.zeros_like(over)
         bad = no if lost is None else lost.unflatten(0, shape) & ~over
         gone = over if lost is None else over | bad

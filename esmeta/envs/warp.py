@@ -102,6 +102,7 @@ class WarpWorlds:
         return self._held
 
     def step(self, control: Tensor, going: Tensor | None) -> Tensor:
+        control = control.flatten(0, 1)
         if going is None:
             going = torch.ones_like(control[:, 0], dtype=torch.bool)
         self._ctrl.copy_(torch.where(going.unsqueeze(-1), control, 0.0))
