@@ -367,7 +367,10 @@ def learn(
             idle=idle,
             memory=memory,
         )
-        report(parts, trainer, reason, out)
+        if reason == "signal" and parts.policy is None:  # to score it, agents must be trained first
+            print(f"stopped by {reason} after {count.step} steps\nrun: {out}", flush=True)
+        else:
+            report(parts, trainer, reason, out)
     return EXIT_STOPPED if reason == "signal" else 0
 
 

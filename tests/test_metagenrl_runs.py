@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -240,6 +241,20 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, more: tuple[str, ...])
     before = final_hash(tmp_path / "b")
     assert run_here(*args, "--out", tmp_path / "b", "--resume") == 0
     assert final_hash(tmp_path / "b") == final_hash(tmp_path / "a") != before
+
+
+def test_a_run_that_is_told_to_stop_trains_no_more_agents(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def never(*args: Any) -> Any:
+        raise AssertionError("held-out agents would be trained for as long as they live")
+
+    monkeypatch.setattr(train, "heldout", never)
+    config = configs.resolve(configs.load("pendulum-metagenrl"), list(SMALL))
+    told = SimpleNamespace(wanted=True, noted=True)
+    code = train.learn(config, tmp_path / "a", False, SelfComm(), told)  # type: ignore[arg-type]
+    assert code == train.EXIT_STOPPED and (tmp_path / "a" / "checkpoint").is_dir()
+    assert_says(capsys.readouterr().out, "stopped by signal", str(tmp_path / "a"))
 
 
 def test_another_size_of_loss_cannot_be_resumed(tmp_path: Path) -> None:

@@ -19,7 +19,10 @@ from esmeta.tree import ravel, size_of
 
 PRESETS = sorted(path.stem for path in (ROOT / "runs" / "presets").glob("*.toml"))
 OPTIMIZERS = configs.module_names("esmeta.optimizers")
-NAME = re.compile(rf"([a-z0-9-]+?)-(gru-|lstm-)?({'|'.join([*OPTIMIZERS, 'epg', 'metagenrl'])})")
+NAME = re.compile(
+    rf"([a-z0-9-]+?)(?:-small)?-(gru-|lstm-)?({'|'.join([*OPTIMIZERS, 'epg', 'metagenrl'])})"
+)
+SHORT = {"half_cheetah": "cheetah", "walker2d": "walker"}
 MEMORIES = {None: "metods", "gru-": "rl2", "lstm-": "lstm"}
 LUNAR = [name for name in PRESETS if "LunarLander" in str(configs.load(name))]
 HERE = [name for name in PRESETS if name not in LUNAR or importlib.util.find_spec("Box2D")]
@@ -30,22 +33,27 @@ needs_box2d = pytest.mark.skipif(
 ALL = [pytest.param(name, marks=[needs_box2d] if name in LUNAR else []) for name in PRESETS]
 
 
-def subjects(config: configs.Config) -> set[str]:
-    """What the first part of a preset's name may say: the task, or its environments in order."""
+def subject(config: configs.Config) -> str:
+    """What the first part of a preset's name says: the task, or its environments in order."""
     task = {"name": config.task.name, **config.task.options}
     tables = [*task.get("parts", [task]), *config.objective.options.get("more_tasks", [])]
-    words = [
-        "lunar" if "LunarLander" in table.get("id", "") else table["name"].rpartition("_")[2]
-        for table in tables
-    ]
-    several = {"_".join(words), "_".join([*words, "small"])} if len(words) > 1 else set()
-    return {config.task.name, *several} - {"mixed"}
+    lunar = ["LunarLander" in table.get("id", "") for table in tables]
+    if len(tables) == 1 and not lunar[0]:
+        return config.task.name
+    names = [table["name"] for table in tables]
+    words = [SHORT.get(name, name) for name in names]
+    return "_".join("lunar" if there else word for there, word in zip(lunar, words, strict=True))
 
 
 def test_there_are_presets_and_names_agree() -> None:
     assert configs.preset_names() == PRESETS
     assert "harlow-ppo" in PRESETS and len(PRESETS) >= 39
-    assert {"cheetah-lunar-epg", "cheetah-lunar-lstm-ppo"} <= set(LUNAR)
+    rows = [
+        "cheetah-lunar", "cheetah-lunar-small", "cheetah-lunar-walker-ant", "hopper-lunar", "lunar",
+        "lunar-hopper-walker-ant",
+    ]  # fmt: skip
+    learned = [f"{row}-metagenrl" for row in rows]
+    assert sorted(["cheetah-lunar-epg", "cheetah-lunar-lstm-ppo", *learned]) == LUNAR
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -58,7 +66,7 @@ def test_a_preset_builds_and_its_name_is_true(name: str) -> None:
     )
     learned = config.objective.name != "return"
     last = config.objective.name if learned else config.optimizer.name
-    assert configs.canonical(match[1]) in subjects(config) and match[3] == last
+    assert configs.canonical(match[1]) == subject(config) and match[3] == last
     assert config.policy.name == ("none" if learned else MEMORIES[match[2]])
     again = configs.resolve(configs.load(name), [])
     assert configs.digest(again) == configs.digest(config)
@@ -105,7 +113,7 @@ def tiny(name: str) -> configs.Config:
         "run.tensorboard": "false",
     }
     if config.objective.name == "metagenrl":
-        small |= {"task.episodes": 2, "objective.period": 2}
+        small |= {"task.episode_steps": 6, "objective.period": 2}
     for section in ("task", "policy", "objective", "optimizer"):
         instance = getattr(config, section).instance
         known = {f.name for f in dataclasses.fields(instance)} if instance else set()

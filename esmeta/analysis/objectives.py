@@ -30,12 +30,13 @@ def life_curve(
 ) -> tuple[LifeCurve, Agents]:
     """Reward per step of agents that learn by one loss, window by window; and the agents."""
     training = objective.training(task, split, objective.seed)
-    period, before, means = training.learner.period, 0.0, []
+    period, means = training.learner.period, []
     agents = None
     for agents in objective.lives(loss, torch.arange(count), training):
-        sums = agents.scores.total + agents.scores.earned
-        means.append((sums - before) / period)
-        before = sums
+        replay = agents.state.replay
+        newest = torch.arange(replay.count - period, replay.count) % replay.capacity
+        # Not by the scores: they know nothing of an episode that a new trial cut.
+        means.append(replay.steps.reward[:, newest].double().mean(dim=1) / training.reward_scale)
     assert agents is not None
     table = torch.stack(means, dim=1)
     # Windows are shorter than episodes: the mean over one is what is paid wherever it is.

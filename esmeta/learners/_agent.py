@@ -65,7 +65,8 @@ class Agent:
     ``heads`` are those that the loss needs: ``log_std`` (a learned spread of actions), ``value``
     (V(s)), ``critics`` (two Q(s, a)), ``memory`` (EPG's memory unit). It acts in a rollout
     (:class:`esmeta.rollout.Actor`) with parameters that may hold ``norm.mean`` and ``norm.std``
-    ``[P, S]`` of its observations; ``std`` is the spread of actions without ``log_std``.
+    ``[P, S]`` of its observations; ``std`` is the spread of actions without ``log_std``,
+    ``log_std`` the logarithm of what it is at first with it.
     """
 
     spec: Spec
@@ -73,6 +74,7 @@ class Agent:
     style: Style = "tanh"
     heads: frozenset[Head] = frozenset({"log_std"})
     std: float = 0.1
+    log_std: float = 0.0
 
     def __post_init__(self) -> None:
         if isinstance(self.spec.action, Discrete) and (
@@ -101,7 +103,7 @@ class Agent:
         params = self._mlp(rng, numbers, "policy", self.spec.obs_size, self.outputs)
         count = len(numbers)
         if "log_std" in self.heads and isinstance(self.spec.action, Continuous):
-            params["log_std"] = torch.zeros(count, self.outputs)
+            params["log_std"] = torch.full((count, self.outputs), float(self.log_std))
         if "value" in self.heads:
             params |= self._mlp(rng, numbers, "value", self.spec.obs_size, 1)
         if "critics" in self.heads:

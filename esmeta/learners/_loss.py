@@ -202,6 +202,13 @@ class PolicyGradient:
         loss = loss - torch.minimum(ratio * advantage, clipped * advantage).mean(dim=1)
         return loss + self.kl_coef * kl_divergence(old, new).mean(dim=1)
 
+    def moved(self, agent: Agent, params: Params, batch: Batch, prepared: Params) -> Tensor:
+        """Mean of ``log old - log pi`` of the actions taken, ``[P]``: KL(old || pi), estimated."""
+        steps = batch.steps.last(batch.newest)
+        rows = torch.arange(batch.newest, device=steps.reward.device).expand(len(steps.reward), -1)
+        old, new = _policy_before(agent, prepared, rows), agent.policy(params, steps.obs)
+        return (log_prob(old, steps.action) - log_prob(new, steps.action)).mean(dim=1)
+
 
 def _policy_before(agent: Agent, prepared: Params, rows: Tensor) -> PolicyOut:
     first, second = pick(prepared["old"], rows), pick(prepared["old_std"], rows)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from esmeta.learners._state import Adam, Statistics, adam_step, clip_norm
 from esmeta.policy import _heads as heads
 from esmeta.rng import Rng
 from esmeta.rollout import Act
+from esmeta.tree import leaves_of, with_leaves
 from esmeta.types import Params
 
 _VALUE = PolicyGradient(policy=False)
@@ -67,6 +68,13 @@ def descend(
     return adam_step(adam, params, clip_norm(gradients, clip), rate)
 
 
+def _chosen(where: Tensor, first: Any, second: Any) -> Any:
+    """Leaves ``[P, ...]`` of ``first`` for agents ``where [P]`` is set, else of ``second``."""
+    pairs = zip(leaves_of(first), leaves_of(second), strict=True)
+    leaves = [torch.where(where.reshape(-1, *[1] * (a.ndim - 1)), a, b) for a, b in pairs]
+    return with_leaves(second, leaves)
+
+
 @dataclass(frozen=True)
 class SegmentLearner:
     """Every ``period`` steps ``epochs`` passes over them in minibatches, one Adam step each.
@@ -79,6 +87,8 @@ class SegmentLearner:
         minibatch: steps per gradient; the last ones of a pass that do not fill one are left out.
         learning_rate: of Adam.
         normalize: inputs of the networks are measured in units of what the agent has seen.
+        kl_stop: an agent's passes over PPO's loss end before the one that begins with a KL(old ||
+            new) above it (0: never).
         value_epochs: passes of V alone afterwards, towards the targets of a hand-written loss, in
             minibatches of ``value_minibatch`` with Adam's rate ``value_learning_rate``.
     """
@@ -90,6 +100,7 @@ class SegmentLearner:
     minibatch: int = 32
     learning_rate: float = 1e-3
     normalize: bool = True
+    kl_stop: float = 0.0
     value_epochs: int = 0
     value_minibatch: int = 32
     value_learning_rate: float = 1e-3
@@ -138,12 +149,24 @@ class SegmentLearner:
         ]
         for part, (what, epochs, size, rate) in enumerate(passes):
             for epoch in range(epochs):
+                before, far = (params, adam), None
+                if what is loss and self.kl_stop > 0:
+                    far = self._far(loss, params, batch, prepared)
+                    if bool(far.all()):
+                        break
                 draw = rng.fold("rows", int(updates[0]), part, epoch)
                 for rows in self._minibatches(state.index, draw, size):
                     params, adam = descend(
                         self.agent, what, batch, prepared, rows, params, adam, rate
                     )
+                if far is not None:
+                    params, adam = _chosen(far, before, (params, adam))
         return Segments(params, adam, statistics, buffer, state.index, updates)
+
+    def _far(self, loss: Loss, params: Params, batch: Batch, prepared: Params) -> Tensor:
+        """Agents whose policy has moved away from the one that acted, bool ``[P]``."""
+        assert isinstance(loss, PolicyGradient), "others do not keep the policy before"
+        return loss.moved(self.agent, params, batch, prepared) > self.kl_stop
 
     def _minibatches(self, index: Tensor, rng: Rng, size: int) -> Iterator[Tensor]:
         """Rows ``[P, size]`` of the newest steps in random order, in order if all are taken."""

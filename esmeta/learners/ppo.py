@@ -1,7 +1,9 @@
 """PPO (Schulman et al. 2017, https://arxiv.org/abs/1707.06347): clipped policy gradient with GAE.
 
-What differs from the usual recipe: nothing stops a pass early, V is learned in the same minibatches
-with a coefficient, and networks are EPG's (tanh, separate for policy and V, inputs normalised).
+Defaults are EPG's: V is learned in the same minibatches with a coefficient, nothing stops a pass
+early, networks are tanh, separate for policy and V, inputs normalised. ``value_epochs``,
+``kl_stop`` and ``log_std`` make the recipe of Spinning Up, MetaGenRL's baseline (baselines sheet
+9.1).
 """
 
 from __future__ import annotations
@@ -29,7 +31,12 @@ class Learner:
         gamma: discount.
         gae_lambda: of the advantages.
         kl_coef: weight of KL(old || new).
-        value_coef: weight of V's squared error.
+        value_coef: weight of V's squared error in that loss.
+        value_epochs: passes of V alone afterwards, in minibatches of the same size; with any, V is
+            not in the other loss, and neither is ``value_coef``.
+        value_learning_rate: of V's Adam in these.
+        kl_stop: passes end before one that begins with a KL(old || new) above it (0: never).
+        log_std: logarithm of the spread of actions at first.
         reward_scale: factor on rewards; that of V's errors is its square.
     """
 
@@ -43,6 +50,10 @@ class Learner:
     gae_lambda: float = 0.95
     kl_coef: float = 0.0
     value_coef: float = 1.0
+    value_epochs: int = 0
+    value_learning_rate: float = 1e-3
+    kl_stop: float = 0.0
+    log_std: float = 0.0
     reward_scale: float = 1.0
 
     def __post_init__(self) -> None:
@@ -52,6 +63,10 @@ class Learner:
         errors.fraction("gae_lambda", self.gae_lambda)
         errors.non_negative("kl_coef", self.kl_coef)
         errors.non_negative("value_coef", self.value_coef)
+        errors.non_negative_int("value_epochs", self.value_epochs, example=80)
+        errors.finite_positive("value_learning_rate", self.value_learning_rate, example=0.001)
+        errors.non_negative("kl_stop", self.kl_stop, example=0.015)
+        errors.finite("log_std", self.log_std, example=-0.5)
         errors.finite_positive("reward_scale", self.reward_scale, example=1.0)
 
     def make(self, spec: Spec, horizon: int) -> tuple[SegmentLearner, Loss]:
@@ -61,10 +76,10 @@ class Learner:
             self.gamma,
             self.gae_lambda,
             self.kl_coef,
-            self.value_coef,
+            0.0 if self.value_epochs else self.value_coef,
             reward_scale=self.reward_scale,
         )
-        agent = Agent(spec, self.hidden, heads=loss.heads)
+        agent = Agent(spec, self.hidden, heads=loss.heads, log_std=self.log_std)
         learner = SegmentLearner(
             agent,
             period=self.period,
@@ -72,6 +87,10 @@ class Learner:
             epochs=self.epochs,
             minibatch=self.minibatch,
             learning_rate=self.learning_rate,
+            kl_stop=self.kl_stop,
+            value_epochs=self.value_epochs,
+            value_minibatch=self.minibatch,
+            value_learning_rate=self.value_learning_rate,
         )
         return learner, loss
 

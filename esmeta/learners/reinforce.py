@@ -29,6 +29,7 @@ class Learner:
         hidden: widths of the layers of policy and V.
         gamma: discount.
         gae_lambda: of the advantages.
+        log_std: logarithm of the spread of actions at first.
         reward_scale: factor on rewards.
     """
 
@@ -40,6 +41,7 @@ class Learner:
     hidden: tuple[int, ...] = (64, 64)
     gamma: float = 0.99
     gae_lambda: float = 0.97
+    log_std: float = 0.0
     reward_scale: float = 1.0
 
     def __post_init__(self) -> None:
@@ -49,6 +51,7 @@ class Learner:
         errors.finite_positive("value_learning_rate", self.value_learning_rate, example=0.001)
         errors.fraction("gamma", self.gamma)
         errors.fraction("gae_lambda", self.gae_lambda)
+        errors.finite("log_std", self.log_std, example=-0.5)
         errors.finite_positive("reward_scale", self.reward_scale, example=1.0)
 
     def make(self, spec: Spec, horizon: int) -> tuple[SegmentLearner, Loss]:
@@ -60,7 +63,7 @@ class Learner:
             value_coef=0.0,
             reward_scale=self.reward_scale,
         )
-        agent = Agent(spec, self.hidden, heads=loss.heads)
+        agent = Agent(spec, self.hidden, heads=loss.heads, log_std=self.log_std)
         learner = SegmentLearner(
             agent,
             period=self.period,

@@ -169,7 +169,7 @@ def check_int(option: str, value: object, low: int, high: int) -> None:
 def episode_steps(horizon: int, episodes: int) -> int:
     """Steps of each of the ``episodes`` that share the ``horizon`` of a trial evenly."""
     check_int("episodes", episodes, 1, 1000)
-    check_int("horizon", horizon, 1, 100_000)
+    check_int("horizon", horizon, 1, 10_000_000)
     if horizon % episodes:
         raise ValueError(
             f"horizon is {horizon} (steps per trial), which {episodes} episodes cannot share "
