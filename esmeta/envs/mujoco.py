@@ -199,9 +199,9 @@ class MujocoEnv:
         going = ~state.over if self._some(state.over) else None
         if self._engine == "warp" or self._steps:
             return going, None
-        time = state.time.view(-1) if going is None else state.time[going]
-        same = len(time) > 0 and bool((time == time[0]).all())
-        return going, int(time[0]) if same else None
+        times = state.time if going is None else state.time[going]
+        found = times.unique()
+        return going, int(found) if len(found) == 1 else None
 
     def _noticed(
         self, state: State, later: State, time: Tensor, going: Tensor | None, common: int | None
@@ -379,5 +379,5 @@ class MujocoEnv:
         sizes = [obs.shape[-1], action.shape[-1], flags.shape[-1]]
         seen = torch.cat([obs, action, flags], dim=-1).to(self._like)
         obs, action, flags = seen.split(sizes, dim=-1)
-        reward, *marks = flags.unbind(-1)
-        return TimeStep(obs, action, reward, *(mark.bool() for mark in marks))
+        reward, *rest = flags.unbind(-1)
+        return TimeStep(obs, action, reward, *(mark.bool() for mark in rest))
