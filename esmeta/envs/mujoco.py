@@ -98,7 +98,7 @@ class MujocoEnv:
         self._unit = bool((self._centre == 0).all() and (self._reach == 1).all())
         self._phase = phase_table(definition, horizon)
         self._phase_there = torch.from_numpy(self._phase).to(self._physics.device)
-        self._counts = np.asarray(self._phase.any(axis=1)).tolist()  # whether step t is in any phase
+        self._counts = np.asarray(self._phase.any(axis=1)).tolist()  # step t is in a phase
         self._worlds: dict[tuple[int | str, ...], Worlds] = {}
         self._seen: Seen | None = None
 
