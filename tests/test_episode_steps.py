@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,12 +26,6 @@ from esmeta.tree import leaves_of
 from esmeta.types import Tasks, TimeStep
 
 BODIES = [name for name in task_names() if isinstance(make_task(name), Simulated)]
-
-
-@pytest.fixture(autouse=True)
-def _elsewhere(tmp_path, monkeypatch) -> None:
-    # MuJoCo writes its warnings to a file in the working directory.
-    monkeypatch.chdir(tmp_path)
 
 
 def lived(
@@ -302,6 +297,24 @@ def test_a_life_fills_its_steps_and_a_test_episode_is_one() -> None:
     expected, counted = once.score(life, "test")
     assert torch.equal(score, expected) and torch.equal(steps, counted)
     assert steps.max() == 150 and steps.min() < 150, "three of at most 50 steps"
+
+
+@pytest.mark.parametrize("name", ["hopper", "random_hopper"])
+def test_test_episodes_start_in_different_places(name: str, monkeypatch) -> None:
+    task = make_task(name, horizon=64, episode_steps=64)
+    learner, _ = ppo.Learner(period=64, hidden=(8,)).make(task.spec, 64)
+    lives = Lives(learner, task, 0, torch.device("cpu"), test_episodes=3, test_steps=2)
+    life, reset, seen = lives.begin(torch.arange(2), "test"), MujocoEnv.reset, []
+
+    def spy(self: MujocoEnv, *args: Any) -> tuple[State, TimeStep]:
+        state, ts = reset(self, *args)
+        seen.append(ts.obs)
+        return state, ts
+
+    monkeypatch.setattr(MujocoEnv, "reset", spy)
+    lives.score(life, "test")
+    assert seen[0].shape[:2] == (2, 3)
+    assert len(seen[0].flatten(0, 1).unique(dim=0)) == 6
 
 
 def test_a_test_episode_costs_no_physics_after_its_end(monkeypatch) -> None:

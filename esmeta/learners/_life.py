@@ -175,11 +175,14 @@ class Lives:
         """Mean return of an episode by the policies as they are, float64 ``[P]``, and the steps."""
         episodes = self.test_episodes
         rng = self._rng(split).fold("test")
-        index = life.tasks.index * episodes + torch.arange(episodes, device=life.tasks.index.device)
+        number = torch.arange(episodes, device=life.tasks.index.device)
+        index = life.tasks.index * episodes + number
         data = {
             name: leaf.expand(leaf.shape[0], episodes, *leaf.shape[2:])
             for name, leaf in life.tasks.data.items()
         }
+        # Where a task has an address of its own for noise, episodes need different ones too.
+        data |= {k: x + number for k, x in data.items() if k.rpartition(".")[2] == "start"}
         agent, acting = self.learner.agent, self.learner.acting(life.state)
         steps = min(self.test_steps, self.task.spec.horizon)
         env = single(self.task, steps).make_env(self.device)
