@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from esmeta.envs.bodies import Data, Definition
@@ -41,17 +43,45 @@ class State(NamedTuple):
     changes: Data
 
 
+class Going:
+    """Trials that go on where others are over; what follows is made when asked for, and once."""
+
+    def __init__(self, over: Tensor) -> None:
+        self.mask = ~over
+        """Which, bool ``[P, B]``."""
+
+    @functools.cached_property
+    def worlds(self) -> Tensor:
+        """The same, ``[N]``."""
+        return self.mask.flatten()
+
+    @functools.cached_property
+    def numbers(self) -> np.ndarray:
+        """Their numbers among all N; on a GPU this waits."""
+        return np.flatnonzero(self.worlds.numpy())
+
+    @functools.cached_property
+    def factor(self) -> Tensor:
+        """1 for each, 0 for the others, float64 ``[P, B, 1]``."""
+        return self.mask.double().unsqueeze(-1)
+
+    @functools.cached_property
+    def none(self) -> Tensor:
+        """False everywhere, bool ``[P, B]``."""
+        return torch.zeros_like(self.mask)
+
+
 class Seen(NamedTuple):
     """What is known of a state that was returned last, so that it need not be asked again.
 
-    ``over`` and ``time`` are that state's own tensors. ``going`` marks the trials that go on, None
+    ``over`` and ``time`` are that state's own tensors. ``going`` are the trials that go on, None
     if all do. ``common`` is the step that all of these are at; None if they differ, and wherever
     asking would be waiting for a GPU.
     """
 
     over: Tensor
     time: Tensor
-    going: Tensor | None
+    going: Going | None
     common: int | None
 
 

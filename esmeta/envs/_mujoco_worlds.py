@@ -11,6 +11,7 @@ from torch import Tensor
 
 from esmeta.envs import _mujoco_engines as engines
 from esmeta.envs import _mujoco_model as models
+from esmeta.envs._mujoco_state import Going
 from esmeta.envs.bodies import Data, Snapshot
 
 HUGE = 1e10  # mjMAXVAL: MuJoCo calls positions and velocities beyond it unstable
@@ -30,8 +31,8 @@ class Worlds(Protocol):
         """A copy of their states, ``[P, B, S]``."""
         ...
 
-    def step(self, control: Tensor, going: Tensor | None) -> Tensor | None:
-        """One control step with ``control [P, B, nu]`` of the worlds in ``going [N]`` (None: all).
+    def step(self, control: Tensor, going: Going | None) -> Tensor | None:
+        """One control step with ``control [P, B, nu]`` of the worlds of ``going`` (None: all).
 
         The others keep their states. Returns bool ``[N]``: worlds that are lost, by an error, NaN
         or huge numbers; None where none is.
@@ -101,9 +102,9 @@ class CpuWorlds:
         self._held = self._seen(shape).rows.clone()
         return self._held
 
-    def step(self, control: Tensor, going: Tensor | None) -> Tensor | None:
+    def step(self, control: Tensor, going: Going | None) -> Tensor | None:
         self._seen(control.shape[:2]).control.copy_(control)
-        failed = self._engine.step(None if going is None else _numbers(going), self._substeps)
+        failed = self._engine.step(None if going is None else going.numbers, self._substeps)
         # One number for all worlds is cheap, and NaN is not less than anything.
         if not len(failed) and np.dot(self._flat, self._flat) < HUGE**2:
             return None

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from esmeta.envs import _mujoco_engines as engines
 from esmeta.envs import _mujoco_model as models
-from esmeta.envs._mujoco_state import Seen, State, phase_table
+from esmeta.envs._mujoco_state import Going, Seen, State, phase_table
 from esmeta.envs._mujoco_worlds import CpuWorlds, Worlds
 from esmeta.envs.bodies import Body, Data, Definition, Snapshot
 from esmeta.rng import Rng
@@ -153,8 +153,8 @@ class MujocoEnv:
         data = self.present(state)
         applied = action * data["working"] if "working" in data else action
         worlds.load(state.rows)
-        lost = worlds.step(self._torque(applied), None if going is None else going.flatten())
-        no = over if going is None else torch.zeros_like(over)
+        lost = worlds.step(self._torque(applied), going)
+        no = over if going is None else going.none
         bad = no if lost is None else lost.unflatten(0, shape) & ~over
         gone = over if lost is None else over | bad
         if definition.current:
@@ -165,7 +165,7 @@ class MujocoEnv:
         reward = definition.reward(now, velocity, applied.to(self._physics.dtype), data)
         if going is not None or lost is not None:
             reward = reward.masked_fill(gone, 0.0)
-        one = 1 if going is None else going
+        one = 1 if going is None else going.mask
         time = state.time + one
         # Where all are over it stands still.
         common = None if common is None else min(common + 1, self._horizon)
@@ -184,48 +184,51 @@ class MujocoEnv:
             place = definition.place(now).clone()
         obs = definition.observe(now)
         if going is not None or lost is not None:
-            blank = gone & later.over
+            blank = gone if later.over is over else gone & later.over
             obs = obs.masked_fill(blank.unsqueeze(-1), 0.0)
         later = later._replace(rows=worlds.saved(shape), place=place)
         fresh = later.over if again is None else later.over | again
         self._seen = self._noticed(state, later, time, going, common)
         return later, self._shown(obs, action, reward, terminated, truncated, fresh, later.over)
 
-    def _progress(self, state: State) -> tuple[Tensor | None, int | None]:
+    def _progress(self, state: State) -> tuple[Going | None, int | None]:
         """``going`` and ``common`` of :class:`Seen`."""
         seen = self._seen
         if seen is not None and seen.over is state.over and seen.time is state.time:
             return seen.going, seen.common
-        going = ~state.over if self._some(state.over) else None
+        going = Going(state.over) if self._some(state.over) else None
         if self._engine == "warp" or self._steps:
             return going, None
-        times = state.time if going is None else state.time[going]
+        times = state.time if going is None else state.time[going.mask]
         found = times.unique()
         return going, int(found) if len(found) == 1 else None
 
     def _noticed(
-        self, state: State, later: State, time: Tensor, going: Tensor | None, common: int | None
+        self, state: State, later: State, time: Tensor, going: Going | None, common: int | None
     ) -> Seen | None:
         """What a step has told of the state after it; ``time`` before episodes began anew."""
         if later.over is state.over:
             return Seen(later.over, time, going, common)
         if self._episodes == 1 and common is not None:
-            return Seen(later.over, time, ~later.over, common)
+            return Seen(later.over, time, Going(later.over), common)
         return None
 
     def _counted(
-        self, state: State, time: Tensor, reward: Tensor, going: Tensor | None, common: int | None
+        self, state: State, time: Tensor, reward: Tensor, going: Going | None, common: int | None
     ) -> tuple[Tensor, Tensor]:
         """``paid`` and ``spent`` after a step, for the phases that it belongs to."""
         if common is None:
-            inside = self._inside(time if going is None else time * going)
+            inside = self._inside(time if going is None else time * going.mask)
         elif self._counts[common]:
             inside = self._phase_there[common]
-            inside = inside if going is None else inside * going.unsqueeze(-1)
         else:
             return state.paid, state.spent
-        # Factors are 0 and 1, so that it does not matter whether products are rounded.
-        return torch.addcmul(state.paid, inside, reward.unsqueeze(-1)), state.spent + inside
+        # Factors are 0 and 1, so that it does not matter whether products are rounded; where a
+        # trial is over the reward is 0.
+        paid = torch.addcmul(state.paid, inside, reward.unsqueeze(-1))
+        if going is None or common is None:
+            return paid, state.spent + inside
+        return paid, torch.addcmul(state.spent, inside, going.factor)
 
     def _ends(
         self,
@@ -233,7 +236,7 @@ class MujocoEnv:
         now: Snapshot,
         bad: Tensor,
         no: Tensor,
-        going: Tensor | None,
+        going: Going | None,
         common: int | None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Which episodes are terminated, which truncated, and both; None where none is.
@@ -243,7 +246,7 @@ class MujocoEnv:
         terminated, healthy = bad, self._definition.healthy
         if healthy is not None:
             terminated = ~healthy(now) if bad is no else bad | ~healthy(now)
-            terminated = terminated if going is None else terminated & going
+            terminated = terminated if going is None else terminated & going.mask
         late = None if common is None else common >= self._horizon
         if late is None:
             marked = later.time >= self._horizon
@@ -251,7 +254,7 @@ class MujocoEnv:
                 marked = marked | (later.elapsed >= self._steps)
             truncated = marked & ~(terminated | later.over) if self._some(marked) else no
         elif late:
-            truncated = ~terminated if going is None else going & ~terminated
+            truncated = ~terminated if going is None else going.mask & ~terminated
         else:
             truncated = no
         if terminated is no and truncated is no:

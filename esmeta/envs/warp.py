@@ -22,6 +22,7 @@ from torch import Tensor
 
 from esmeta import errors
 from esmeta.envs import _mujoco_model as models
+from esmeta.envs._mujoco_state import Going
 from esmeta.envs._mujoco_worlds import HUGE, views_of
 from esmeta.envs.bodies import Body, Data, Snapshot
 
@@ -101,17 +102,19 @@ class WarpWorlds:
         self._held = torch.cat(self._state, dim=-1).unflatten(0, shape)
         return self._held
 
-    def step(self, control: Tensor, going: Tensor | None) -> Tensor:
+    def step(self, control: Tensor, going: Going | None) -> Tensor:
         control = control.flatten(0, 1)
         if going is None:
-            going = torch.ones_like(control[:, 0], dtype=torch.bool)
-        self._ctrl.copy_(torch.where(going.unsqueeze(-1), control, 0.0))
+            chosen = torch.ones_like(control[:, 0], dtype=torch.bool)
+        else:
+            chosen = going.worlds
+        self._ctrl.copy_(torch.where(chosen.unsqueeze(-1), control, 0.0))
         self._launch(self._step)
         # NaN is not below anything.
         lost = ~(torch.cat([self._qpos, self._qvel], dim=-1).abs().amax(-1) < HUGE)
-        self._overwrite(~going, self._before)
+        self._overwrite(~chosen, self._before)
         # Nobody sees these again, but they are stepped on: NaN would spoil the use of buffers.
-        self._overwrite(lost & going, self._blank)
+        self._overwrite(lost & chosen, self._blank)
         self._unchecked += 1
         if self._unchecked >= _CHECK_EVERY:
             self.check()
