@@ -213,9 +213,17 @@ class Simulated(ABC):
         return 1.0 / self.make_env("cpu").seconds
 
     def scores(self, best: float, note: str) -> Reference:
-        """References: uniform actions are measured, ``best`` is known from elsewhere."""
+        """References: uniform actions are measured, ``best`` is known from elsewhere.
+
+        Of trials that last for so many steps the measured one is that of an episode times as few
+        as there can be: a life of a million steps would be played for an hour.
+        """
         # Warp's are the same up to rounding, and would need a GPU.
-        mean = random_return(replace(self, engine="auto") if self.engine == "warp" else self)
+        one = replace(self, engine="auto") if self.engine == "warp" else self
+        if self.episode_steps:
+            mean = random_return(one.single(self.episode_steps)) * self.fewest()
+        else:
+            mean = random_return(one)
         return Reference(mean, best, f"random: uniform actions, {_RANDOM_TRIALS} trials; {note}")
 
 

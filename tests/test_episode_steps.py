@@ -354,3 +354,11 @@ def test_a_step_of_data_is_a_step_of_tasks() -> None:
         _, alone, _ = play(task, task.make_env("cpu"), acts[:, member : member + 1], part)
         for together, few in zip(whole, alone, strict=True):
             assert torch.equal(together.obs[member : member + 1], few.obs)
+
+
+def test_references_are_those_of_episodes() -> None:
+    """A life of a million steps is not played to know what random actions earn."""
+    life = make_task("hopper", horizon=1_000_000, episode_steps=100).reference
+    episode = make_task("hopper", horizon=100).reference
+    assert life.random == pytest.approx(10_000 * episode.random)
+    assert life.best == pytest.approx(10_000 * episode.best)
