@@ -21,6 +21,16 @@ from esmeta.learners._loss import PolicyGradient
 from esmeta.objectives.epg import EpgObjective
 from esmeta.tree import ravel
 
+AGENTS = (
+    "objective.period=16",
+    "objective.buffer=32",
+    "objective.minibatch=8",
+    "objective.hidden=[8]",
+    "objective.test_steps=16",
+    "objective.ppo_generations=4",
+    "objective.ppo_first=1.0",
+    "objective.twins=1",
+)
 SMALL = (
     "task.trials=3",
     "task.horizon=48",
@@ -30,14 +40,7 @@ SMALL = (
     "task.width=180",
     "task.strata=1",
     "task.mirrored=false",
-    "objective.period=16",
-    "objective.buffer=32",
-    "objective.minibatch=8",
-    "objective.hidden=[8]",
-    "objective.test_steps=16",
-    "objective.ppo_generations=4",
-    "objective.ppo_first=1.0",
-    "objective.twins=1",
+    *AGENTS,
     "optimizer.popsize=8",
     "optimizer.sigma_blocks=off",
     "optimizer.sigma=0.05",

@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import ROOT
 from test_bad_input import assert_says
+from test_epg import AGENTS
 from tiny_runs import final_hash, overrides, run_here
 
 import esmeta
@@ -326,14 +327,7 @@ EPG = (
     "task.parts=[{name='pendulum', episode_steps=16}, {name='displacement', episode_steps=24},"
     "{name='double_integrator', episode_steps=16}]",
     "task.trials=3",
-    "objective.period=16",
-    "objective.buffer=32",
-    "objective.minibatch=8",
-    "objective.hidden=[8]",
-    "objective.test_steps=16",
-    "objective.ppo_generations=4",
-    "objective.ppo_first=1.0",
-    "objective.twins=1",
+    *AGENTS,
 )
 
 
