@@ -56,8 +56,8 @@ class Budget:
     """When a run ends: at the first limit reached; at least one is needed.
 
     ``generations`` and ``updates`` both count steps of the optimizer; give one of the two.
-    ``target`` ends the run as soon as the held-out mean return reaches it, ``plateau`` when that
-    has had no new best for so many steps. The first ``restarts`` plateaus do not end it: the search
+    ``target`` ends the run as soon as the mean return of validation reaches it, ``plateau`` when
+    that has had no new best for so many steps. The first ``restarts`` plateaus do not end it: the search
     begins anew from parameters drawn anew, and the best theta of all attempts is kept.
     """
 
@@ -109,6 +109,10 @@ class Run:
     of the last steps, whichever is more. ``remote_envs``: under mpirun, one rank of each machine
     learns, and all ranks of that machine simulate its environments; else every rank learns. Those
     that serve wait for 600 s at least, as the learner may work alone for long.
+
+    ``evaluate_trials`` tasks of the validation split score theta; what is selected (``budget``'s
+    target and plateau, ``best.safetensors``) is selected on them. They are tasks as published,
+    without training aids (:func:`esmeta.tasks.aid`), unless ``evaluate_as_trained`` is set.
     """
 
     seed: int = 0
@@ -117,6 +121,7 @@ class Run:
     checkpoint_every: int = 50
     evaluate_every: int = 20
     evaluate_trials: int = 64
+    evaluate_as_trained: bool = False
     metrics_every: int = 1
     tensorboard: bool = True
     rank_timeout: float = 0.0
@@ -350,7 +355,7 @@ def resolve(raw: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
     for name in ("target", "plateau"):
         if getattr(budget, name) is not None and run.evaluate_every == 0:
             raise UserError(
-                f"budget.{name} = {getattr(budget, name)} needs held-out scores, but "
+                f"budget.{name} = {getattr(budget, name)} needs scores of validation, but "
                 "run.evaluate_every = 0 never makes any; write for example run.evaluate_every = 20"
             )
     return Config(trials=trials, budget=budget, run=run, **sections)

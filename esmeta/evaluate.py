@@ -1,4 +1,4 @@
-"""``python -m esmeta.evaluate RUN``: score a finished run's theta on held-out tasks."""
+"""``python -m esmeta.evaluate RUN``: score a finished run's theta on tasks of a split."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import math
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,11 +29,24 @@ def parser() -> argparse.ArgumentParser:
     """The command line; a test freezes its flags."""
     p = Parser(
         prog="python -m esmeta.evaluate",
-        description="Score the theta of a finished run on held-out tasks: mean and standard error.",
+        description="Score the theta of a finished run: mean and standard error over tasks of the "
+        "test split, as published (training aids such as twins are left out).",
     )
     p.add_argument("run", type=Path, help="run directory of esmeta.train")
-    p.add_argument("--trials", type=int, default=1000, help="held-out tasks (%(default)s)")
-    p.add_argument("--seed", type=int, help="seed of the held-out tasks (default: the run's)")
+    p.add_argument("--trials", type=int, default=1000, help="number of tasks (%(default)s)")
+    p.add_argument("--seed", type=int, help="seed of the tasks (default: the run's)")
+    p.add_argument(
+        "--split",
+        default="test",
+        choices=("train", "validation", "test"),
+        help="tasks of training, of validation (runs are selected on them) or of the test "
+        "(%(default)s)",
+    )
+    p.add_argument(
+        "--as-trained",
+        action="store_true",
+        help="keep the training aids of the run's task instead of scoring the published one",
+    )
     p.add_argument(
         "--set",
         action="append",
@@ -53,21 +67,27 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--best",
         action="store_true",
-        help="theta of the best held-out score during the run instead of the last",
+        help="theta of the best score of validation during the run instead of the last",
     )
     p.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     return p
 
 
 def load(
-    run_dir: str | Path, overrides: Sequence[str] = (), *, best: bool = False
+    run_dir: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    best: bool = False,
+    as_trained: bool = False,
 ) -> tuple[Policy, Params, Task]:
     """Policy, theta (leaves ``[1, ...]``) and task of a run directory.
 
     ``overrides`` (``task.key=value``) give another task of the same family with the same spec.
-    ``best``: theta of the best held-out score during the run instead of the last.
+    ``best``: theta of the best score of validation during the run instead of the last.
+    The task is the published one, without training aids (:func:`esmeta.tasks.aid`) that are not
+    among the overrides; ``as_trained`` keeps them.
     """
-    objective, params, config = open_run(run_dir, overrides, best=best)
+    objective, params, config = open_run(run_dir, overrides, best=best, as_trained=as_trained)
     if config.objective.name != "return":
         raise errors.UserError(
             f"{run_dir}: theta of objective {config.objective.name!r} is not a policy; score it "
@@ -77,9 +97,17 @@ def load(
 
 
 def open_run(
-    run_dir: str | Path, overrides: Sequence[str] = (), *, best: bool = False, device: str = "cpu"
+    run_dir: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    best: bool = False,
+    as_trained: bool = False,
+    device: str = "cpu",
 ) -> tuple[Any, Params, configs.Config]:
-    """Objective, theta (leaves ``[1, ...]``) and configuration of a run; see :func:`load`."""
+    """Objective, theta (leaves ``[1, ...]``) and configuration of a run; see :func:`load`.
+
+    Task and objective of the configuration are those that the run is scored by.
+    """
     from esmeta.policy import build_policy
     from esmeta.record import load_theta
 
@@ -92,6 +120,9 @@ def open_run(
         if not text.startswith("task."):
             raise errors.UserError(f"--set {text!r}: only task.KEY=VALUE can change here")
     config = configs.resolve(configs.load(path / "config.toml"), list(overrides))
+    if not as_trained:
+        told = [configs.parse_override(text)[1] for text in overrides]
+        config = without_aids(config, told)
     params, _ = load_theta(path / "best.safetensors" if best else path)
     task: Task = config.task.instance
     policy = None
@@ -108,6 +139,38 @@ def open_run(
             "--set may not change the sizes of observations or actions"
         )
     return objective, params, config
+
+
+def training_aids(config: configs.Config) -> dict[str, tuple[Any, Any]]:
+    """Training aids of task and objective in use: option -> its value, and the published one."""
+    from esmeta.tasks import aids
+
+    sections = {"task": config.task.instance, "objective": config.objective.instance}
+    return {f"{s}.{k}": v for s, options in sections.items() for k, v in aids(options).items()}
+
+
+def without_aids(config: configs.Config, keep: Sequence[str] = ()) -> configs.Config:
+    """The configuration that scores are made with: training aids of the task are left out.
+
+    Those named in ``keep`` stay.
+    """
+    from esmeta.tasks import published
+
+    task, objective = config.task, config.objective
+    return replace(
+        config,
+        task=replace(task, instance=published(task.instance, keep)),
+        objective=replace(objective, instance=published(objective.instance)),
+    )
+
+
+def variant(trained: configs.Config, scored: configs.Config) -> str:
+    """How tasks that scores are of differ from those of training, for a sentence; or nothing."""
+    used, left = training_aids(trained), training_aids(scored)
+    dropped = [f"{name} = {value!r}" for name, (value, _) in used.items() if name not in left]
+    kept = [f"{name} = {value!r}" for name, (value, _) in left.items()]
+    words = (("without", dropped), ("with", kept))
+    return "".join(f", {word} {', '.join(names)}" for word, names in words if names)
 
 
 def lesion(name: str, policy: Policy, params: Params) -> Intervention | None:
@@ -130,14 +193,16 @@ def summary(values: Tensor) -> tuple[float, float, int]:
     return float(kept.mean()), float(kept.std() / math.sqrt(kept.numel())), kept.numel()
 
 
-def table(fitness: Fitness, reference: Reference) -> dict[str, dict[str, float]]:
+def table(
+    fitness: Fitness, reference: Reference, about: dict[str, str]
+) -> dict[str, dict[str, Any]]:
     """Mean and standard error over trials of the return, the steps and the task's own scores."""
     rows = {"return": fitness.returns, "steps": fitness.steps.double(), **fitness.metrics}
     result = {}
     for name, values in rows.items():
         mean, error, count = summary(values.flatten())
         result[name] = {"mean": mean, "se": error, "trials": count}
-    result["return"] |= {"random": reference.random, "best": reference.best}
+    result["return"] |= {"random": reference.random, "best": reference.best, **about}
     return result
 
 
@@ -153,6 +218,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.json:
         print(json.dumps(scores))
         return 0
+    print(f"{args.split} split{scores['return']['variant']}")
     for name, row in scores.items():
         print(f"{name:>16}  {row['mean']:10.4f} ± {row['se']:.4f}  ({row['trials']} trials)")
     row = scores["return"]
@@ -160,13 +226,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _scores(args: argparse.Namespace) -> dict[str, dict[str, float]]:
+def _scores(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     import torch
 
     from esmeta.evaluator import PopulationEvaluator
     from esmeta.policy import _heads as heads
 
-    objective, params, config = open_run(args.run, args.set, best=args.best)
+    objective, params, config = open_run(
+        args.run, args.set, best=args.best, as_trained=args.as_trained
+    )
+    trained = configs.resolve(configs.load(args.run / "config.toml"), args.set)
+    about = {"split": args.split, "variant": variant(trained, config)}
     task: Task = config.task.instance
     reference = config.objective.instance.reference(task)
     seed = config.run.seed if args.seed is None else args.seed
@@ -177,18 +247,20 @@ def _scores(args: argparse.Namespace) -> dict[str, dict[str, float]]:
                 f"--greedy and --lesion are for runs whose theta is a policy; this one has "
                 f"objective {config.objective.name!r}: leave them out"
             )
-        return table(objective.heldout(params, args.trials, seed), reference)
+        return table(
+            objective.heldout(params, args.trials, seed, split=args.split), reference, about
+        )
     policy = objective.policy
     evaluator = PopulationEvaluator(policy, task, trials=args.trials)
     fitness = evaluator(
         params,
         seed=seed,
-        split="test",
+        split=args.split,
         index=torch.arange(args.trials),
         act=(lambda out, noise: heads.mode(out)) if args.greedy else heads.sample,
         intervene=lesion(args.lesion, policy, params),
     )
-    return table(fitness, reference)
+    return table(fitness, reference, about)
 
 
 if __name__ == "__main__":

@@ -200,6 +200,17 @@ def _differences(ours: str, theirs: str) -> str:
     return "; ".join(f"{k} = {flat[1].get(k)!r} there, {flat[0].get(k)!r} here" for k in keys)
 
 
+def _same_course(checkpoint: Checkpoint, config: Config) -> bool:
+    """Whether a run was made with this configuration, perhaps before some option was there."""
+    if checkpoint.digest == configuration.digest(config):
+        return True
+    try:
+        made = configuration.resolve(tomllib.loads(checkpoint.config_toml))
+    except UserError:  # an option is no longer there
+        return False
+    return configuration.digest(made) == configuration.digest(config)
+
+
 def unborn(path: Path | str) -> bool:
     """Whether a folder is empty but for what a kill leaves before ``config.toml`` is written."""
     path = Path(path)
@@ -235,7 +246,7 @@ class RunDir:
             if resume and not (path / "config.toml").exists() and not unborn(path):
                 raise UserError(f"{path} is not a run to go on with; leave out --resume")
             resumed, source = _newest(path) if resume else (None, "")
-            if resumed and resumed.digest != configuration.digest(config):
+            if resumed and not _same_course(resumed, config):
                 keys = _differences(configuration.to_toml(config), resumed.config_toml)
                 raise UserError(
                     f"{path} was made with another configuration: {keys}; pass the "
@@ -296,9 +307,9 @@ class RunDir:
         self._current_is_good = True
 
     def save_best(self, step: int, theta: Params, score: float) -> None:
-        """Write ``theta`` as the best so far, by held-out mean return ``score``."""
+        """Write ``theta`` as the best so far, by mean return of validation."""
         _check_finite(theta, step)
-        meta = {"theta_sha256": theta_sha256(theta), "step": str(step), "heldout": repr(score)}
+        meta = {"theta_sha256": theta_sha256(theta), "step": str(step), "validation": repr(score)}
         with self._disk("best.safetensors"):
             save_theta(self.path / "best.safetensors", theta, meta)
 
@@ -332,6 +343,14 @@ class RunDir:
         }
         self._write_summary(facts)
         self.close()
+
+    def add_scores(self, scores: Mapping[str, Any]) -> None:
+        """Put what a finished run's theta is worth on the test split into the summary."""
+        path = self.path / "run.json"
+        with self._disk("run.json"):
+            summary = json.loads(path.read_text(encoding="utf-8"))
+            plain = {name: _plain_number(value) for name, value in scores.items()}
+            _replace(path, (json.dumps({**summary, "test": plain}, indent=2) + "\n").encode())
 
     def close(self) -> None:
         """Close all files; to be called once, also when the run fails."""
@@ -386,6 +405,9 @@ class NullRun:
         """Nothing."""
 
     def finish(self, step: int, theta: Params, **facts: Any) -> None:
+        """Nothing."""
+
+    def add_scores(self, scores: Mapping[str, Any]) -> None:
         """Nothing."""
 
     def close(self) -> None:

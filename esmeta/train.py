@@ -37,6 +37,8 @@ class Parts:
     task: Task
     policy: Policy | None
     objective: RunObjective
+    scored: RunObjective
+    """The objective that theta is scored by: of the task without training aids."""
     optimizer: Optimizer
     theta: Params
     rng: Rng
@@ -48,8 +50,10 @@ def build(config: configs.Config, ranks: int = 1, node: Node | None = None) -> P
     """Build what a resolved config names, for a number of ranks; ``node`` runs environments."""
     import torch
 
+    from esmeta.evaluate import training_aids
     from esmeta.policy import build_policy
     from esmeta.rng import Rng
+    from esmeta.tasks import published
 
     torch.set_num_threads(config.run.threads)
     device = _device(config.run.device)
@@ -58,16 +62,19 @@ def build(config: configs.Config, ranks: int = 1, node: Node | None = None) -> P
     policy = None
     if config.policy.instance is not None:
         policy = build_policy(task.spec, config.policy.instance, value=optimizer.gradient)
-    objective: RunObjective = config.objective.instance.make(
-        policy, task, trials=config.trials, seed=config.run.seed, device=device
-    )
+    options = config.objective.instance
+    made = {"trials": config.trials, "seed": config.run.seed, "device": device}
+    objective: RunObjective = options.make(policy, task, **made)
+    scored = objective
+    if not config.run.evaluate_as_trained and training_aids(config):
+        scored = published(options).make(policy, published(task), **made)
     optimizer.check(objective, ranks)
     theta = {k: v.to(device) for k, v in objective.init(config.run.seed).items()}
     if policy is not None:
         policy.bind(theta)  # kernels for sizes that are new here are compiled before clocks run
     rng = Rng(config.run.seed).fold("optimizer")
     state = optimizer.init(theta, rng)
-    return Parts(config, task, policy, objective, optimizer, theta, rng, state)
+    return Parts(config, task, policy, objective, scored, optimizer, theta, rng, state)
 
 
 def _device(name: str) -> str:
@@ -93,13 +100,22 @@ class Counters:
 
     step: int = 0
     env_steps: int = 0
-    heldout: float = math.nan
+    validation: float = math.nan
+    """The last mean return on the validation split; what follows is selected on it."""
     best: float = -math.inf
     best_step: int = 0
     restarts: int = 0
     peak: float = -math.inf
     """The best since the last restart, at ``peak_step``."""
     peak_step: int = 0
+
+
+def _counters(saved: dict[str, Any]) -> Counters:
+    """Counters as saved; those of before there was a validation split forget what was best."""
+    kept = {k: v for k, v in saved.items() if k in ("step", "env_steps", "restarts")}
+    if "heldout" not in saved:
+        return Counters(**saved)
+    return Counters(**kept, best_step=saved["step"], peak_step=saved["step"])
 
 
 class Trainer:
@@ -129,7 +145,7 @@ class Trainer:
         payload = share(self.comm, None if resumed is None else resumed.payload)
         if payload is None:
             return self.parts.state
-        self.count = Counters(**payload["counters"])
+        self.count = _counters(payload["counters"])
         return self.parts.optimizer.load_state_dict(payload["optimizer"], self.parts.theta)
 
     def train(self) -> str:
@@ -179,7 +195,7 @@ class Trainer:
         shown = {k: metrics[k] for k in ("return_mean", "fitness_mean") if k in metrics}
         rate = self.count.env_steps / max(self.run.seconds, 1e-9)
         shown |= {"restarts": self.count.restarts} if self.count.restarts else {}
-        return shown | {"heldout": self.count.heldout, "env_steps/s": rate}
+        return shown | {"validation": self.count.validation, "env_steps/s": rate}
 
     def _fraction(self) -> float:
         """Share of the budget that is used, by the limit that will be reached first."""
@@ -218,16 +234,16 @@ class Trainer:
         self.run.log(self.count.step, numbers | metrics)
 
     def _scores(self) -> Metrics:
-        """Held-out scores of theta, each rank doing its share of the trials."""
+        """Validation scores of theta, each rank doing its share of the trials."""
         theta, count = self.parts.optimizer.theta(self.state), self.count
         self.comm.timeout_s = self.limit.between_steps()
         trials = self.parts.config.run.evaluate_trials
-        scores = heldout(self.parts.objective, theta, trials, self.comm)
-        count.heldout = scores["heldout_return"]
-        if count.heldout > count.peak:
-            count.peak, count.peak_step = count.heldout, count.step
-        if count.heldout > count.best:
-            count.best, count.best_step = count.heldout, count.step
+        scores = heldout(self.parts.scored, theta, trials, "validation", self.comm)
+        count.validation = scores["validation_return"]
+        if count.validation > count.peak:
+            count.peak, count.peak_step = count.validation, count.step
+        if count.validation > count.best:
+            count.best, count.best_step = count.validation, count.step
             self.run.save_best(count.step, theta, count.best)
         return scores
 
@@ -255,7 +271,7 @@ class Trainer:
             "steps": budget.steps is not None and self.count.step >= budget.steps,
             "env_steps": budget.env_steps is not None and self.count.env_steps >= budget.env_steps,
             "seconds": budget.seconds is not None and self.run.seconds >= budget.seconds,
-            "target": budget.target is not None and self.count.heldout >= budget.target,
+            "target": budget.target is not None and self.count.validation >= budget.target,
             "plateau": budget.plateau is not None
             and self.count.step - self.count.peak_step >= budget.plateau,
             "signal": self.stop.wanted,
@@ -267,9 +283,9 @@ class Trainer:
 
 
 def heldout(
-    objective: RunObjective, theta: Params, trials: int, comm: Comm | None = None
+    objective: RunObjective, theta: Params, trials: int, split: str, comm: Comm | None = None
 ) -> Metrics:
-    """Mean scores of theta on held-out tasks, with the standard error of the return.
+    """Mean scores of theta on the tasks of a split, with the standard error of the return.
 
     With ``comm`` the ranks share the trials; scores are the same bits for any number of ranks.
     """
@@ -281,36 +297,40 @@ def heldout(
     shared = comm is not None and trials >= comm.size
     ranks, rank = (comm.size, comm.rank) if comm is not None and shared else (1, 0)
     bounds = [trials * r // ranks for r in range(ranks + 1)]
-    fitness = objective.heldout(theta, bounds[rank + 1], first=bounds[rank])
+    fitness = objective.heldout(theta, bounds[rank + 1], first=bounds[rank], split=split)
     columns = {"return": fitness.returns, "steps": fitness.steps, **fitness.metrics}
     rows = torch.stack([values.double().flatten() for values in columns.values()], dim=1)
     if comm is not None and shared:
         rows = comm.gather_rows(rows, [b - a for a, b in itertools.pairwise(bounds)])
     means = [summary(values) for values in rows.unbind(1)]
-    scores = {f"heldout_{name}": mean for name, (mean, _, _) in zip(columns, means, strict=True)}
-    return scores | {"heldout_se": means[0][1]}
+    scores = {f"{split}_{name}": mean for name, (mean, _, _) in zip(columns, means, strict=True)}
+    return scores | {f"{split}_se": means[0][1]}
 
 
 def report(parts: Parts, trainer: Trainer, reason: str, out: Path) -> None:
-    """Print what was learned, and draw the learning curve."""
+    """Print what was learned, by the test split, and draw the learning curve."""
     from esmeta.analysis.plots import learning_curve
+    from esmeta.evaluate import variant, without_aids
 
     theta = parts.optimizer.theta(trainer.state)
     # Where a trial is the whole training of an agent, more of them would take as long as the run.
     trials = max(1 if parts.policy is None else 256, parts.config.run.evaluate_trials)
-    scores = heldout(parts.objective, theta, trials)
-    reference = parts.config.objective.instance.reference(parts.task)
+    scores = heldout(parts.scored, theta, trials, "test")
+    trainer.run.add_scores({"trials": trials, **scores})
+    config = parts.config
+    scored = config if config.run.evaluate_as_trained else without_aids(config)
+    reference = scored.objective.instance.reference(scored.task.instance)
     picture = learning_curve([out], out / "curve.png", reference)
     count = trainer.count
     print(
         f"\n{parts.config.task.name} by {parts.config.optimizer.name}: stopped by {reason} after "
         f"{count.step} steps, {count.env_steps:,} environment steps, {trainer.run.seconds:.0f} s\n"
-        f"held-out return {scores['heldout_return']:.3f} ± {scores['heldout_se']:.3f} "
-        f"({trials} tasks; random {reference.random:.3g}, best possible or known "
-        f"{reference.best:.3g})"
+        f"test return {scores['test_return']:.3f} ± {scores['test_se']:.3f} "
+        f"({trials} tasks of the test split{variant(config, scored)}; random "
+        f"{reference.random:.3g}, best possible or known {reference.best:.3g})"
     )
-    known = {"heldout_return", "heldout_se"}
-    rest = {k.removeprefix("heldout_"): v for k, v in scores.items() if k not in known}
+    known = {"test_return", "test_se"}
+    rest = {k.removeprefix("test_"): v for k, v in scores.items() if k not in known}
     print("  ".join(f"{name} {value:.3f}" for name, value in rest.items()))
     print(f"run: {out}\ncurve: {picture}", flush=True)
 

@@ -149,8 +149,9 @@ class Task(Protocol):
     def sample(self, batch: int | Tensor, split: str, rng: Rng) -> Tasks:
         """Tasks number 0..batch-1, or those of an int64 tensor of numbers ``[B]``.
 
-        ``split`` is ``"train"`` or ``"test"``; the two never share a task where the
-        distribution is rich enough to keep them apart (each task's page says so).
+        ``split`` is ``"train"``, ``"validation"`` (to select on: when to stop, which theta) or
+        ``"test"`` (to report); they never share a task where the distribution is rich enough to
+        keep them apart (each task's page says so).
         """
         ...
 
@@ -278,9 +279,14 @@ class RunObjective(Objective, Protocol):
         ...
 
     def heldout(
-        self, params: Params | Tensor, trials: int, seed: int | None = None, first: int = 0
+        self,
+        params: Params | Tensor,
+        trials: int,
+        seed: int | None = None,
+        first: int = 0,
+        split: str = "test",
     ) -> Fitness:
-        """Scores ``[1, trials - first]`` on the held-out tasks ``first`` .. ``trials`` - 1."""
+        """Scores ``[1, trials - first]`` on the tasks ``first`` .. ``trials`` - 1 of a split."""
         ...
 
     def explain(self, gradient: bool) -> str:

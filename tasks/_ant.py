@@ -18,6 +18,7 @@ from esmeta.envs.bodies import Body, Snapshot
 from esmeta.tasks import (
     _locomotion as walk,  # pyright: ignore[reportAttributeAccessIssue]  # see esmeta.tasks
 )
+from esmeta.tasks import aid
 from esmeta.types import Spec
 
 XML = "ant.xml"
@@ -47,7 +48,7 @@ class Ant(walk.Simulated):
     obs_set: str = "rllab"
     physics: str = "gym"
     contact: str = "zero"
-    ctrl_cost: float = 0.005
+    ctrl_cost: float = aid(0.005, only=0.0)
     contact_cost: float = 5e-4
     alive_bonus: float = 0.05
     terminate: bool = True

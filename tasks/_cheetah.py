@@ -17,6 +17,7 @@ from esmeta.envs.bodies import Body, Snapshot
 from esmeta.tasks import (
     _locomotion as walk,  # pyright: ignore[reportAttributeAccessIssue]  # see esmeta.tasks
 )
+from esmeta.tasks import aid
 from esmeta.types import Spec
 
 XML = "half_cheetah.xml"
@@ -36,7 +37,7 @@ class Cheetah(walk.Simulated):
 
     obs_set: str = "rllab"
     physics: str = "gym"
-    ctrl_cost: float = 0.05
+    ctrl_cost: float = aid(0.05, only=0.0)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -20,7 +20,7 @@ from esmeta.envs.bodies import Body, Definition, Noise, Snapshot
 from esmeta.envs.mujoco import ENGINES, MujocoEnv
 from esmeta.envs.scenes import Scene
 from esmeta.rng import Rng
-from esmeta.tasks import check_int, check_split, episode_steps, task_numbers
+from esmeta.tasks import aid, check_int, check_split, episode_steps, task_numbers
 from esmeta.types import Continuous, Reference, Spec, Tasks
 
 TORSO = 1
@@ -89,7 +89,7 @@ class Simulated(ABC):
     engine: str = "auto"
     threads: int = 1
     contact_rule: str = "legacy"
-    integrator: str = "model"
+    integrator: str = aid("model")
     impaired: str = "none"
     impaired_from: int = 1
     continual: bool = False

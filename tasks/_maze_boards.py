@@ -14,9 +14,9 @@ import torch
 from esmeta.rng import Rng
 
 _DENSITY = 0.75
-_TEST_SHARE = 4  # one board in this many is held out
+_SHARE = 8  # of so many boards one is of the test, one of the validation split, the rest of train
 _FEW_BOARDS = 8  # below this size there are only two dozen boards or five
-_SPLIT = 17  # of 24 hashes tried, the one whose two sides differ least in their mean scores
+_SPLIT = 17  # of 24 hashes tried, the one whose sides differ least in their mean scores
 _CACHED_BLOCKS = 128
 BLOCK = 512  # boards made together: amortises numpy's cost per call
 Boards = tuple[np.ndarray, np.ndarray]
@@ -47,8 +47,9 @@ def boards(size: int, generator: str, split: str, key: int, block: int) -> Board
         word = (made * weights[: side * side]).sum(1)
         if size < _FEW_BOARDS:
             word += weights[side * side + goal]
-        held_out = (word.view(np.uint64) >> np.uint64(40)) % np.uint64(_TEST_SHARE) == 0
-        good = held_out == (split == "test")
+        share = (word.view(np.uint64) >> np.uint64(40)) % np.uint64(_SHARE)
+        own = {"test": share == 0, "validation": share == _SHARE // 2}
+        good = own.get(split, share % np.uint64(_SHARE // 2) != 0)
         walls[wanted[good]], target[wanted[good]] = made[good], goal[good]
         wanted = wanted[~good]
         attempt += 1

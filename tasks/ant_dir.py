@@ -26,6 +26,7 @@ from esmeta.tasks import (
 from esmeta.tasks import (
     _locomotion as walk,  # pyright: ignore[reportAttributeAccessIssue]  # see esmeta.tasks
 )
+from esmeta.tasks import aid
 from esmeta.types import Reference, Tasks
 
 
@@ -40,7 +41,7 @@ class Task(ant.Ant):
     """
 
     directions: str = "binary"
-    mirrored: bool = False
+    mirrored: bool = aid(False)
 
     def __post_init__(self) -> None:
         super().__post_init__()

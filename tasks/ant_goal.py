@@ -22,7 +22,7 @@ from esmeta.tasks import (
 from esmeta.tasks import (
     _locomotion as walk,  # pyright: ignore[reportAttributeAccessIssue]  # see esmeta.tasks
 )
-from esmeta.tasks import check_split, task_numbers
+from esmeta.tasks import aid, check_split, task_numbers
 from esmeta.types import Reference, Tasks
 
 GOALS = ("disc", "square")
@@ -40,7 +40,7 @@ class Task(ant.Ant):
     """
 
     obs_set: str = "gym"
-    ctrl_cost: float = 0.1
+    ctrl_cost: float = aid(0.1, only=0.0)
     alive_bonus: float = 0.0
     terminate: bool = False
     goals: str = "disc"

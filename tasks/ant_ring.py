@@ -24,6 +24,7 @@ from esmeta.tasks import (
 from esmeta.tasks import (
     _maesn as maesn,  # pyright: ignore[reportAttributeAccessIssue]  # see esmeta.tasks
 )
+from esmeta.tasks import aid
 from esmeta.types import Reference, Tasks
 
 
@@ -42,7 +43,7 @@ class Task(ant.Ant):
 
     physics: str = "rllab"
     contact: str = "mj"
-    reward: str = "dense"
+    reward: str = aid("dense", published="gated")
     radius: float = 2.0
     tolerance: float = 0.8
     bonus: float = 4.0

@@ -24,7 +24,7 @@ from esmeta.tasks import (
 from esmeta.tasks import (
     _maesn as maesn,  # pyright: ignore[reportAttributeAccessIssue]  # see esmeta.tasks
 )
-from esmeta.tasks import check_split, task_numbers
+from esmeta.tasks import aid, check_split, task_numbers
 from esmeta.types import Reference, Spec, Tasks
 
 BLOCKS = 5
@@ -51,7 +51,7 @@ class Task(walk.Simulated):
     renewable: ClassVar[bool] = False
 
     horizon: int = 100
-    reward: str = "dense"
+    reward: str = aid("dense", published="gated")
     tolerance: float = 0.2
 
     def __post_init__(self) -> None:

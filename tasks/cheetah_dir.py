@@ -19,6 +19,7 @@ from esmeta.tasks import (
 from esmeta.tasks import (
     _locomotion as walk,  # pyright: ignore[reportAttributeAccessIssue]  # see esmeta.tasks
 )
+from esmeta.tasks import aid
 from esmeta.types import Reference, Tasks
 
 
@@ -31,7 +32,7 @@ class Task(cheetah.Cheetah):
             are opposite, so that what a policy earns without reading rewards cancels exactly.
     """
 
-    mirrored: bool = False
+    mirrored: bool = aid(False)
 
     def draw(self, batch: int | Tensor, split: str, rng: Rng) -> Tasks:
         """Directions (1, 0) and (-1, 0), see :func:`esmeta.tasks._locomotion.directions`."""

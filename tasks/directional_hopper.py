@@ -20,6 +20,7 @@ from esmeta.tasks import (
 from esmeta.tasks import (
     _locomotion as walk,  # pyright: ignore[reportAttributeAccessIssue]  # see esmeta.tasks
 )
+from esmeta.tasks import aid
 from esmeta.types import Reference, Spec, Tasks
 
 
@@ -33,7 +34,7 @@ class Task(walk.Simulated):
     """
 
     horizon: int = 1000
-    mirrored: bool = False
+    mirrored: bool = aid(False)
 
     def body(self) -> Body:
         """Gymnasium's hopper.xml."""

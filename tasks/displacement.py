@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from esmeta.rng import Rng
-from esmeta.tasks import check_int, check_split, task_numbers
+from esmeta.tasks import aid, check_int, check_split, task_numbers
 from esmeta.types import Continuous, Reference, Spec, Tasks, TimeStep
 
 Part = Literal["right", "left", "horizontal", "vertical", "axes", "diagonals", "all"]
@@ -61,7 +61,9 @@ class Task:
             ``left`` (the others), ``horizontal`` (half of ``width`` about either end of the x
             axis), ``vertical`` (the others), ``axes`` (a quarter of ``width`` about either end of
             both axes), ``diagonals`` (the others) or ``all``.
-        test: the same of the test split.
+        test: the same of the test split, which has the inner half of each of these sectors. The
+            validation split has the outer halves, next to the directions of training, so that what
+            is selected on is disjoint from both. ``all`` has no such halves: splits are streams.
         width: degrees of ``right``, or of all sectors of ``horizontal`` or ``axes``; 180: half of
             all directions.
         strata: directions of tasks k, k + 1, .. are drawn in turn from so many equal parts of the
@@ -76,8 +78,8 @@ class Task:
     train: Part = "right"
     test: Part = "left"
     width: float = 180.0
-    strata: int = 1
-    mirrored: bool = False
+    strata: int = aid(1)
+    mirrored: bool = aid(False)
     reward_scale: float = 1.0
 
     def __post_init__(self) -> None:
@@ -129,20 +131,27 @@ class Task:
         check_split(split)
         index = task_numbers(batch)
         part = self.train if split == "train" else self.test
+        inner = {"train": None, "validation": False, "test": True}[split]
         number = index // 2 if self.mirrored else index
         place = rng.fold("displacement", split).uniform(number, 1).squeeze(-1)
-        angle = self._angle((number % self.strata + place) / self.strata, part)
+        angle = self._angle((number % self.strata + place) / self.strata, part, inner)
         direction = torch.stack([angle.cos(), angle.sin()], -1).float()
         if self.mirrored:
             direction = direction * (1.0 - 2.0 * (index % 2)).unsqueeze(-1)
         return Tasks(index, {"direction": direction})
 
-    def _angle(self, place: Tensor, part: Part) -> Tensor:
-        """Angles (radians) at ``place`` in [0, 1) of the range of a split."""
+    def _angle(self, place: Tensor, part: Part, inner: bool | None) -> Tensor:
+        """Angles (radians) at ``place`` in [0, 1) of a split's range.
+
+        ``inner``: of the inner halves of its sectors alone, or the outer; None: of all of them.
+        """
         own, count, middle = _SECTORS.get(part, (True, 1, 0.0))
         degrees = 360.0 if part == "all" else self.width if own else 360.0 - self.width
         sector = (count * place).floor()
-        within = (count * place - sector - 0.5) * (degrees / count)
+        within = count * place - sector - 0.5  # of a sector, from its middle
+        if part != "all" and inner is not None:
+            within = within / 2.0 if inner else within / 2.0 + 0.25 * within.sign()
+        within = within * (degrees / count)
         return (middle + 360.0 / count * sector + within) * (math.pi / 180.0)
 
     def make_env(self, device: torch.device | str) -> DisplacementEnv:

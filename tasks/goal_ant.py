@@ -22,7 +22,7 @@ from esmeta.tasks import (
 from esmeta.tasks import (
     _locomotion as walk,  # pyright: ignore[reportAttributeAccessIssue]  # see esmeta.tasks
 )
-from esmeta.tasks import check_split, task_numbers
+from esmeta.tasks import aid, check_split, task_numbers
 from esmeta.types import Reference, Tasks
 
 REWARDS = ("distance", "progress")
@@ -42,7 +42,7 @@ class Task(ant.Ant):
     contact_cost: float = 0.0
     alive_bonus: float = 0.0
     terminate: bool = False
-    reward: str = "distance"
+    reward: str = aid("distance")
     near: float = 2.0
     far: float = 5.0
 
@@ -61,13 +61,21 @@ class Task(ant.Ant):
         return 0
 
     def draw(self, batch: int | Tensor, split: str, rng: Rng) -> Tasks:
-        """Goals ``goal`` float64 ``[1, B, (episodes,) 2]`` in m: x > 0 in training, < 0 in test."""
+        """Goals ``goal`` float64 ``[1, B, (episodes,) 2]`` in m: x > 0 in training, else < 0.
+
+        The half circle behind is cut into sixteen sectors, which are of the validation split and of
+        the test in turn.
+        """
         check_split(split)
         index, count = task_numbers(batch), self.draws()
         draw = walk.per_episode(rng.fold("goal", split).uniform(index, 2 * count), count)
         radius = self.near + (self.far - self.near) * draw[..., 0]
-        angle = torch.pi * (draw[..., 1] - 0.5)
-        ahead = 1.0 if split == "train" else -1.0
+        place, ahead = draw[..., 1], 1.0
+        if split != "train":
+            sector = (8 * place).floor()
+            place = (2 * sector + (split == "test") + (8 * place - sector)) / 16
+            ahead = -1.0
+        angle = torch.pi * (place - 0.5)
         goal = radius.unsqueeze(-1) * torch.stack([ahead * angle.cos(), angle.sin()], dim=-1)
         return Tasks(index, {"goal": goal})
 

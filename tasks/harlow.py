@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from esmeta.rng import Rng
-from esmeta.tasks import check_int, check_split, task_numbers
+from esmeta.tasks import aid, check_int, check_split, task_numbers
 from esmeta.types import Discrete, Reference, Spec, Tasks, TimeStep
 
 _VIEW_LEFT, _VIEW = 4, 8  # the agent at p sees the cells p-4 .. p+3
@@ -83,8 +83,8 @@ class Task:
     horizon: int = 250
     presentations: int = 5
     cells: int = 17
-    mirrored: bool = False
-    forfeit: float = 0.0
+    mirrored: bool = aid(False)
+    forfeit: float = aid(0.0)
 
     def __post_init__(self) -> None:
         check_int("horizon", self.horizon, 1, 1_000_000)
@@ -118,7 +118,7 @@ class Task:
         return Reference(random=random, best=best, note=note)
 
     def sample(self, batch: int | Tensor, split: str, rng: Rng) -> Tasks:
-        """Tasks by number; ``train`` and ``test`` are different streams of real-valued objects.
+        """Tasks by number; splits are different streams of real-valued objects.
 
         Data: ``values`` float32 ``[1, B, 2]`` in 0..10 and ``good`` int64 ``[1, B]``, which of the
         two is worth +1.

@@ -20,7 +20,15 @@ from torch import Tensor
 from esmeta.envs import mixed
 from esmeta.errors import UserError, finite_positive
 from esmeta.rng import Rng
-from esmeta.tasks import check_int, check_split, single, task_from_table, task_numbers
+from esmeta.tasks import (
+    aids,
+    check_int,
+    check_split,
+    published,
+    single,
+    task_from_table,
+    task_numbers,
+)
 from esmeta.types import Continuous, Reference, Spec, Tasks
 from esmeta.types import Task as AnyTask
 
@@ -46,7 +54,8 @@ class Task:
     Args:
         parts: tables of a task's name and options; two more keys are the mixture's: ``label``, in
             the names of metrics (default: the name), and ``factor``, on the part's rewards (1).
-        test_parts: what the split ``test`` is of; empty: the same.
+        test_parts: what the split ``test`` is of; empty: the same. The validation split is of
+            ``parts``, whose tasks of that split are others than those of training.
         horizon: steps of a trial at most, of every part.
         obs_size: width of observations; 0: of the widest part, training or test.
         action_size: width of actions; 0: the same.
@@ -128,17 +137,28 @@ class Task:
             "mean of " + ", ".join(part.label for part in parts) + ", rewards scaled",
         )
 
+    def aids(self) -> dict[str, tuple[Any, Any]]:
+        """Training aids in use, by ``label.option``; see :func:`esmeta.tasks.aids`."""
+        return {f"{p.label}.{k}": v for p in self._all for k, v in aids(p.task).items()}
+
+    def published(self) -> Task:
+        """The same with every part as published."""
+        return self._with(tuple(p._replace(task=published(p.task)) for p in self._all))
+
     def single(self, steps: int) -> Task:
         """The same tasks in trials of one episode of at most ``steps`` steps, where parts can.
 
         Parts whose trials have a number of episodes stay as they are.
         """
         parts = tuple(part._replace(task=single(part.task, steps)) for part in self._all)
+        return self._with(parts, horizon=steps)
+
+    def _with(self, parts: tuple[_Part, ...], **changes: int) -> Task:
         if parts == self._all:
             return self
         one = copy.copy(self)
         # These parts are no longer those of the tables.
-        vars(one).update(horizon=steps, _all=parts)
+        vars(one).update(changes, _all=parts)
         return one
 
     def sample(self, batch: int | Tensor, split: str, rng: Rng) -> Tasks:

@@ -23,6 +23,7 @@ from esmeta.tasks import (
 from esmeta.tasks import (
     _maesn as maesn,  # pyright: ignore[reportAttributeAccessIssue]  # see esmeta.tasks
 )
+from esmeta.tasks import aid
 from esmeta.types import Reference, Spec, Tasks
 
 MOTOR = 2.0
@@ -42,10 +43,10 @@ class Task(walk.Simulated):
         ctrl_cost: times the sum of squares of the controls.
     """
 
-    reward: str = "dense"
+    reward: str = aid("dense", published="gated")
     radius: float = 2.0
     tolerance: float = 0.8
-    ctrl_cost: float = 0.05
+    ctrl_cost: float = aid(0.05, only=0.0)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-MAX_MODULE_LINES = 400
+MAX_MODULE_LINES = 700
 MAX_FUNCTION_LINES = 60
 
 # A module may import from its own row and from the rows above it.

@@ -26,6 +26,7 @@ from esmeta.comm import EXIT_USER_ERROR, MPIComm
 from esmeta.envs._shard import Shard
 from esmeta.errors import UserError
 from esmeta.rng import Rng
+from esmeta.tasks import aids, published
 from esmeta.transport import poll
 from esmeta.types import Reference, Spec, Task, Tasks, TimeStep
 from esmeta.wire import share
@@ -64,7 +65,8 @@ class Node:
         memory, self._sync = self._here.shared_memory(8 * _WORDS * rows + _TEXT * rows)
         numbers = np.frombuffer(memory[: 8 * _WORDS * rows], dtype=np.int64).reshape(rows, _WORDS)
         # A row of each rank: number of the last command it did (negative: that failed), whether it
-        # was told to stop. The last row: number of the command, what, of which environment.
+        # was told to stop. The last row: number of the command, what, of which environment, and
+        # whether to make it of the published task.
         self._ranks, self._command = numbers[:-1], numbers[-1]
         self._text = np.frombuffer(memory[8 * _WORDS * rows :], dtype=np.uint8).reshape(rows, _TEXT)
         self._shards: list[Shard] = []
@@ -103,9 +105,13 @@ class Node:
 
     # --- the learner ---------------------------------------------------------------------------
 
-    def make(self, task: Task) -> tuple[int, Shard]:
-        """A new environment on all ranks: its number, and this rank's share of it."""
+    def make(self, task: Task, as_published: bool) -> tuple[int, Shard]:
+        """A new environment on all ranks: its number, and this rank's share of it.
+
+        The ranks that serve know the task of training alone, and derive the published one.
+        """
         number = len(self._shards)
+        self._command[3] = as_published
         self.ask(_MAKE, number, lambda: self._shards.append(Shard(self._here, task)))
         return number, self._shards[number]
 
@@ -214,7 +220,8 @@ class Node:
     def _try(self, what: int, number: int, task: Task) -> bool:
         try:
             if what == _MAKE:
-                self._shards.append(Shard(self._here, task))
+                wanted = published(task) if self._command[3] else task
+                self._shards.append(Shard(self._here, wanted))
             elif what == _RESET:
                 got = self._payload
                 self._shards[number].reset(Tasks(got["index"], got["data"]), got["key"])
@@ -233,9 +240,11 @@ class Node:
 class RemoteEnv:
     """A :class:`esmeta.types.BatchedEnv` on all ranks of a machine; made by :meth:`Node.task`."""
 
-    def __init__(self, node: Node, task: Task, device: torch.device | str) -> None:
+    def __init__(
+        self, node: Node, task: Task, device: torch.device | str, as_published: bool = False
+    ) -> None:
         self._node, self._device = node, device
-        self._number, self._shard = node.make(task)
+        self._number, self._shard = node.make(task, as_published)
         self.most_worlds = self._shard.most_worlds
         self._state = State(0, 0)
 
@@ -297,6 +306,16 @@ class RemoteTask:
 
     task: Task
     node: Node
+    as_published: bool = False
+
+    def aids(self) -> dict[str, tuple[Any, Any]]:
+        """Training aids of the task that are in use."""
+        return aids(self.task)
+
+    def published(self) -> RemoteTask:
+        """The published task, simulated by the same ranks; itself if it is one."""
+        task = published(self.task)
+        return self if task == self.task else RemoteTask(task, self.node, as_published=True)
 
     @property
     def spec(self) -> Spec:
@@ -311,4 +330,4 @@ class RemoteTask:
 
     def make_env(self, device: torch.device | str) -> RemoteEnv:
         """Environments on the ranks' CPUs; tensors for the learner on ``device``."""
-        return RemoteEnv(self.node, self.task, device)
+        return RemoteEnv(self.node, self.task, device, self.as_published)

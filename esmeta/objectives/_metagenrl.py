@@ -209,15 +209,20 @@ class MetaGenRLObjective:
         return self._scores(params, first + torch.arange(self.trials), training)
 
     def heldout(
-        self, params: Params | Tensor, trials: int, seed: int | None = None, first: int = 0
+        self,
+        params: Params | Tensor,
+        trials: int,
+        seed: int | None = None,
+        first: int = 0,
+        split: str = "test",
     ) -> Fitness:
-        """Scores of agents ``first`` .. ``trials`` - 1, trained by frozen alphas.
+        """Scores of agents ``first`` .. ``trials`` - 1 of a split, trained by frozen alphas.
 
         The return is the mean of the agent's last ``test_episodes`` training episodes, exploration
         included. Metrics: ``first``, the return of its first episode (random actions, where
         ``random`` is long enough), and ``life``, the mean over all episodes.
         """
-        training = self.training(self.task, "test", self.seed if seed is None else seed)
+        training = self.training(self.task, split, self.seed if seed is None else seed)
         return self._scores(params, torch.arange(first, trials), training)
 
     def lives(self, loss: Loss, index: Tensor, training: Training) -> Iterator[Agents]:

@@ -27,7 +27,7 @@ from esmeta.objectives import refuse_policy
 from esmeta.objectives._epg_lives import EpgLives, Part, leaves_of_part, restored
 from esmeta.objectives._loss_network import LossNetwork
 from esmeta.rng import Rng
-from esmeta.tasks import single
+from esmeta.tasks import aid, single
 from esmeta.tree import shapes_of, size_of, unravel_shapes
 from esmeta.types import Fitness, Params, Reference, State, Task
 
@@ -82,7 +82,7 @@ class Objective:
     life_generations: int = 0
     test_episodes: int = 3
     test_steps: int = 1000
-    twins: int = 1
+    twins: int = aid(1)
     chunk: int = 64
 
     def __post_init__(self) -> None:
@@ -232,16 +232,21 @@ class EpgObjective:
         return self._scores(self._members(params), index, "train", share, updates=updates)
 
     def heldout(
-        self, params: Params | Tensor, trials: int, seed: int | None = None, first: int = 0
+        self,
+        params: Params | Tensor,
+        trials: int,
+        seed: int | None = None,
+        first: int = 0,
+        split: str = "test",
     ) -> Fitness:
-        """Returns after held-out lives ``first`` .. ``trials`` - 1, by the learned loss alone.
+        """Returns after lives ``first`` .. ``trials`` - 1 of a split, by the learned loss alone.
 
         Metrics: ``untrained``, the return of the agents before they learned, and ``life``, the
         mean reward per step while they did.
         """
         lives = self.lives if seed is None else replace(self.lives, seed=seed)
         index = torch.arange(first, trials)
-        return self._scores(self._members(params), index, "test", 0.0, lives, more=True)
+        return self._scores(self._members(params), index, split, 0.0, lives, more=True)
 
     def _members(self, params: Params | Tensor) -> Params:
         tree = unravel_shapes(params, self.shapes) if isinstance(params, Tensor) else params

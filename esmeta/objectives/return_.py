@@ -125,11 +125,16 @@ class ReturnObjective:
         return self._lives.restore(saved)
 
     def heldout(
-        self, params: Params | Tensor, trials: int, seed: int | None = None, first: int = 0
+        self,
+        params: Params | Tensor,
+        trials: int,
+        seed: int | None = None,
+        first: int = 0,
+        split: str = "test",
     ) -> Fitness:
-        """Returns on the held-out tasks ``first`` .. ``trials`` - 1, always the same for a seed."""
+        """Returns on the tasks ``first`` .. ``trials`` - 1 of a split, the same for a seed."""
         seed = self.seed if seed is None else seed
-        return self.evaluator(params, seed=seed, split="test", index=torch.arange(first, trials))
+        return self.evaluator(params, seed=seed, split=split, index=torch.arange(first, trials))
 
     @torch.no_grad()
     def trajectories(

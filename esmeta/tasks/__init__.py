@@ -10,9 +10,9 @@ import dataclasses
 import difflib
 import importlib
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -27,7 +27,8 @@ _CHECKOUT = Path(__file__).resolve().parents[2] / "tasks"
 if (_CHECKOUT / "harlow.py").is_file() and str(_CHECKOUT) not in __path__:
     __path__.append(str(_CHECKOUT))
 
-SPLITS = ("train", "test")
+SPLITS = ("train", "validation", "test")
+"""Tasks to learn on, to select on (when to stop, which theta is best), and to report on."""
 
 
 @runtime_checkable
@@ -53,6 +54,58 @@ class Renewed(Protocol):
         A task whose trials have a number of episodes returns itself.
         """
         ...
+
+
+@runtime_checkable
+class Published(Protocol):
+    """A task that is made of others; those say which of their options are aids (:func:`aid`)."""
+
+    def aids(self) -> dict[str, tuple[Any, Any]]:
+        """See :func:`aids`."""
+        ...
+
+    def published(self) -> Task:
+        """The same tasks as published."""
+        ...
+
+
+T = TypeVar("T")
+_AID = "esmeta.aid"
+
+
+def aid(default: T, *, published: T | None = None, only: T | None = None) -> T:
+    """A field of a task that is a training aid: scores are of the task without it.
+
+    ``default`` is that of the field, ``published`` its value in the published task (the same, if
+    not given). Every other value is an aid, or if ``only`` is given, that one alone.
+    """
+    known = (default if published is None else published, only)
+    return dataclasses.field(default=default, metadata={_AID: known})
+
+
+def aids(options: Any) -> dict[str, tuple[Any, Any]]:  # noqa: ANN401 - any dataclass
+    """Which training aids are in use: field -> its value, and the published one."""
+    if isinstance(options, Published):
+        return options.aids()
+    found = {}
+    for field in dataclasses.fields(options) if dataclasses.is_dataclass(options) else ():
+        if _AID in field.metadata:
+            published, only = field.metadata[_AID]
+            value = getattr(options, field.name)
+            if value != published and only in (None, value):
+                found[field.name] = (value, published)
+    return found
+
+
+def published(options: T, keep: Collection[str] = ()) -> T:
+    """A task, or an objective's options, without training aids but for those named in ``keep``.
+
+    Itself if there is none to leave out.
+    """
+    if isinstance(options, Published):
+        return cast("T", options.published())
+    changes = {k: value for k, (_, value) in aids(options).items() if k not in keep}
+    return dataclasses.replace(cast("Any", options), **changes) if changes else options
 
 
 def single(task: Task, steps: int) -> Task:
@@ -179,9 +232,9 @@ def episode_steps(horizon: int, episodes: int) -> int:
 
 
 def check_split(split: str) -> None:
-    """Raise ``ValueError`` unless ``split`` is one of the two task sets."""
+    """Raise ``ValueError`` unless ``split`` is one of the three task sets."""
     if split not in SPLITS:
-        raise ValueError(f"split is {split!r}; write 'train' or 'test'")
+        raise ValueError(f"split is {split!r}; write 'train', 'validation' or 'test'")
 
 
 def task_numbers(batch: int | Tensor) -> Tensor:
