@@ -21,6 +21,7 @@ from searches import (
 )
 from torch import Tensor
 
+from esmeta import config as configs
 from esmeta.optimizers import openes
 from esmeta.optimizers._noise import Noise, pair_noise
 from esmeta.optimizers._population import Sample, partial_sums
@@ -94,6 +95,51 @@ def test_ten_generations_match_a_dense_float64_reference() -> None:
     state, _ = run(optimizer, Objective(sphere), start(12, 0.5), 10)
     want = reference_run(sphere, np.full(12, 0.5), 10)
     assert np.abs(flat_theta(optimizer, state).numpy() - want).max() < 2e-6
+
+
+def epg_release(
+    value: Callable[[Tensor], Tensor], eta: np.ndarray, sigma: float, rates: list[float]
+) -> np.ndarray:
+    """EPG's outer loop as released, one generation of 64 vectors per rate.
+
+    https://github.com/openai/EPG, ``epg/evolution.py`` (``ES.train``) and ``epg/utils.py``
+    (``relative_ranks``, ``Adam`` with beta1 = 0): the gradient is not divided by sigma, the L2
+    factor is 0.001.
+    """
+    mean_square = np.zeros(len(eta))
+    for t, rate in enumerate(rates):
+        half = pair_noise(Rng(0), t, range(32), len(eta)).astype(np.float64)
+        noise = np.stack([half, -half], axis=1).reshape(64, -1)
+        returns = value(torch.from_numpy(eta + sigma * noise)).numpy()
+        ranks = np.argsort(np.argsort(returns)) / 63 - 0.5
+        gradient = ranks.dot(noise) / 64 - 0.001 * eta
+        mean_square = 0.999 * mean_square + 0.001 * gradient**2
+        step = rate * math.sqrt(1 - 0.999 ** (t + 1)) * gradient / (np.sqrt(mean_square) + 1e-8)
+        eta = eta + step
+    return eta
+
+
+EPG_PRESETS = ["cheetah-hopper-epg", "cheetah-lunar-epg", "displacement-epg"]
+
+
+@pytest.mark.parametrize("preset", EPG_PRESETS)
+def test_the_search_of_an_epg_preset_is_that_of_the_release(preset: str) -> None:
+    """Three generations agree, in units of search; weights are large, so that the decay shows."""
+    table = configs.load(preset)["optimizer"]
+    optimizer = openes.Optimizer(**{k: v for k, v in table.items() if k != "name"})
+    blocks = optimizer.sigma_blocks
+    units = {"a": 1.0} if isinstance(blocks, str) else blocks
+    unit = np.repeat(list(units.values()), 4)
+    first = np.linspace(-60, 60, len(unit))
+    begin = torch.from_numpy((unit * first).astype(np.float32))
+    theta = {name: begin[4 * k : 4 * k + 4][None] for k, name in enumerate(units)}
+    value = Objective(lambda x: -((x / torch.from_numpy(unit) - 1) ** 4).sum(dim=1))
+    state, _ = run(optimizer, value, theta, 3)
+    got = flat_theta(optimizer, state).double().numpy() / unit
+    low, fall = optimizer.learning_rate_min, optimizer.learning_rate - optimizer.learning_rate_min
+    rates = [low + fall * (1 - t / optimizer.learning_rate_generations) for t in range(3)]
+    want = epg_release(lambda x: -((x - 1) ** 4).sum(dim=1), first, optimizer.sigma, rates)
+    assert np.abs(got - want).max() < 1e-4 * np.abs(want - first).max()
 
 
 # --- what it reaches, and what must not move it ---------------------------------------------

@@ -35,7 +35,9 @@ class Optimizer(SlicedOptimizer):
     Attributes:
         learning_rate: step size of the ascent.
         optimizer: the ascent: ``adam``, ``clipup`` or ``sgd``.
-        weight_decay: pull towards zero, added to the gradient as in the paper (not decoupled).
+        weight_decay: pull towards zero, subtracted from g (not decoupled), in units of search. The
+            releases of OpenAI-ES and EPG do not divide the rest of g by sigma: their L2 factor is
+            ``weight_decay * sigma`` here (EPG's 0.001 is 0.1 at sigma 0.01).
         beta1: decay of Adam's mean.
         beta2: decay of Adam's mean square.
         eps: Adam's denominator offset.
