@@ -79,7 +79,8 @@ class Optimizer(SlicedOptimizer):
         odd, even = (plus - minus) / 2, (plus + minus) / 2
         first, second = draws.sums(odd, even)
         sigma, theta = state.arrays["sigma"], state.theta.astype(np.float64)
-        gradient = sigma * first / pairs
+        # In units of search, as the pull is: follow()'s step is multiplied by the unit again.
+        gradient = sigma / state.unit * first / pairs
         if self.weight_decay:
             gradient = gradient - self.weight_decay * (theta / state.unit)
         step, moments = _ascent.follow(self.optimizer, state.arrays, gradient)
