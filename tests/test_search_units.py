@@ -133,7 +133,10 @@ def test_ranks_with_other_units_are_found_out(name: str) -> None:
 @pytest.mark.parametrize("name", EVOTORCH)
 def test_a_common_unit_of_evotorchs_searchers(name: str, decay: float) -> None:
     # Sigma and (where steps have a length of their own) the learning rate carry the unit.
-    given = {"evotorch_pgpe": {"learning_rate": 0.05}, "evotorch_pgpe-clipup": {"learning_rate": 0.02}}
+    given = {
+        "evotorch_pgpe": {"learning_rate": 0.05},
+        "evotorch_pgpe-clipup": {"learning_rate": 0.02},
+    }
     plain = EVOTORCH[name](sigma=0.2, weight_decay=decay, **given.get(name, {}))
     rates = {key: 8 * rate for key, rate in given.get(name, {}).items()}
     united = EVOTORCH[name](sigma=1.6, weight_decay=decay, **rates)
