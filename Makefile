@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 PRESET ?= harlow-ppo
 ARGS ?=
+# Tests in parallel, at most four at a time: some start processes of their own. WORKERS=0 is one
+# process, for a debugger.
+WORKERS ?= logical
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
@@ -14,7 +17,7 @@ train: $(STAMP)
 	$(PY) -m esmeta.train $(PRESET) $(ARGS)
 
 test: $(STAMP)
-	$(PY) -m pytest -m "not slow" $(ARGS)
+	$(PY) -m pytest -m "not slow" -n $(WORKERS) --maxprocesses=4 --dist=loadgroup $(ARGS)
 
 lint: $(STAMP)
 	$(PY) -m ruff check .

@@ -32,6 +32,14 @@ OPEN_MPI = {
 }
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Ranks need the cores for themselves: of the tests that start some, one at a time."""
+    for item in items:
+        if item.get_closest_marker("mpi"):
+            item.add_marker(pytest.mark.xdist_group("mpi"))
+
+
 def environment(extra: Mapping[str, str] | None) -> dict[str, str]:
     """This process's environment, in which the checkout can be imported from any directory."""
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]

@@ -17,6 +17,9 @@ from packaging.utils import canonicalize_name
 
 import esmeta
 
+# The package is built once.
+pytestmark = pytest.mark.xdist_group("packaging")
+
 ROOT = Path(__file__).resolve().parents[1]
 HEAVY = "torch numpy evotorch ray pandas matplotlib tensorboard gymnasium mujoco mpi4py rich"
 # A user's own files that must not be picked up instead of ours.

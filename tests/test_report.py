@@ -23,6 +23,9 @@ from esmeta.analysis import groups, page, pictures, plots, series, sheets
 from esmeta.errors import UserError
 from esmeta.types import Reference
 
+# The runs that all of these look at are made once.
+pytestmark = pytest.mark.xdist_group("report")
+
 TINY = ["task.trials=8", "task.horizon=30", "policy.neurons=6", "run.tensorboard=false"]
 TINY += ["run.evaluate_every=2", "run.evaluate_trials=16"]
 
