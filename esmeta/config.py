@@ -57,8 +57,8 @@ class Budget:
 
     ``generations`` and ``updates`` both count steps of the optimizer; give one of the two.
     ``target`` ends the run as soon as the mean return of validation reaches it, ``plateau`` when
-    that has had no new best for so many steps. The first ``restarts`` plateaus do not end it: the search
-    begins anew from parameters drawn anew, and the best theta of all attempts is kept.
+    that has had no new best for so many steps. The first ``restarts`` plateaus do not end it: the
+    search begins anew from parameters drawn anew, and the best theta of all attempts is kept.
     """
 
     generations: int | None = None

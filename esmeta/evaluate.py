@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -110,6 +108,7 @@ def open_run(
     """
     from esmeta.policy import build_policy
     from esmeta.record import load_theta
+    from esmeta.scoring import without_aids
 
     path = Path(run_dir)
     if not (path / "config.toml").is_file():
@@ -141,38 +140,6 @@ def open_run(
     return objective, params, config
 
 
-def training_aids(config: configs.Config) -> dict[str, tuple[Any, Any]]:
-    """Training aids of task and objective in use: option -> its value, and the published one."""
-    from esmeta.tasks import aids
-
-    sections = {"task": config.task.instance, "objective": config.objective.instance}
-    return {f"{s}.{k}": v for s, options in sections.items() for k, v in aids(options).items()}
-
-
-def without_aids(config: configs.Config, keep: Sequence[str] = ()) -> configs.Config:
-    """The configuration that scores are made with: training aids of the task are left out.
-
-    Those named in ``keep`` stay.
-    """
-    from esmeta.tasks import published
-
-    task, objective = config.task, config.objective
-    return replace(
-        config,
-        task=replace(task, instance=published(task.instance, keep)),
-        objective=replace(objective, instance=published(objective.instance)),
-    )
-
-
-def variant(trained: configs.Config, scored: configs.Config) -> str:
-    """How tasks that scores are of differ from those of training, for a sentence; or nothing."""
-    used, left = training_aids(trained), training_aids(scored)
-    dropped = [f"{name} = {value!r}" for name, (value, _) in used.items() if name not in left]
-    kept = [f"{name} = {value!r}" for name, (value, _) in left.items()]
-    words = (("without", dropped), ("with", kept))
-    return "".join(f", {word} {', '.join(names)}" for word, names in words if names)
-
-
 def lesion(name: str, policy: Policy, params: Params) -> Intervention | None:
     """What a lesion changes before each step; None for ``none``."""
     import torch
@@ -185,23 +152,21 @@ def lesion(name: str, policy: Policy, params: Params) -> Intervention | None:
     return None
 
 
-def summary(values: Tensor) -> tuple[float, float, int]:
-    """Mean, standard error of the mean and number of the entries that are not NaN."""
-    kept = values[~values.isnan()]
-    if kept.numel() < 2:
-        return (float(kept.mean()) if kept.numel() else math.nan), math.nan, kept.numel()
-    return float(kept.mean()), float(kept.std() / math.sqrt(kept.numel())), kept.numel()
-
-
 def table(
-    fitness: Fitness, reference: Reference, about: dict[str, str]
+    fitness: Fitness, groups: Tensor, reference: Reference, about: dict[str, str]
 ) -> dict[str, dict[str, Any]]:
-    """Mean and standard error over trials of the return, the steps and the task's own scores."""
+    """Return, steps and the task's own scores over trials ``[B]``, summed up.
+
+    ``groups`` int64 ``[B]`` has one number for trials that share randomness.
+    """
+    from esmeta.scoring import summary
+
     rows = {"return": fitness.returns, "steps": fitness.steps.double(), **fitness.metrics}
-    result = {}
+    result: dict[str, dict[str, Any]] = {}
     for name, values in rows.items():
-        mean, error, count = summary(values.flatten())
-        result[name] = {"mean": mean, "se": error, "trials": count}
+        mean, se, sd, count, independent = summary(values.flatten(), groups)
+        found = {"mean": mean, "se": se, "sd": sd, "trials": count, "independent": independent}
+        result[name] = found
     result["return"] |= {"random": reference.random, "best": reference.best, **about}
     return result
 
@@ -218,9 +183,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.json:
         print(json.dumps(scores))
         return 0
-    print(f"{args.split} split{scores['return']['variant']}")
+    print(f"{args.split} split{scores['return']['variant']}; mean ± s.e., s.d. over trials")
     for name, row in scores.items():
-        print(f"{name:>16}  {row['mean']:10.4f} ± {row['se']:.4f}  ({row['trials']} trials)")
+        count, independent = row["trials"], row["independent"]
+        trials = f"{count} trials" + (f" in {independent} groups" if independent < count else "")
+        print(f"{name:>16}  {row['mean']:10.4f} ± {row['se']:<8.4f} {row['sd']:10.4f}  ({trials})")
     row = scores["return"]
     print(f"{'':>16}  random {row['random']:.4g}, best possible or known {row['best']:.4g}")
     return 0
@@ -231,6 +198,7 @@ def _scores(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
 
     from esmeta.evaluator import PopulationEvaluator
     from esmeta.policy import _heads as heads
+    from esmeta.scoring import variant
 
     objective, params, config = open_run(
         args.run, args.set, best=args.best, as_trained=args.as_trained
@@ -241,15 +209,15 @@ def _scores(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     reference = config.objective.instance.reference(task)
     seed = config.run.seed if args.seed is None else args.seed
     errors.non_negative_int("--seed", seed)
+    groups = objective.groups(torch.arange(args.trials), args.split)
     if config.objective.name != "return":
         if args.greedy or args.lesion != "none":
             raise errors.UserError(
                 f"--greedy and --lesion are for runs whose theta is a policy; this one has "
                 f"objective {config.objective.name!r}: leave them out"
             )
-        return table(
-            objective.heldout(params, args.trials, seed, split=args.split), reference, about
-        )
+        fitness = objective.heldout(params, args.trials, seed, split=args.split)
+        return table(fitness, groups, reference, about)
     policy = objective.policy
     evaluator = PopulationEvaluator(policy, task, trials=args.trials)
     fitness = evaluator(
@@ -260,7 +228,7 @@ def _scores(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
         act=(lambda out, noise: heads.mode(out)) if args.greedy else heads.sample,
         intervene=lesion(args.lesion, policy, params),
     )
-    return table(fitness, reference, about)
+    return table(fitness, groups, reference, about)
 
 
 if __name__ == "__main__":

@@ -127,12 +127,12 @@ def learn(lives: Lives, loss: Loss, agents: int, split: str) -> tuple[Diary, Ten
 
 def table(diary: Diary, parts: int) -> list[dict[str, float]]:
     """Mean return of episodes and its standard error over agents, by part of the life."""
-    from esmeta.evaluate import summary
+    from esmeta.scoring import summary
 
     steps = diary.reward.shape[1]
     rows = []
     for k, column in enumerate(diary.curve(parts).unbind(1)):
-        mean, error, count = summary(column)
+        mean, error, _, count, _ = summary(column)
         rows.append(
             {"steps": steps * (k + 1) // parts, "return": mean, "se": error, "agents": count}
         )
@@ -141,9 +141,9 @@ def table(diary: Diary, parts: int) -> list[dict[str, float]]:
 
 def after_life(scores: Tensor) -> dict[str, float]:
     """Mean of the agents' scores after their lives and its standard error."""
-    from esmeta.evaluate import summary
+    from esmeta.scoring import summary
 
-    mean, error, count = summary(scores)
+    mean, error, _, count, _ = summary(scores)
     return {"return": mean, "se": error, "agents": count}
 
 

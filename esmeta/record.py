@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import sys
 import time
 import tomllib
@@ -52,6 +53,8 @@ class Checkpoint:
     config_toml: str
     simulators: dict[str, str | None] = field(default_factory=dict)
 
+
+_OLD_SCORES = re.compile("^heldout_")
 
 # --- reading and writing files -----------------------------------------------------------------
 
@@ -151,7 +154,11 @@ def read_config(run_dir: Path | str) -> Config:
 
 
 def read_metrics(run_dir: Path | str) -> list[dict[str, Any]]:
-    """All lines of ``metrics.jsonl`` in order; a line cut off by a kill is left out."""
+    """All lines of ``metrics.jsonl`` in order; a line cut off by a kill is left out.
+
+    Runs made before there was a validation split were scored on the test split all along: their
+    ``heldout_*`` are what ``validation_*`` is to others, and are called so here.
+    """
     records = []
     try:
         text = (Path(run_dir) / "metrics.jsonl").read_text(encoding="utf-8", errors="replace")
@@ -163,7 +170,7 @@ def read_metrics(run_dir: Path | str) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             continue
         if isinstance(record, dict) and isinstance(record.get("step"), int):
-            records.append(record)
+            records.append({_OLD_SCORES.sub("validation_", k): v for k, v in record.items()})
     return records
 
 

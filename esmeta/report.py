@@ -42,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--picture",
         action="store_true",
-        help="also draw held-out trials of the first run of each configuration (PNG and GIF)",
+        help="also draw test trials of the first run of each configuration (PNG and GIF)",
     )
     p.add_argument(
         "--trial", type=int, default=0, metavar="N", help="which one is animated (%(default)s)"
@@ -111,7 +111,7 @@ def _compare(groups: Sequence[Group], where: Destination, number: int) -> list[s
 
     rows = budget_table(groups)
     name = groups[0].runs[0].tables["task"]["name"]
-    print(f"\n{name}: held-out return at equal budgets\n{text_table(rows)}")
+    print(f"\n{name}: validation return at equal budgets\n{text_table(rows)}")
     out = where.figure(f"compare{number + 1 if number else ''}.png")
     picture = plots.compare({g.label: [run.path for run in g.runs] for g in groups}, out)
     notes = ["Values between two evaluations are linear. ± is over seeds, or trials for one seed."]
@@ -122,7 +122,10 @@ def _compare(groups: Sequence[Group], where: Destination, number: int) -> list[s
         page.heading(f"{name}: configurations compared"),
         page.table(rows),
         *(page.paragraph(note, note=True) for note in notes),
-        page.image(picture, "Held-out return; the dotted line is where the shortest budget ends."),
+        page.image(
+            picture,
+            "Validation return; the dotted line is where the shortest budget ends.",
+        ),
     ]
 
 
@@ -154,7 +157,7 @@ class Pictures:
 
 
 def _pictures(group: Group, where: Destination, wanted: Pictures) -> list[str]:
-    """Held-out trials of a group's first run; a warning where they cannot be drawn."""
+    """Trials of a group's first run, of the test split; a warning where they cannot be drawn."""
     from esmeta.analysis import page, pictures, sheets
     from esmeta.evaluate import load
 
@@ -173,14 +176,17 @@ def _pictures(group: Group, where: Destination, wanted: Pictures) -> list[str]:
     if sheets.has_sheet(task):
         out = where.figure(f"trials-{group.slug}.png")
         sheets.trial_sheet(policy, params, task, out, seed=run.seed)
-        parts.append(page.image(out, f"Held-out trials of theta, seed {run.seed}."))
+        parts.append(page.image(out, f"Test trials of theta, seed {run.seed}."))
     name, fps = f"trial-{group.slug}", rate / every
     if wanted.film == "png":
         print(f"frames: {pictures.write_frames(frames, where.figure(name))}")
     if wanted.film == "mp4":
         print(f"film: {pictures.write_mp4(frames, where.figure(f'{name}.mp4'), fps)}")
     out = pictures.write_gif(frames, where.figure(f"{name}.gif"), fps)
-    return [*parts, page.image(out, f"Held-out trial {wanted.trial} of theta, seed {run.seed}.")]
+    return [
+        *parts,
+        page.image(out, f"Test trial {wanted.trial} of theta, seed {run.seed}."),
+    ]
 
 
 def _loss_figures(group: Group, where: Destination) -> list[str]:
@@ -255,14 +261,26 @@ def _section(group: Group, where: Destination, wanted: Pictures | None) -> list[
 
 
 def _summary(groups: Sequence[Group]) -> list[list[str]]:
-    from esmeta.analysis.groups import heldout, plus_minus
+    from esmeta.analysis.groups import final, interval_text, plus_minus
 
-    rows = [["configuration", "runs", "env steps", "held-out return", "random", "best"]]
+    rows = [
+        [
+            "configuration",
+            "runs",
+            "env steps",
+            "return",
+            "95 % over seeds",
+            "split",
+            "random",
+            "best",
+        ]
+    ]
     for group in groups:
         steps = max(run.last.get("env_steps") or 0 for run in group.runs)
         reference = group.reference
-        scores = [plus_minus(*heldout(group)), f"{reference.random:.4g}", f"{reference.best:.4g}"]
-        rows.append([group.label, str(len(group.runs)), f"{steps:,}", *scores])
+        known = [f"{reference.random:.4g}", f"{reference.best:.4g}"]
+        scores = [plus_minus(*final(group)), interval_text(group), group.split]
+        rows.append([group.label, str(len(group.runs)), f"{steps:,}", *scores, *known])
     return rows
 
 
@@ -283,7 +301,7 @@ def report(
             for part in _compare(found, where, number)
         ]
         head = [page.table(_summary(groups))] if len(groups) > 1 else []
-        note = "Held-out return: mean ± standard error, over seeds or (one seed) over trials."
+        note = "Return: mean ± standard error, over seeds or (one seed) over independent trials."
         tasks = dict.fromkeys(group.runs[0].tables["task"]["name"] for group in groups)
         title = f"esmeta: {', '.join(tasks)}"
         parts = [*head, page.paragraph(note, note=True), *compared, *sections]

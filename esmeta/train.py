@@ -50,9 +50,9 @@ def build(config: configs.Config, ranks: int = 1, node: Node | None = None) -> P
     """Build what a resolved config names, for a number of ranks; ``node`` runs environments."""
     import torch
 
-    from esmeta.evaluate import training_aids
     from esmeta.policy import build_policy
     from esmeta.rng import Rng
+    from esmeta.scoring import training_aids
     from esmeta.tasks import published
 
     torch.set_num_threads(config.run.threads)
@@ -285,13 +285,13 @@ class Trainer:
 def heldout(
     objective: RunObjective, theta: Params, trials: int, split: str, comm: Comm | None = None
 ) -> Metrics:
-    """Mean scores of theta on the tasks of a split, with the standard error of the return.
+    """Mean scores of theta on the tasks of a split; s.e. and s.d. of the return.
 
     With ``comm`` the ranks share the trials; scores are the same bits for any number of ranks.
     """
     import torch
 
-    from esmeta.evaluate import summary
+    from esmeta.scoring import summary
 
     # Where there are fewer trials than ranks, every rank runs them all.
     shared = comm is not None and trials >= comm.size
@@ -302,15 +302,16 @@ def heldout(
     rows = torch.stack([values.double().flatten() for values in columns.values()], dim=1)
     if comm is not None and shared:
         rows = comm.gather_rows(rows, [b - a for a, b in itertools.pairwise(bounds)])
-    means = [summary(values) for values in rows.unbind(1)]
-    scores = {f"{split}_{name}": mean for name, (mean, _, _) in zip(columns, means, strict=True)}
-    return scores | {f"{split}_se": means[0][1]}
+    groups = objective.groups(torch.arange(trials), split)
+    found = [summary(values, groups) for values in rows.unbind(1)]
+    scores = {f"{split}_{name}": each.mean for name, each in zip(columns, found, strict=True)}
+    return scores | {f"{split}_se": found[0].se, f"{split}_sd": found[0].sd}
 
 
 def report(parts: Parts, trainer: Trainer, reason: str, out: Path) -> None:
     """Print what was learned, by the test split, and draw the learning curve."""
     from esmeta.analysis.plots import learning_curve
-    from esmeta.evaluate import variant, without_aids
+    from esmeta.scoring import variant, without_aids
 
     theta = parts.optimizer.theta(trainer.state)
     # Where a trial is the whole training of an agent, more of them would take as long as the run.
@@ -325,11 +326,11 @@ def report(parts: Parts, trainer: Trainer, reason: str, out: Path) -> None:
     print(
         f"\n{parts.config.task.name} by {parts.config.optimizer.name}: stopped by {reason} after "
         f"{count.step} steps, {count.env_steps:,} environment steps, {trainer.run.seconds:.0f} s\n"
-        f"test return {scores['test_return']:.3f} ± {scores['test_se']:.3f} "
-        f"({trials} tasks of the test split{variant(config, scored)}; random "
-        f"{reference.random:.3g}, best possible or known {reference.best:.3g})"
+        f"test return {scores['test_return']:.3f} ± {scores['test_se']:.3f} (s.e.; s.d. "
+        f"{scores['test_sd']:.3f}; {trials} tasks of the test split{variant(config, scored)}; "
+        f"random {reference.random:.3g}, best possible or known {reference.best:.3g})"
     )
-    known = {"test_return", "test_se"}
+    known = {"test_return", "test_se", "test_sd"}
     rest = {k.removeprefix("test_"): v for k, v in scores.items() if k not in known}
     print("  ".join(f"{name} {value:.3f}" for name, value in rest.items()))
     print(f"run: {out}\ncurve: {picture}", flush=True)

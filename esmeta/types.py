@@ -289,6 +289,13 @@ class RunObjective(Objective, Protocol):
         """Scores ``[1, trials - first]`` on the tasks ``first`` .. ``trials`` - 1 of a split."""
         ...
 
+    def groups(self, index: Tensor, split: str) -> Tensor:
+        """Numbers int64 ``[B]`` of the trials ``index [B]``, one for those that share randomness.
+
+        Their scores are not independent.
+        """
+        ...
+
     def explain(self, gradient: bool) -> str:
         """In one line, what runs there."""
         ...

@@ -14,9 +14,10 @@ import torch
 from esmeta.rng import Rng
 
 _DENSITY = 0.75
-_SHARE = 8  # of so many boards one is of the test, one of the validation split, the rest of train
+_TEST_SHARE = 4  # one board in this many is held out, for the test or for validation
 _FEW_BOARDS = 8  # below this size there are only two dozen boards or five
-_SPLIT = 17  # of 24 hashes tried, the one whose sides differ least in their mean scores
+_SPLIT = 17  # of 24 hashes tried, the one whose two sides differ least in their mean scores
+_HALF = 24  # of 51 bits of it tried, the one that halves what is held out most evenly in them
 _CACHED_BLOCKS = 128
 BLOCK = 512  # boards made together: amortises numpy's cost per call
 Boards = tuple[np.ndarray, np.ndarray]
@@ -47,13 +48,18 @@ def boards(size: int, generator: str, split: str, key: int, block: int) -> Board
         word = (made * weights[: side * side]).sum(1)
         if size < _FEW_BOARDS:
             word += weights[side * side + goal]
-        share = (word.view(np.uint64) >> np.uint64(40)) % np.uint64(_SHARE)
-        own = {"test": share == 0, "validation": share == _SHARE // 2}
-        good = own.get(split, share % np.uint64(_SHARE // 2) != 0)
+        good = _split_of(word.view(np.uint64)) == split
         walls[wanted[good]], target[wanted[good]] = made[good], goal[good]
         wanted = wanted[~good]
         attempt += 1
     return walls, target
+
+
+def _split_of(word: np.ndarray) -> np.ndarray:
+    """Names of splits ``[n]`` for hashes uint64 ``[n]``."""
+    held_out = (word >> np.uint64(40)) % np.uint64(_TEST_SHARE) == 0
+    first = (word >> np.uint64(_HALF)) % np.uint64(2) == 0
+    return np.where(held_out, np.where(first, "test", "validation"), "train")
 
 
 def _pick(free: np.ndarray, u: np.ndarray) -> np.ndarray:

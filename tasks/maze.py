@@ -44,7 +44,8 @@ _MEASURED = {
     ("carve", 11): (1.805, 86.91),
     ("carve", 12): (1.508, 78.42),
 }
-_SAMPLE = (("train", 0), ("train", 1), ("train", 2), ("test", 0))  # blocks for the references
+# Blocks for the references, and how much of each, as the splits share out the boards.
+_SAMPLE = (("train", 0, 8), ("train", 1, 8), ("train", 2, 8), ("validation", 0, 4), ("test", 0, 4))
 
 
 class _Tables(NamedTuple):
@@ -127,11 +128,11 @@ class Task:
     def sample(self, batch: int | Tensor, split: str, rng: Rng) -> Tasks:
         """Tasks by number, each the same whatever its batch mates.
 
-        No board is both in ``train`` and in ``test``, for any seed: a hash of its walls decides
-        (one in four is held out) and a board of the wrong side is drawn again. Sizes below 8 have
-        too few pillar boards to divide; there board and target together are hashed, so that the
-        splits share boards but no task. Data: ``walls`` bool ``[1, B, side, side]``, ``target``
-        int64 ``[1, B]``, a flat cell number.
+        No board is in two splits, for any seed: a hash of its walls decides (one in eight is of
+        ``test``, one of ``validation``) and a board of the wrong split is drawn again. Sizes below
+        8 have too few pillar boards to divide; there board and target together are hashed, so that
+        the splits share boards but no task. Data: ``walls`` bool ``[1, B, side, side]``,
+        ``target`` int64 ``[1, B]``, a flat cell number.
         """
         check_split(split)
         index = task_numbers(batch)
@@ -264,8 +265,10 @@ def _reference(size: int, horizon: int, generator: str, avoid_target: bool) -> R
         random, best = _MEASURED[generator, even]
         boards = "4096"
     else:
-        # Three parts to one, as the boards divide into train and test.
-        parts = [maker.boards(size, generator, split, 0, k) for split, k in _SAMPLE]
+        parts = []
+        for split, block, eighths in _SAMPLE:
+            made = maker.boards(size, generator, split, 0, block)
+            parts.append([part[: maker.BLOCK * eighths // 8] for part in made])
         walls, target = (np.concatenate(part) for part in zip(*parts, strict=True))
         options = {"avoid_target": avoid_target}
         random = _REWARD * maker.random_hits(walls, target, horizon, **options)[0]

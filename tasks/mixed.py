@@ -27,6 +27,7 @@ from esmeta.tasks import (
     published,
     single,
     task_from_table,
+    task_groups,
     task_numbers,
 )
 from esmeta.types import Continuous, Reference, Spec, Tasks
@@ -136,6 +137,14 @@ class Task:
             sum(factor * one.best for factor, one in known) / len(known),
             "mean of " + ", ".join(part.label for part in parts) + ", rewards scaled",
         )
+
+    def groups(self, index: Tensor, split: str) -> Tensor:
+        """Trials of two parts share nothing; see :func:`esmeta.tasks.task_groups`."""
+        chosen = self._numbers(split)
+        count = len(chosen)
+        own = [task_groups(self._all[k].task, index // count, split) for k in chosen]
+        part = index % count
+        return torch.stack(own).gather(0, part.unsqueeze(0))[0] * count + part
 
     def aids(self) -> dict[str, tuple[Any, Any]]:
         """Training aids in use, by ``label.option``; see :func:`esmeta.tasks.aids`."""

@@ -103,6 +103,10 @@ class Task:
             goal = self.radius * torch.stack([torch.cos(angle), torch.sin(angle)], dim=-1)
         return Tasks(index, {"goal": goal.to(torch.float32)})
 
+    def groups(self, index: Tensor, split: str) -> Tensor:
+        """Trials with one of ``train_goals`` share it; see :func:`esmeta.tasks.task_groups`."""
+        return index % self.train_goals if self.train_goals and split == "train" else index
+
     def rules(self) -> _plane.Rules:
         """How the point moves, and what pays."""
         return _plane.Rules(

@@ -274,7 +274,7 @@ def test_bad_requests_say_value_and_cure() -> None:
     evaluator = PopulationEvaluator(policy, task, trials=2)
     with pytest.raises(ValueError, match=rf"\(3, 5\).*D = {policy.size}"):
         evaluator(torch.zeros(3, 5))
-    with pytest.raises(ValueError, match="'train' or 'test'"):
+    with pytest.raises(ValueError, match="'train', 'validation' or 'test'"):
         evaluator(policy.init(), split="valid")
     with pytest.raises(ValueError, match="int64"):
         evaluator(policy.init(), index=torch.tensor([0.5]))

@@ -19,7 +19,7 @@ LAYERS = [
     {"policy", "comm", "transport", "wire"},
     {"envs", "tasks", "returns"},
     {"rollout"},
-    {"evaluator", "lives", "learners"},
+    {"evaluator", "lives", "learners", "scoring"},
     {"objectives", "optimizers"},
     {"record", "progress", "analysis", "watch", "cli", "provenance", "hosts"},
     {"train", "evaluate", "report", "launch", "learn"},

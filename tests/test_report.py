@@ -6,6 +6,7 @@ import json
 import math
 import re
 import resource
+import shutil
 import signal
 import statistics
 import subprocess
@@ -74,24 +75,63 @@ def reported(capsys, *args: object) -> str:
     return capsys.readouterr().out
 
 
+def scores_of(run: Path) -> dict:
+    return json.loads((run / "run.json").read_text())["test"]
+
+
 # --- the report -------------------------------------------------------------------------------
 
 
 def test_table_holds_the_numbers_of_the_metrics(runs, tmp_path, capsys):
     out = reported(capsys, *runs, "--out", tmp_path)
     for run in runs:
-        last, scored = lines(run)[-1], [r for r in lines(run) if "heldout_return" in r][-1]
-        row = f"{scored['heldout_return']:.3f} ± {scored['heldout_se']:.3f}"
+        last, scored = lines(run)[-1], scores_of(run)
+        row = f"{scored['test_return']:.3f} ± {scored['test_se']:.3f}"
         (found,) = [line for line in out.splitlines() if row in line and f"{last['step']} " in line]
+        assert f"{scored['test_sd']:.3f}" in found
         assert f"{last['env_steps']:,}" in found and f"{last['seconds']:,.1f}" in found
-    scores = [lines(run)[-1]["heldout_return"] for run in runs[:2]]
-    error = statistics.stdev(scores) / math.sqrt(2)
-    (mean,) = [line for line in out.splitlines() if line.startswith("mean")]
-    assert f"{statistics.mean(scores):.3f} ± {error:.3f}" in mean
+    scores = [scores_of(run)["test_return"] for run in runs[:2]]
+    mean, error = statistics.mean(scores), statistics.stdev(scores) / math.sqrt(2)
+    (row,) = [line for line in out.splitlines() if line.startswith("mean")]
+    assert f"{mean:.3f} ± {error:.3f}" in row
+    # Student's t with one degree of freedom: tan(0.475 pi).
+    wide = math.tan(0.475 * math.pi) * error
+    (row,) = [line for line in out.splitlines() if line.startswith("95 %")]
+    assert f"{mean - wide:.3f} to {mean + wide:.3f}" in row
     assert "harlow metods a2c" in out and "harlow metods openes" in out
     assert "at equal budgets" in out
     # The third run has 3 generations, evaluated at 0, 2 and, as every finished run, at the end.
     assert "last evaluation" not in out
+
+
+def test_a_run_without_test_scores_says_which_split_it_shows(runs, tmp_path, capsys):
+    run = tmp_path / "old"
+    shutil.copytree(runs[0], run)
+    facts = json.loads((run / "run.json").read_text())
+    facts.pop("test")
+    (run / "run.json").write_text(json.dumps(facts))
+    # As runs were written before there was a validation split.
+    text = (run / "metrics.jsonl").read_text().replace("validation_", "heldout_")
+    (run / "metrics.jsonl").write_text(text)
+    config = (run / "config.toml").read_text().replace("evaluate_as_trained = false\n", "")
+    (run / "config.toml").write_text(config)
+    scored = [line for line in lines(run) if "heldout_return" in line][-1]
+    out = reported(capsys, run, "--out", tmp_path)
+    assert "validation return" in out and "test return" not in out
+    assert f"{scored['heldout_return']:.3f} ± {scored['heldout_se']:.3f}" in out
+    assert "not every run was scored on the test split" in out
+    assert "made before there was a validation split" in out
+
+
+@pytest.mark.parametrize("freedom", [1, 2, 4, 9, 10, 19, 30])
+def test_quantiles_of_student(freedom):
+    # The density integrated from 0: (1 + x^2 / v)^(-(v + 1) / 2), up to its constant.
+    x = np.linspace(0.0, groups._student(freedom), 200_001)
+    density = (1 + x**2 / freedom) ** (-(freedom + 1) / 2)
+    whole = math.gamma((freedom + 1) / 2) / math.sqrt(freedom * math.pi)
+    assert whole / math.gamma(freedom / 2) * np.trapezoid(density, x) == pytest.approx(
+        0.475, abs=1e-5
+    )
 
 
 def test_page_needs_nothing_but_itself(runs, tmp_path, capsys):
@@ -200,10 +240,10 @@ def test_groups_differ_in_more_than_the_seed(runs, tmp_path):
 
 def test_equal_budget_is_where_the_shortest_run_ends():
     rows = [
-        [{"step": k, "env_steps": x, "heldout_return": y} for k, (x, y) in enumerate(points)]
+        [{"step": k, "env_steps": x, "validation_return": y} for k, (x, y) in enumerate(points)]
         for points in ([(0, 0.0), (100, 10.0)], [(0, 0.0), (50, 1.0), (400, 8.0)])
     ]
-    curves = [series.from_rows(r, "heldout_return", "env_steps") for r in rows]
+    curves = [series.from_rows(r, "validation_return", "env_steps") for r in rows]
     assert series.common_end(curves) == 100
     assert curves[1].at(100)[0] == pytest.approx(2.0)
     mean = series.over_seeds(curves)
@@ -223,7 +263,13 @@ def test_curves_of_runs_that_logged_little(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("")
     out = plots.learning_curve([tmp_path], tmp_path / "a.png", Reference(math.nan, 1.0, ""))
     Image.open(out).verify()
-    row = {"step": 0, "env_steps": 0, "seconds": 0.1, "heldout_return": 1.0, "heldout_x_1": None}
+    row = {
+        "step": 0,
+        "env_steps": 0,
+        "seconds": 0.1,
+        "validation_return": 1.0,
+        "validation_x_1": None,
+    }
     (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n")
     Image.open(plots.learning_curve([tmp_path], out, Reference(0.0, 1.0, ""))).verify()
     one = plots.compare({"a": [tmp_path], "b": []}, out, x="seconds")

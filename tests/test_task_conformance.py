@@ -164,7 +164,7 @@ def test_random_reference_agrees_with_a_random_agent(task: Task) -> None:
 
 
 def test_bad_requests_are_refused(task: Task) -> None:
-    with pytest.raises(ValueError, match="'train' or 'test'"):
+    with pytest.raises(ValueError, match="'train', 'validation' or 'test'"):
         task.sample(2, "valid", Rng(0))
     with pytest.raises(ValueError, match="batch is 0.*batch=1"):
         task.sample(0, "train", Rng(0))

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
 
 from esmeta.rng import Rng
+from esmeta.tasks import SPLITS, make_task
 from esmeta.tasks import _maze_boards as maker
-from esmeta.tasks import make_task
 from esmeta.tasks.maze import Task, render
 from esmeta.types import Tasks
 
@@ -46,7 +48,8 @@ def test_statistics_match_the_table(size: int) -> None:
     cells, distance, oracle, random_reward, success = TABLE[size]
     oracle_sd, random_sd = SPREAD[size]
     task = Task(size=size)
-    parts = [flat_boards(task, split, n) for split, n in (("train", 750), ("test", 250))]
+    counts = {"train": 1500, "validation": 250, "test": 250}
+    parts = [flat_boards(task, split, n) for split, n in counts.items()]
     walls, target = (np.concatenate(part) for part in zip(*parts, strict=True))
     steps = maker.distances(walls, target)
     for board in range(0, 1000, 50):
@@ -68,15 +71,19 @@ def test_statistics_match_the_table(size: int) -> None:
 
 @pytest.mark.parametrize("size", [6, 8, 12])
 def test_reference_constants_are_what_is_computed(size: int) -> None:
-    parts = [maker.boards(size, "pillars", s, 3, k) for s, k in (("train", 0), ("test", 0))]
-    weights = np.repeat([0.75, 0.25], maker.BLOCK) / maker.BLOCK
+    shares = {"train": 0.75, "validation": 0.125, "test": 0.125}
+    parts = [maker.boards(size, "pillars", split, 3, 0) for split in shares]
+    weights = np.repeat(list(shares.values()), maker.BLOCK) / maker.BLOCK
     walls, target = (np.concatenate(part) for part in zip(*parts, strict=True))
     hits = maker.oracle_hits(walls, target, 100, avoid_target=False)
     best = 10 * (hits * weights).sum()
     reference = Task(size=size).reference
     assert best == pytest.approx(reference.best, rel=0.03)
     sides = [10 * maker.random_hits(*part, 100, avoid_target=False)[0] for part in parts]
-    assert 0.75 * sides[0] + 0.25 * sides[1] == pytest.approx(reference.random, rel=0.05)
+    mean = sum(share * side for share, side in zip(shares.values(), sides, strict=True))
+    assert mean == pytest.approx(reference.random, rel=0.05)
+    held = np.split(hits, 3)[1:]
+    assert 10 * held[0].mean() == pytest.approx(10 * held[1].mean(), rel=0.05), "none is easier"
 
 
 def test_oracle_expectation_by_simulation() -> None:
@@ -121,20 +128,22 @@ def test_splits_share_no_board() -> None:
         split: {
             board.tobytes() for seed in (0, 9) for board in flat_boards(task, split, 1024, seed)[0]
         }
-        for split in ("train", "test")
+        for split in SPLITS
     }
-    assert len(seen["train"]) > 500 and len(seen["test"]) > 300
-    assert not seen["train"] & seen["test"]
+    assert len(seen["train"]) > 500 and min(len(seen[split]) for split in SPLITS) > 140
+    for one, other in itertools.combinations(SPLITS, 2):
+        assert not seen[one] & seen[other]
 
 
 @pytest.mark.parametrize("size", [4, 5, 6, 7])
 def test_small_sizes_share_no_task(size: int) -> None:
     seen = {}
-    for split in ("train", "test"):
+    for split in SPLITS:
         pairs = zip(*flat_boards(Task(size=size), split, 512), strict=True)
         seen[split] = {(board.tobytes(), int(goal)) for board, goal in pairs}
-    assert len(seen["train"]) > 15 and len(seen["test"]) > 4
-    assert not seen["train"] & seen["test"]
+    assert len(seen["train"]) > 15 and min(len(seen[split]) for split in SPLITS) > 4
+    for one, other in itertools.combinations(SPLITS, 2):
+        assert not seen[one] & seen[other]
 
 
 def test_boards_are_addressed_by_number() -> None:

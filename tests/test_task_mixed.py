@@ -419,7 +419,7 @@ def test_ranks_have_the_same_theta(mpirun: Any, tmp_path: Path) -> None:
     done = mpirun(2, *args, tmp_path / "two")
     assert done.returncode == 0, done.stderr
     assert run_here(*args[2:], tmp_path / "one") == 0
-    assert "heldout_return_pendulum" in (tmp_path / "two" / "metrics.jsonl").read_text()
+    assert "validation_return_pendulum" in (tmp_path / "two" / "metrics.jsonl").read_text()
     assert final_hash(tmp_path / "one") == final_hash(tmp_path / "two")
 
 

@@ -36,6 +36,7 @@ def test_flags_are_frozen() -> None:
     expected += ["--seed", "--set", "--task", "-h"]
     assert flags(train.parser()) == sorted(expected)
     assert flags(evaluate.parser()) == [
+        "--as-trained",
         "--best",
         "--greedy",
         "--help",
@@ -43,6 +44,7 @@ def test_flags_are_frozen() -> None:
         "--lesion",
         "--seed",
         "--set",
+        "--split",
         "--trials",
         "-h",
     ]
@@ -110,7 +112,7 @@ def test_a_run_directory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert len({line["theta_sha256"] for line in lines}) == 1 + len(moved) >= 6
     # 22 members, 3 trials of 5 pulls.
     assert [line["env_steps"] for line in lines] == [330 * step for step in range(7)]
-    assert [line["step"] for line in lines if "heldout_return" in line] == [0, 3, 6]
+    assert [line["step"] for line in lines if "validation_return" in line] == [0, 3, 6]
     assert all(math.isfinite(line["fitness_mean"]) for line in lines[1:])
     theta, meta = load_theta(out)
     first = build(preset).theta
@@ -124,23 +126,27 @@ def test_a_run_directory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert checkpoint is not None and checkpoint.step == 6
     assert theta_sha256(checkpoint.theta) == final_hash(out)
     assert "stopped by steps after 6 steps, 1,980 environment steps" in printed
-    assert "held-out return" in printed and "curve.png" in printed
-    check_loaded(out, capsys, lines[-1]["heldout_return"])
+    assert "test return" in printed and "curve.png" in printed
+    check_loaded(out, capsys, lines[-1]["validation_return"])
 
 
 def build(preset: Path) -> train.Parts:
     return train.build(configs.resolve(configs.load(preset)))
 
 
-def check_loaded(out: Path, capsys: pytest.CaptureFixture[str], heldout: float) -> None:
+def check_loaded(out: Path, capsys: pytest.CaptureFixture[str], selected: float) -> None:
     """What esmeta.load and esmeta.evaluate make of a finished run."""
     policy, params, task = esmeta.load(out)
     evaluator = esmeta.PopulationEvaluator(policy, task, trials=8)
-    fitness = evaluator(params, seed=0, split="test")
-    assert float(fitness.mean()) == pytest.approx(heldout, abs=1e-12)
-    assert evaluate.main([str(out), "--trials", "8", "--json"]) == 0
-    scores = json.loads(capsys.readouterr().out)
-    assert scores["return"]["mean"] == pytest.approx(heldout, abs=1e-12)
+    for split, flags in (("validation", ["--split", "validation"]), ("test", [])):
+        fitness = evaluator(params, seed=0, split=split)
+        assert (float(fitness.mean()) == pytest.approx(selected, abs=1e-12)) == (
+            split == "validation"
+        )
+        assert evaluate.main([str(out), "--trials", "8", "--json", *flags]) == 0
+        scores = json.loads(capsys.readouterr().out)
+        assert scores["return"]["mean"] == pytest.approx(float(fitness.mean()), abs=1e-12)
+        assert scores["return"]["split"] == split
     expected = float(fitness.returns.std()) / 8**0.5
     assert scores["return"]["se"] == pytest.approx(expected, abs=1e-12)
     assert scores["return"]["trials"] == 8 and scores["steps"]["mean"] == 5
@@ -206,17 +212,23 @@ def test_budgets(tmp_path: Path, limit: str, steps: int, reason: str) -> None:
     assert (facts["steps"], facts["stopped_by"]) == (steps, reason)
 
 
+def validated(run: Path) -> dict[int, float]:
+    """Step -> mean return of validation."""
+    key = "validation_return"
+    return {line["step"]: line[key] for line in read_metrics(run) if key in line}
+
+
 def test_a_plateau_ends_a_run_whose_best_theta_is_kept(tmp_path: Path) -> None:
     # Steps so large that the held-out return soon gets no better.
     more = ("optimizer.learning_rate=0.5", "budget.plateau=9", "budget.generations=500")
     out, preset = tmp_path / "run", write_preset(tmp_path)
     assert run_here(preset, "--out", out, *overrides(*more)) == 0
-    scores = {m["step"]: m["heldout_return"] for m in read_metrics(out) if "heldout_return" in m}
+    scores = validated(out)
     best = max(scores, key=lambda step: (scores[step], -step))
     facts = summary(out)
     assert facts["stopped_by"] == "plateau" and facts["steps"] == best + 9
     theta, meta = load_theta(out / "best.safetensors")
-    assert meta["step"] == str(best) and float(meta["heldout"]) == scores[best]
+    assert meta["step"] == str(best) and float(meta["validation"]) == scores[best]
     hashes = {m["step"]: m["theta_sha256"] for m in read_metrics(out)}
     assert hashes[best] == theta_sha256(theta) != final_hash(out)
     _, params, _ = esmeta.load(out, best=True)
@@ -242,10 +254,10 @@ def test_a_plateau_begins_anew_as_often_as_is_allowed(tmp_path: Path) -> None:
     end = summary(plain)["steps"]
     assert {step: hashes[step] for step in first if step < end}.items() <= first.items()
     assert hashes[end + 1] not in first.values() and facts["steps"] >= end + 18
-    scores = {m["step"]: m["heldout_return"] for m in read_metrics(out) if "heldout_return" in m}
+    scores = validated(out)
     best = max(scores, key=lambda step: (scores[step], -step))
     _, meta = load_theta(out / "best.safetensors")
-    assert meta["step"] == str(best) and float(meta["heldout"]) == scores[best]
+    assert meta["step"] == str(best) and float(meta["validation"]) == scores[best]
     # Killed in the second attempt and gone on with, it ends as it would have.
     half = tmp_path / "half"
     cut = ("budget.restarts=2", f"budget.generations={end + 4}")

@@ -14,6 +14,7 @@ from typing import Any
 from esmeta import config as configs
 from esmeta.analysis.series import Series, common_end, from_rows, over_seeds
 from esmeta.errors import UserError
+from esmeta.scoring import without_aids
 from esmeta.types import Reference
 
 _NUMBERED = re.compile(r"(.+)_(\d+)")
@@ -41,15 +42,23 @@ class RunData:
         """The last line of the metrics."""
         return self.rows[-1]
 
-    @property
-    def scores(self) -> dict[str, Any]:
-        """The last line with held-out scores; empty if the run never had any."""
-        known = [row for row in self.rows if row.get("heldout_return") is not None]
-        return known[-1] if known else {}
+    def scores(self, split: str) -> dict[str, Any]:
+        """What theta is worth on a split, by names without it; empty if it is not known.
+
+        On ``"test"`` at the end of the run, on ``"validation"`` when it was last scored, with that
+        ``step``.
+        """
+        if split == "test":
+            row = self.facts.get("test") or {}
+        else:
+            known = [row for row in self.rows if row.get("validation_return") is not None]
+            row = known[-1] if known else {}
+        own = {k.removeprefix(f"{split}_"): v for k, v in row.items() if k.startswith(split)}
+        return {**own, "step": row["step"]} if "step" in row else own
 
     def curve(self, x: str) -> Series:
-        """Held-out return against ``x``."""
-        return from_rows(self.rows, "heldout_return", x)
+        """Return on the validation split against ``x``."""
+        return from_rows(self.rows, "validation_return", x)
 
 
 @dataclass(frozen=True)
@@ -67,12 +76,16 @@ class Group:
 
     @property
     def task(self) -> str:
-        """The task with all its options: only groups with the same one can be compared."""
-        # Trials per step and mirrored twins change the noise of training, not what is learned, and
-        # a forfeit counts only for agents that do not finish.
-        noise = ("trials", "mirrored", "forfeit")
-        table = {k: v for k, v in self.runs[0].tables["task"].items() if k not in noise}
-        return json.dumps(table, sort_keys=True)
+        """The task that is scored, with all its options: only groups with the same one compare."""
+        try:
+            return repr(_scored(self.runs[0]).task.instance)
+        except UserError:  # it cannot be built here any more
+            return json.dumps(self.runs[0].tables["task"], sort_keys=True)
+
+    @property
+    def split(self) -> str:
+        """The split that tables show: the test, if all runs were scored on it when they ended."""
+        return "test" if all(run.scores("test") for run in self.runs) else "validation"
 
     def remarks(self) -> list[str]:
         """What a reader of the means must know."""
@@ -83,10 +96,20 @@ class Group:
             notes.append(f"seed {twice[0]} occurs more than once: the s.e. over seeds is too small")
         if len({run.last["step"] for run in self.runs}) > 1:
             notes.append("the runs stopped after different numbers of steps")
-        late = [run for run in self.runs if run.scores and run.scores["step"] < run.last["step"]]
-        if late:
-            steps = ", ".join(sorted({str(run.scores["step"]) for run in late}))
-            notes.append(f"held-out scores are those of the last evaluation, at step {steps}")
+        if self.split == "validation":
+            notes.append(
+                "not every run was scored on the test split: scores are of the validation split, "
+                "which runs select on; python -m esmeta.evaluate RUN gives those of the test"
+            )
+            found = [(run.scores("validation").get("step"), run.last["step"]) for run in self.runs]
+            late = sorted({str(step) for step, last in found if step is not None and step < last})
+            if late:
+                notes.append(f"scores are those of the last evaluation, at step {', '.join(late)}")
+        if any("evaluate_as_trained" not in run.tables["run"] for run in self.runs):
+            notes.append(
+                "made before there was a validation split: curves are of the test split, with the "
+                "training aids of the run's task"
+            )
         open_ = [str(run.seed) for run in self.runs if not run.facts.get("stopped_by")]
         if open_:
             notes.append(f"not finished: seed {', '.join(open_)}")
@@ -153,10 +176,16 @@ def _labels(runs: Sequence[RunData]) -> list[str]:
     return labels
 
 
+def _scored(run: RunData) -> configs.Config:
+    """The configuration that a run's scores are of."""
+    config = configs.resolve(run.tables)
+    return config if config.run.evaluate_as_trained else without_aids(config)
+
+
 def _reference(run: RunData) -> Reference:
     """Reference scores of a run's task; unknown if the task cannot be built here any more."""
     try:
-        config = configs.resolve(run.tables)
+        config = _scored(run)
         return config.objective.instance.reference(config.task.instance)
     except UserError as error:
         return Reference(math.nan, math.nan, str(error))
@@ -191,38 +220,65 @@ def mean_se(values: Sequence[float]) -> tuple[float, float]:
     return mean, math.sqrt(spread / len(kept))
 
 
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Ends of the 95 % confidence interval of the mean of a few independent values, Student's t."""
+    mean, error = mean_se(values)
+    count = sum(not math.isnan(value) for value in values)
+    wide = error * _student(count - 1) if count > 1 else math.nan
+    return mean - wide, mean + wide
+
+
+def interval_text(group: Group) -> str:
+    """The 95 % interval of a group's return over its seeds, ``1.23 to 1.45``; a dash for one."""
+    low, high = interval([_number(run.scores(group.split).get("return")) for run in group.runs])
+    return "-" if math.isnan(low) else f"{low:.3f} to {high:.3f}"
+
+
+def _student(freedom: int) -> float:
+    """The 97.5 % quantile of Student's t: exact for few degrees of freedom, else a series.
+
+    The series is Abramowitz & Stegun 26.7.5; from 10 on it is right to 1e-4.
+    """
+    exact = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622)
+    if freedom <= len(exact):
+        return exact[freedom - 1]
+    z = 1.959964
+    first = (z**3 + z) / 4
+    second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
+    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
+    return z + first / freedom + second / freedom**2 + third / freedom**3
+
+
 def _number(value: Any) -> float:
     return float(value) if isinstance(value, int | float) else math.nan
 
 
-def heldout(group: Group) -> tuple[float, float]:
-    """Held-out return: mean and standard error over seeds, or over trials for a single run."""
-    if len(group.runs) == 1:
-        scores = group.runs[0].scores
-        return _number(scores.get("heldout_return")), _number(scores.get("heldout_se"))
-    return mean_se([_number(run.scores.get("heldout_return")) for run in group.runs])
+def final(group: Group) -> tuple[float, float]:
+    """Return at the end: mean and standard error over seeds, or over trials for a single run."""
+    found = [run.scores(group.split) for run in group.runs]
+    if len(found) == 1:
+        return _number(found[0].get("return")), _number(found[0].get("se"))
+    return mean_se([_number(scores.get("return")) for scores in found])
 
 
 def task_metrics(group: Group) -> dict[str, list[str]]:
-    """Heading of a column -> names of the held-out metrics in it (``accuracy_1`` .. in one)."""
-    skip = {"heldout_return", "heldout_se", "heldout_steps"}
+    """Heading of a column -> names of the task's scores in it (``accuracy_1`` .. in one)."""
+    skip = {"return", "se", "sd", "steps", "step"}
     columns: dict[str, list[str]] = {}
-    for name in group.runs[0].scores:
-        if not name.startswith("heldout_") or name in skip:
-            continue
-        short = name.removeprefix("heldout_")
-        match = _NUMBERED.fullmatch(short)
-        columns.setdefault(match.group(1) if match else short, []).append(name)
+    for name in group.runs[0].scores(group.split):
+        if name not in skip:
+            match = _NUMBERED.fullmatch(name)
+            columns.setdefault(match.group(1) if match else name, []).append(name)
     return {
         f"{title} {names[0].rpartition('_')[2]}-{names[-1].rpartition('_')[2]}"
         if len(names) > 1
-        else names[0].removeprefix("heldout_"): names
+        else names[0]: names
         for title, names in columns.items()
     }
 
 
 def equal_budget(groups: Sequence[Group], x: str) -> tuple[float, dict[str, tuple[float, float]]]:
-    """The largest ``x`` that every run reached, and the held-out return of each group there."""
+    """The largest ``x`` that every run reached, and the validation return of each group there."""
     curves = {group.label: [run.curve(x) for run in group.runs] for group in groups}
     curves = {label: [c for c in found if len(c)] for label, found in curves.items()}
     curves = {label: found for label, found in curves.items() if found}
@@ -247,12 +303,13 @@ def _metric_text(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> str:
 
 
 def runs_table(group: Group) -> list[list[str]]:
-    """Heading, one row per run, and with several seeds a last row of means ± s.e. over seeds."""
+    """Heading, one row per run, and with several seeds their means ± s.e. and 95 % interval."""
     metrics = task_metrics(group)
-    table = [["seed", "steps", "env steps", "seconds", "held-out return", *metrics]]
+    columns = [f"{group.split} return", "s.d. over trials", *metrics]
+    table = [["seed", "steps", "env steps", "seconds", *columns]]
     for run in group.runs:
-        scores = run.scores
-        value, error = (_number(scores.get(f"heldout_{name}")) for name in ("return", "se"))
+        scores = run.scores(group.split)
+        value, error, spread = (_number(scores.get(name)) for name in ("return", "se", "sd"))
         table.append(
             [
                 str(run.seed),
@@ -260,20 +317,23 @@ def runs_table(group: Group) -> list[list[str]]:
                 f"{run.last.get('env_steps') or 0:,}",
                 f"{_number(run.last.get('seconds')):,.1f}",
                 plus_minus(value, error),
+                plus_minus(spread, math.nan),
                 *(_metric_text([scores], names) for names in metrics.values()),
             ]
         )
     if len(group.runs) > 1:
-        rows = [run.scores for run in group.runs]
+        rows = [run.scores(group.split) for run in group.runs]
         means = [mean_se([_number(r.last.get(k)) for r in group.runs])[0] for k in _AXES]
         table.append(
             [
                 "mean",
                 *(f"{mean:,.{digits}f}" for mean, digits in zip(means, (0, 0, 1), strict=True)),
-                plus_minus(*heldout(group)),
+                plus_minus(*final(group)),
+                "",
                 *(_metric_text(rows, names) for names in metrics.values()),
             ]
         )
+        table.append(["95 %", "", "", "", interval_text(group), "", *([""] * len(metrics))])
     return table
 
 
@@ -281,7 +341,7 @@ _AXES = ("step", "env_steps", "seconds")
 
 
 def budget_table(groups: Sequence[Group]) -> list[list[str]]:
-    """Heading, and per group its held-out return at equal environment steps and wall time."""
+    """Heading, and per group its validation return at equal environment steps and wall time."""
     head, columns = ["configuration", "runs"], []
     for x, unit in (("env_steps", "environment steps"), ("seconds", "s")):
         end, scores = equal_budget(groups, x)

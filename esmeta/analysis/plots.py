@@ -35,7 +35,7 @@ _X_LABELS = {
     "seconds": "wall time (s)",
     "step": "optimizer steps",
 }
-_NUMBERED = re.compile(r"heldout_(.+)_(\d+)")
+_NUMBERED = re.compile(r"validation_(.+)_(\d+)")
 # Longer budgets differ by so much only on a logarithmic axis.
 _LOG_RATIO = 20.0
 
@@ -102,14 +102,14 @@ def _return_panel(axes: Axes, logs: list[list[dict[str, Any]]], reference: Refer
         for k, curve in enumerate(curves):
             known = label if k == 0 and len(curve) else None
             axes.plot(curve.x, curve.y, color=COLOURS[1], lw=0.8, alpha=0.55, label=known)
-    curves = [from_rows(rows, "heldout_return", "env_steps") for rows in logs]
+    curves = [from_rows(rows, "validation_return", "env_steps") for rows in logs]
     mean = over_seeds(curves)
     if len(curves) > 1:
         for curve in curves:
             axes.plot(curve.x, curve.y, color=COLOURS[0], lw=0.8, alpha=0.4)
     if len(mean):
         kind = f"mean of {len(curves)} runs ± s.e." if len(curves) > 1 else "± s.e."
-        _curve(axes, mean, COLOURS[0], f"held-out, {kind}")
+        _curve(axes, mean, COLOURS[0], f"validation, {kind}")
     axes.margins(y=0.09)
     _references(axes, reference)
     _tidy(axes, "env_steps", "return of a trial")
@@ -127,8 +127,8 @@ def _second_metrics(logs: list[list[dict[str, Any]]]) -> tuple[str, list[str]]:
         stem = numbered[0].group(1)
         family = [match.group(0) for match in numbered if match.group(1) == stem]
         return stem, sorted(family, key=lambda name: int(name.rpartition("_")[2]))
-    if "heldout_success" in names:
-        return "success", ["heldout_success"]
+    if "validation_success" in names:
+        return "success", ["validation_success"]
     return "", []
 
 
@@ -147,7 +147,7 @@ def _metric_panel(
         _curve(axes, curve, colour, name.rpartition("_")[2])
     axes.set_ylim(-0.03, 1.03)
     what = f"{title} at presentation" if title == "accuracy" else title
-    _tidy(axes, "env_steps", f"held-out {title}")
+    _tidy(axes, "env_steps", f"validation {title}")
     if len(names) > 1:
         axes.legend(
             title=what,
@@ -162,9 +162,9 @@ def _metric_panel(
 def learning_curve(runs: Sequence[Path], out: Path, reference: Reference) -> Path:
     """Draw return against environment steps of runs that differ in their seed only.
 
-    Held-out return with a band of one standard error (over trials for one run, over seeds for
-    several), training return (thin), the reference scores, and where the task has them accuracy
-    per presentation or success in a second panel. Returns the path of the PNG.
+    Return on the validation split with a band of one standard error (over trials for one run, over
+    seeds for several), training return (thin), the reference scores, and where the task has them
+    accuracy per presentation or success in a second panel. Returns the path of the PNG.
     """
     from esmeta.record import read_metrics
 
@@ -197,14 +197,14 @@ def _compare_panel(axes: Axes, groups: Mapping[str, Sequence[Path]], x: str, met
         axes.axvline(min(ends), color=GREY, lw=1, ls=":", zorder=1)
     equal = {"env_steps": "at equal environment steps", "seconds": "at equal wall time"}
     _tidy(axes, x, equal.get(x, f"against {x}"))
-    axes.set_ylabel(metric.replace("heldout_", "held-out ").replace("_", " "))
+    axes.set_ylabel(metric.replace("_", " "))
 
 
 def compare(
     groups: Mapping[str, Sequence[Path]],
     out: Path,
     x: str | Sequence[str] = ("env_steps", "seconds"),
-    metric: str = "heldout_return",
+    metric: str = "validation_return",
 ) -> Path:
     """Draw one curve per configuration, the mean over its runs with a band of one s.e.
 

@@ -33,7 +33,7 @@ class Series:
 def from_rows(rows: Sequence[dict[str, Any]], metric: str, x: str) -> Series:
     """The lines of one run's metrics in which ``metric`` is a number."""
     kept = [r for r in rows if r.get(metric) is not None and r.get(x) is not None]
-    name = "heldout_se" if metric == "heldout_return" else ""
+    name = "validation_se" if metric == "validation_return" else ""
     errors = [math.nan if r.get(name) is None else r[name] for r in kept]
     columns = ([r[x] for r in kept], [r[metric] for r in kept], errors)
     return Series(*(np.array(column, dtype=np.float64) for column in columns))

@@ -26,7 +26,7 @@ from esmeta.comm import EXIT_USER_ERROR, MPIComm
 from esmeta.envs._shard import Shard
 from esmeta.errors import UserError
 from esmeta.rng import Rng
-from esmeta.tasks import aids, published
+from esmeta.tasks import aids, published, task_groups
 from esmeta.transport import poll
 from esmeta.types import Reference, Spec, Task, Tasks, TimeStep
 from esmeta.wire import share
@@ -307,6 +307,10 @@ class RemoteTask:
     task: Task
     node: Node
     as_published: bool = False
+
+    def groups(self, index: Tensor, split: str) -> Tensor:
+        """Which trials share randomness."""
+        return task_groups(self.task, index, split)
 
     def aids(self) -> dict[str, tuple[Any, Any]]:
         """Training aids of the task that are in use."""

@@ -17,7 +17,7 @@ from esmeta.learners._loss import Loss
 from esmeta.learners._training import Agents, Training
 from esmeta.objectives._objective_network import ObjectiveNetwork, value_after
 from esmeta.rng import Rng
-from esmeta.tasks import task_from_table
+from esmeta.tasks import task_from_table, task_groups
 from esmeta.tree import unravel_shapes
 from esmeta.types import Fitness, Params, State, Task
 
@@ -224,6 +224,10 @@ class MetaGenRLObjective:
         """
         training = self.training(self.task, split, self.seed if seed is None else seed)
         return self._scores(params, torch.arange(first, trials), training)
+
+    def groups(self, index: Tensor, split: str) -> Tensor:
+        """Numbers ``[B]``, the same for agents whose tasks share randomness."""
+        return task_groups(self.task, index, split)
 
     def lives(self, loss: Loss, index: Tensor, training: Training) -> Iterator[Agents]:
         """Fresh agents ``index [P]`` after each window of their training by ``loss``."""

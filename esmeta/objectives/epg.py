@@ -27,7 +27,8 @@ from esmeta.objectives import refuse_policy
 from esmeta.objectives._epg_lives import EpgLives, Part, leaves_of_part, restored
 from esmeta.objectives._loss_network import LossNetwork
 from esmeta.rng import Rng
-from esmeta.tasks import aid, single
+from esmeta.scoring import linked
+from esmeta.tasks import aid, single, task_groups
 from esmeta.tree import shapes_of, size_of, unravel_shapes
 from esmeta.types import Fitness, Params, Reference, State, Task
 
@@ -247,6 +248,10 @@ class EpgObjective:
         lives = self.lives if seed is None else replace(self.lives, seed=seed)
         index = torch.arange(first, trials)
         return self._scores(self._members(params), index, split, 0.0, lives, more=True)
+
+    def groups(self, index: Tensor, split: str) -> Tensor:
+        """Numbers ``[B]``, the same for lives that share a task's randomness or first networks."""
+        return linked(task_groups(self.task, index, split), index // self.config.twins)
 
     def _members(self, params: Params | Tensor) -> Params:
         tree = unravel_shapes(params, self.shapes) if isinstance(params, Tensor) else params

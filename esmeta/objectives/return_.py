@@ -15,6 +15,7 @@ from esmeta.lives import Lives, TrialLives
 from esmeta.policy import Policy
 from esmeta.policy._plastic import composite_decay
 from esmeta.rng import Rng
+from esmeta.tasks import task_groups
 from esmeta.types import Fitness, Metrics, Params, Reference, State, Task
 
 _Recorded = tuple[loop.Trajectory, Tensor, State, dict[str, Tensor]]
@@ -135,6 +136,10 @@ class ReturnObjective:
         """Returns on the tasks ``first`` .. ``trials`` - 1 of a split, the same for a seed."""
         seed = self.seed if seed is None else seed
         return self.evaluator(params, seed=seed, split=split, index=torch.arange(first, trials))
+
+    def groups(self, index: Tensor, split: str) -> Tensor:
+        """Numbers ``[B]``, the same for trials that share randomness."""
+        return task_groups(self.task, index, split)
 
     @torch.no_grad()
     def trajectories(

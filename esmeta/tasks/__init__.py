@@ -108,6 +108,25 @@ def published(options: T, keep: Collection[str] = ()) -> T:
     return dataclasses.replace(cast("Any", options), **changes) if changes else options
 
 
+@runtime_checkable
+class Grouped(Protocol):
+    """A task that says which of its trials share randomness; see :func:`task_groups`."""
+
+    def groups(self, index: Tensor, split: str) -> Tensor:
+        """Numbers int64 ``[B]``, the same for trials among ``index [B]`` that share randomness."""
+        ...
+
+
+def task_groups(task: Task, index: Tensor, split: str) -> Tensor:
+    """Numbers int64 ``[B]`` of the trials ``index``, the same for those that share randomness.
+
+    With an option ``mirrored``, which in all tasks makes twins of 2k and 2k + 1, those are k.
+    """
+    if isinstance(task, Grouped):
+        return task.groups(index, split)
+    return index // 2 if getattr(task, "mirrored", False) else index
+
+
 def single(task: Task, steps: int) -> Task:
     """For one episode of each trial: what comes after it need not be lived (:class:`Renewed`)."""
     return task.single(steps) if isinstance(task, Renewed) else task
