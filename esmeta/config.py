@@ -23,6 +23,7 @@ from typing import Any
 
 from esmeta import errors
 from esmeta.errors import UserError, check_options, listed, nearest
+from esmeta.options import options_class, plain
 
 Table = dict[str, Any]
 
@@ -51,7 +52,7 @@ NOT_IN_DIGEST = {
 _SYNONYMS = {"generations": "updates", "updates": "generations"}
 
 
-@dataclass(frozen=True)
+@options_class
 class Budget:
     """When a run ends: at the first limit reached; at least one is needed.
 
@@ -99,7 +100,7 @@ class Budget:
         return self.updates if self.generations is None else self.generations
 
 
-@dataclass(frozen=True)
+@options_class
 class Run:
     """How a run is carried out. All ``*_every`` count steps of the optimizer; 0 means never.
 
@@ -347,7 +348,7 @@ def resolve(raw: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
     ``budget.updates`` and the reverse.
     """
     tables = merge(raw, overrides)
-    trials = tables["task"].pop("trials", DEFAULT_TRIALS)
+    trials = plain(tables["task"].pop("trials", DEFAULT_TRIALS))
     errors.positive_int("task.trials", trials, example=DEFAULT_TRIALS)
     sections = {kind: _section(kind, tables[kind]) for kind in KINDS}
     budget = check_options(Budget, tables["budget"], "budget")
@@ -364,21 +365,22 @@ def resolve(raw: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
 def to_tables(config: Config) -> dict[str, Table]:
     """All values of a configuration, defaults included, as plain TOML types."""
 
-    def plain(value: Any) -> Any:
+    def toml(value: Any) -> Any:
         if value is None:
             return "none"
         if isinstance(value, Mapping):
-            return {key: plain(item) for key, item in value.items()}
-        return [plain(item) for item in value] if isinstance(value, list | tuple) else value
+            return {key: toml(item) for key, item in value.items()}
+        value = plain(value)  # what a class of the user's own makes of its options
+        return [toml(item) for item in value] if isinstance(value, list | tuple) else value
 
     tables: dict[str, Table] = {}
     for kind in KINDS:
         section = getattr(config, kind)
-        options = {key: plain(value) for key, value in section.options.items()}
+        options = {key: toml(value) for key, value in section.options.items()}
         trials = {"trials": config.trials} if kind == "task" else {}
         tables[kind] = {"name": section.name, **trials, **options}
     for name, part in (("budget", config.budget), ("run", config.run)):
-        tables[name] = {key: plain(value) for key, value in vars(part).items()}
+        tables[name] = {key: toml(value) for key, value in vars(part).items()}
     return tables
 
 

@@ -17,6 +17,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import MISSING
 from typing import Any, Literal, Union
 
+from esmeta.options import plain
+
 
 class UserError(ValueError):
     """Something outside the program must change: an option, a file, an installation."""
@@ -38,11 +40,13 @@ def listed(words: Iterable[str]) -> str:
 
 
 def _is_int(value: object) -> bool:
+    value = plain(value)
     # bool is a subclass of int, but `popsize = true` is a mistake.
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _is_number(value: object) -> bool:
+    value = plain(value)
     if not (_is_int(value) or isinstance(value, float)):
         return False
     try:
@@ -52,7 +56,7 @@ def _is_number(value: object) -> bool:
 
 
 def _refuse(name: str, value: object, allowed: str, example: str) -> UserError:
-    return UserError(f"{name} = {value!r}: must be {allowed}; write for example {example}")
+    return UserError(f"{name} = {plain(value)!r}: must be {allowed}; write for example {example}")
 
 
 def positive_int(name: str, value: object, *, example: int = 1) -> None:
@@ -191,7 +195,7 @@ def check_options(cls: type, options: Mapping[str, Any], section: str) -> Any:
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
     hints = _hints(cls)
     values = {}
-    for key, value in options.items():
+    for key, value in plain(dict(options)).items():
         if key not in fields:
             raise UserError(
                 f"{section}.{key} is not an option{nearest(key, fields)}; options are: "

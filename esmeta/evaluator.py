@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from esmeta import errors
 from esmeta import rollout as loop
 from esmeta.capture import Captured
 from esmeta.errors import UserError
+from esmeta.options import plain
 from esmeta.policy import Policy, unravel
 from esmeta.policy import _heads as heads
 from esmeta.rng import Rng
+from esmeta.tasks import numbers_of
 from esmeta.types import Fitness, Hosted, Params, Task, Tasks
 
 # Members per batch: enough to hide the cost of calling an operation, few enough for the cache.
@@ -50,11 +55,11 @@ class PopulationEvaluator:
         chunk: int | None = None,
         capture: bool = False,
     ) -> None:
-        if trials < 1:
-            raise ValueError(f"trials = {trials}: must be at least 1; write for example trials=16")
-        if chunk is not None and chunk < 2:
+        trials, chunk = plain(trials), plain(chunk)
+        errors.positive_int("trials", trials, example=16)
+        if chunk is not None and (type(chunk) is not int or chunk < 2):
             raise ValueError(
-                f"chunk = {chunk}: must be at least 2 members (a batch of one rounds differently); "
+                f"chunk = {chunk!r}: must be at least 2 members (a batch of one rounds otherwise); "
                 "leave it out to have it chosen"
             )
         if policy.spec != task.spec:
@@ -129,7 +134,7 @@ class PopulationEvaluator:
         params: Params | Tensor,
         seed: int = 0,
         split: str = "train",
-        index: Tensor | None = None,
+        index: Tensor | Sequence[int] | np.ndarray | None = None,
         *,
         act: loop.Act = heads.sample,
         intervene: loop.Intervention | None = None,
@@ -144,8 +149,7 @@ class PopulationEvaluator:
         """
         tree = self.members(params)
         population = next(iter(tree.values())).shape[0]
-        if index is None:
-            index = torch.arange(self.trials)
+        index = torch.arange(self.trials) if index is None else numbers_of(index)
         shared = index.ndim == 1
         if population == 0 or index.numel() == 0 or not (shared or len(index) == population):
             raise ValueError(

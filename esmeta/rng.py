@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import operator
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,6 +50,10 @@ class Rng:
     """A named stream of random numbers. ``Rng(seed)`` is the root; ``fold`` derives streams."""
 
     key: int
+
+    def __post_init__(self) -> None:
+        if type(self.key) is not int:  # arithmetic on 64 bits overflows in numpy's integers
+            object.__setattr__(self, "key", operator.index(self.key))
 
     def fold(self, *names: int | str) -> Rng:
         """A stream of its own for every sequence of names, e.g. ``rng.fold("noise", 3)``."""

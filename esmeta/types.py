@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, runtime_c
 import torch
 from torch import Tensor
 
+from esmeta.options import options_class
+
 if TYPE_CHECKING:
     from esmeta.rng import Rng
 
@@ -31,7 +33,7 @@ State = dict[str, Tensor]
 Metrics = dict[str, float]
 
 
-@dataclass(frozen=True)
+@options_class
 class Discrete:
     """``n`` actions, numbered 0..n-1. An action tensor is int64 ``[P, B]``."""
 
@@ -43,7 +45,7 @@ class Discrete:
         return self.n
 
 
-@dataclass(frozen=True)
+@options_class
 class Continuous:
     """Real vectors; an action tensor is float ``[P, B, size]``, clipped by the environment."""
 
@@ -52,7 +54,7 @@ class Continuous:
     high: float = 1.0
 
 
-@dataclass(frozen=True)
+@options_class
 class Spec:
     """What a policy must know of a task.
 
@@ -65,7 +67,7 @@ class Spec:
     episodes_per_trial: int = 1
 
 
-@dataclass(frozen=True)
+@options_class
 class Reference:
     """Scores (mean return of a trial) that results are read against."""
 

@@ -8,13 +8,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from esmeta import errors
 from esmeta.envs.bodies import Body, Snapshot
+from esmeta.options import options_class
 from esmeta.tasks import (
     _locomotion as walk,  # pyright: ignore[reportAttributeAccessIssue]  # see esmeta.tasks
 )
@@ -28,7 +27,7 @@ SIZES = {"rllab": 125, "gym": 111, "compact": 27}
 HIDDEN = 2  # coordinates that "gym" and "compact" leave out where a task has no goal in the plane
 
 
-@dataclass(frozen=True)
+@options_class
 class Ant(walk.Simulated):
     """Options of the ant tasks, beside :class:`esmeta.tasks._locomotion.Simulated`.
 

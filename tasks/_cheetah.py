@@ -7,13 +7,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from esmeta import errors
 from esmeta.envs.bodies import Body, Snapshot
+from esmeta.options import options_class
 from esmeta.tasks import (
     _locomotion as walk,  # pyright: ignore[reportAttributeAccessIssue]  # see esmeta.tasks
 )
@@ -24,7 +23,7 @@ XML = "half_cheetah.xml"
 SIZES = {"rllab": 20, "gym": 17, "compact": 17}
 
 
-@dataclass(frozen=True)
+@options_class
 class Cheetah(walk.Simulated):
     """Options of the cheetah tasks, beside :class:`esmeta.tasks._locomotion.Simulated`.
 

@@ -6,13 +6,13 @@ The reward is the speed forwards and nothing else: no bonus for being alive, no 
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
 
 from esmeta import errors
 from esmeta.envs.bodies import Data, Definition, Snapshot
+from esmeta.options import options_class
 from esmeta.rng import Rng
 from esmeta.tasks import (
     _locomotion as walk,  # pyright: ignore[reportAttributeAccessIssue]  # see esmeta.tasks
@@ -37,7 +37,7 @@ def definition(healthy: walk.Healthy) -> Definition:
     return dataclasses.replace(standard.planar_definition(healthy), reward=reward)
 
 
-@dataclass(frozen=True)
+@options_class
 class RandomBody(walk.Simulated):
     """Options of a body drawn for each trial, beside :class:`esmeta.tasks._locomotion.Simulated`.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -19,6 +19,7 @@ from esmeta.envs import _mujoco_model as models
 from esmeta.envs.bodies import Body, Definition, Noise, Snapshot
 from esmeta.envs.mujoco import ENGINES, MujocoEnv
 from esmeta.envs.scenes import Scene
+from esmeta.options import options_class
 from esmeta.rng import Rng
 from esmeta.tasks import aid, check_int, check_split, episode_steps, task_numbers
 from esmeta.types import Continuous, Reference, Spec, Tasks
@@ -58,7 +59,7 @@ def walker_healthy(now: Snapshot) -> Tensor:
     return (z > 0.8) & (z < 2.0) & (angle.abs() < 1.0)
 
 
-@dataclass(frozen=True)
+@options_class
 class Simulated(ABC):
     """Options of every task with a simulated body.
 

@@ -9,13 +9,13 @@ both bodies (the release takes no other, though it asks for five with the walker
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
 
 from esmeta import errors
 from esmeta.envs.bodies import Data, Definition, Snapshot
+from esmeta.options import options_class
 from esmeta.rng import Rng
 from esmeta.tasks import (
     _locomotion as walk,  # pyright: ignore[reportAttributeAccessIssue]  # see esmeta.tasks
@@ -30,7 +30,7 @@ from esmeta.tasks import check_split, task_numbers
 from esmeta.types import Tasks
 
 
-@dataclass(frozen=True)
+@options_class
 class Parameters(walk.Simulated):
     """Options, beside :class:`esmeta.tasks._locomotion.Simulated`.
 

@@ -6,13 +6,13 @@ those of MuJoCo before 3.5 (``contact_rule="native"`` gives gymnasium's on the i
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from esmeta.envs.bodies import Data, Definition, Noise, Snapshot
+from esmeta.options import options_class
 from esmeta.rng import Rng
 from esmeta.tasks import (
     _locomotion as walk,  # pyright: ignore[reportAttributeAccessIssue]  # see esmeta.tasks
@@ -22,7 +22,7 @@ from esmeta.types import Tasks
 SMALL_NOISE = Noise("uniform", 5e-3, "uniform", 5e-3)
 
 
-@dataclass(frozen=True)
+@options_class
 class Standard(walk.Simulated):
     """Options of the standard tasks: :class:`esmeta.tasks._locomotion.Simulated`."""
 

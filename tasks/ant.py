@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from esmeta import errors
 from esmeta.envs.bodies import Body, Data, Definition, Snapshot
+from esmeta.options import options_class
 from esmeta.tasks import (
     _ant as ant,  # pyright: ignore[reportAttributeAccessIssue]  # see esmeta.tasks
 )
@@ -23,7 +22,7 @@ from esmeta.types import Reference, Spec
 _HEALTHY = walk.upright(0.2, 1.0, ant.HEIGHT)
 
 
-@dataclass(frozen=True)
+@options_class
 class Task(standard.Standard):
     """Walk forwards. Observation 105, eight joints, five steps of 0.01 s per control step.
 

@@ -13,12 +13,11 @@ apart and neither is backwards; that is not reproduced.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from torch import Tensor
 
 from esmeta import errors
 from esmeta.envs.bodies import Data, Definition, Snapshot
+from esmeta.options import options_class
 from esmeta.rng import Rng
 from esmeta.tasks import (
     _ant as ant,  # pyright: ignore[reportAttributeAccessIssue]  # see esmeta.tasks
@@ -30,7 +29,7 @@ from esmeta.tasks import aid
 from esmeta.types import Reference, Tasks
 
 
-@dataclass(frozen=True)
+@options_class
 class Task(ant.Ant):
     """Walk in an unknown direction. Options: :class:`esmeta.tasks._ant.Ant`.
 

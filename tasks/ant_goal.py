@@ -8,13 +8,12 @@ terminated; observation 113 (``obs_set="gym"``: here x and y are shown). MAML's 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from esmeta import errors
 from esmeta.envs.bodies import Data, Definition, Snapshot
+from esmeta.options import options_class
 from esmeta.rng import Rng
 from esmeta.tasks import (
     _ant as ant,  # pyright: ignore[reportAttributeAccessIssue]  # see esmeta.tasks
@@ -28,7 +27,7 @@ from esmeta.types import Reference, Tasks
 GOALS = ("disc", "square")
 
 
-@dataclass(frozen=True)
+@options_class
 class Task(ant.Ant):
     """Walk to an unknown point. Options: :class:`esmeta.tasks._ant.Ant`.
 

@@ -11,12 +11,12 @@ Contact forces are simulated (``contact="zero"`` leaves them out).
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
 
 from torch import Tensor
 
 from esmeta import errors
 from esmeta.envs.bodies import Body, Data, Definition, Snapshot
+from esmeta.options import options_class
 from esmeta.rng import Rng
 from esmeta.tasks import (
     _ant as ant,  # pyright: ignore[reportAttributeAccessIssue]  # see esmeta.tasks
@@ -28,7 +28,7 @@ from esmeta.tasks import aid
 from esmeta.types import Reference, Tasks
 
 
-@dataclass(frozen=True)
+@options_class
 class Task(ant.Ant):
     """Walk to an unknown point.
 

@@ -7,11 +7,10 @@ leaves 0.2..1 m.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from torch import Tensor
 
 from esmeta.envs.bodies import Data, Definition, Snapshot
+from esmeta.options import options_class
 from esmeta.rng import Rng
 from esmeta.tasks import (
     _ant as ant,  # pyright: ignore[reportAttributeAccessIssue]  # see esmeta.tasks
@@ -22,7 +21,7 @@ from esmeta.tasks import (
 from esmeta.types import Reference, Tasks
 
 
-@dataclass(frozen=True)
+@options_class
 class Task(ant.Ant):
     """Walk at an unknown speed. Options: :class:`esmeta.tasks._ant.Ant`.
 

@@ -9,12 +9,12 @@ one pays 1 at every pull and the others nothing: the best play tries one after t
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from esmeta.options import options_class
 from esmeta.rng import Rng
 from esmeta.tasks import check_int, check_split, task_numbers
 from esmeta.types import Discrete, Reference, Spec, Tasks, TimeStep
@@ -44,7 +44,7 @@ class State(NamedTuple):
     tables: _Tables
 
 
-@dataclass(frozen=True)
+@options_class
 class Task:
     """Bandit of fixed length. Observation ``[1]``: always 0; only reward and action inform.
 

@@ -10,13 +10,13 @@ farther from the goal than 0.2 m. Nothing is random but the task. The gripper is
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from esmeta.envs.bodies import Body, Data, Definition, Noise, Snapshot
+from esmeta.options import options_class
 from esmeta.rng import Rng
 from esmeta.tasks import (
     _locomotion as walk,  # pyright: ignore[reportAttributeAccessIssue]  # see esmeta.tasks
@@ -36,7 +36,7 @@ WEIGHT = 5.0
 STILL = Noise("uniform", 0.0, "uniform", 0.0)
 
 
-@dataclass(frozen=True)
+@options_class
 class Task(walk.Simulated):
     """Push an unknown block to an unknown place. Observation 26: qpos and qvel. Three motors.
 

@@ -7,11 +7,10 @@ per trial, observation 20, so that a policy sees 27 numbers (with action and rew
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from torch import Tensor
 
 from esmeta.envs.bodies import Data, Definition, Snapshot
+from esmeta.options import options_class
 from esmeta.rng import Rng
 from esmeta.tasks import (
     _cheetah as cheetah,  # pyright: ignore[reportAttributeAccessIssue]  # see esmeta.tasks
@@ -23,7 +22,7 @@ from esmeta.tasks import aid
 from esmeta.types import Reference, Tasks
 
 
-@dataclass(frozen=True)
+@options_class
 class Task(cheetah.Cheetah):
     """Run forwards or backwards. Options: :class:`esmeta.tasks._cheetah.Cheetah`.
 

@@ -8,11 +8,10 @@ range of one number, so that it is always backwards.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from torch import Tensor
 
 from esmeta.envs.bodies import Body, Definition, Snapshot
+from esmeta.options import options_class
 from esmeta.rng import Rng
 from esmeta.tasks import (
     _epg as epg,  # pyright: ignore[reportAttributeAccessIssue]  # see esmeta.tasks
@@ -24,7 +23,7 @@ from esmeta.tasks import aid
 from esmeta.types import Reference, Spec, Tasks
 
 
-@dataclass(frozen=True)
+@options_class
 class Task(walk.Simulated):
     """Hop forwards or backwards. Options: :class:`esmeta.tasks._locomotion.Simulated`.
 

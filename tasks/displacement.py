@@ -9,12 +9,12 @@ where a loss that reads rewards does not.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from esmeta.options import options_class
 from esmeta.rng import Rng
 from esmeta.tasks import aid, check_int, check_split, task_numbers
 from esmeta.types import Continuous, Reference, Spec, Tasks, TimeStep
@@ -47,7 +47,7 @@ class State(NamedTuple):
     direction: Tensor
 
 
-@dataclass(frozen=True)
+@options_class
 class Task:
     """Observation ``[4]``: position and last displacement; action ``[2]``.
 

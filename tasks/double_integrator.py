@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from esmeta.options import options_class
 from esmeta.rng import Rng
 from esmeta.tasks import check_int, check_split, task_numbers
 from esmeta.types import Continuous, Reference, Spec, Tasks, TimeStep
@@ -37,7 +37,7 @@ class State(NamedTuple):
     mass: Tensor
 
 
-@dataclass(frozen=True)
+@options_class
 class Task:
     """Observation ``[4]``: position (m) and velocity (m/s); action ``[2]``: force, -1 to 1 N.
 

@@ -8,13 +8,12 @@ give is chosen here: goals 2..5 m away, episodes of 200 steps that nothing else 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from esmeta import errors
 from esmeta.envs.bodies import Data, Definition, Snapshot
+from esmeta.options import options_class
 from esmeta.rng import Rng
 from esmeta.tasks import (
     _ant as ant,  # pyright: ignore[reportAttributeAccessIssue]  # see esmeta.tasks
@@ -28,7 +27,7 @@ from esmeta.types import Reference, Tasks
 REWARDS = ("distance", "progress")
 
 
-@dataclass(frozen=True)
+@options_class
 class Task(ant.Ant):
     """Walk to an unknown point ahead or, in the test, behind. Options: :class:`.ant.Ant`.
 

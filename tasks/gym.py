@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import json
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from esmeta import errors
 from esmeta.envs.gym import GymEnv, Interface, interface
+from esmeta.options import options_class
 from esmeta.rng import Rng
 from esmeta.tasks import check_int, check_split, episode_steps, task_numbers
 from esmeta.types import Discrete, Reference, Spec, Tasks
@@ -28,7 +29,7 @@ _MEASURED_TRIALS = 8
 _PRECISION = 0.02
 
 
-@dataclass(frozen=True)
+@options_class
 class Task:
     """A Gymnasium environment. Observation: its own, flattened; discrete parts one-hot.
 

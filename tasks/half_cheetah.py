@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from esmeta.envs.bodies import Body, Data, Definition, Snapshot
+from esmeta.options import options_class
 from esmeta.tasks import (
     _locomotion as walk,  # pyright: ignore[reportAttributeAccessIssue]  # see esmeta.tasks
 )
@@ -17,7 +16,7 @@ from esmeta.tasks import (
 from esmeta.types import Reference, Spec
 
 
-@dataclass(frozen=True)
+@options_class
 class Task(standard.Standard):
     """Run forwards. Observation 17, six joints, five steps of 0.01 s per control step."""
 

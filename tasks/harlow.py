@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from esmeta.options import options_class
 from esmeta.rng import Rng
 from esmeta.tasks import aid, check_int, check_split, task_numbers
 from esmeta.types import Discrete, Reference, Spec, Tasks, TimeStep
@@ -61,7 +61,7 @@ class State(NamedTuple):
     tables: _Tables
 
 
-@dataclass(frozen=True)
+@options_class
 class Task:
     """One-dimensional Harlow task. Observation ``[8]``: what lies on the cells p-4 .. p+3.
 

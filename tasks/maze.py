@@ -10,13 +10,13 @@ no other wall. Boards are made in numpy for many tasks at once.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from esmeta.options import options_class
 from esmeta.rng import Rng
 from esmeta.tasks import (
     _maze_boards as maker,  # pyright: ignore[reportAttributeAccessIssue]  # see esmeta.tasks
@@ -78,7 +78,7 @@ class State(NamedTuple):
     tables: _Tables
 
 
-@dataclass(frozen=True)
+@options_class
 class Task:
     """Maze with a hidden target. Observation ``[9]``: the 3 x 3 cells around, 1 is a wall.
 

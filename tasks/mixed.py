@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from esmeta.envs import mixed
 from esmeta.errors import UserError, finite_positive
+from esmeta.options import options_class
 from esmeta.rng import Rng
 from esmeta.tasks import (
     aids,
@@ -44,7 +44,7 @@ class _Part(NamedTuple):
     factor: float
 
 
-@dataclass(frozen=True)
+@options_class
 class Task:
     """Trial number k is of part k mod n, and is the part's own trial number k div n.
 

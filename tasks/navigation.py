@@ -9,13 +9,13 @@ which is the default here.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from esmeta import errors
+from esmeta.options import options_class
 from esmeta.rng import Rng
 from esmeta.tasks import (
     _plane,  # pyright: ignore[reportAttributeAccessIssue]  # see esmeta.tasks
@@ -29,7 +29,7 @@ REWARDS = ("distance", "squared")
 _HALF_WIDTH, _STEP, _ARRIVAL = 0.5, 0.1, 0.01
 
 
-@dataclass(frozen=True)
+@options_class
 class Task:
     """A point moves from the origin to a hidden goal. Observation ``[2]``: its position.
 

@@ -7,12 +7,12 @@ float32. Gravity and length may be drawn per task (MetaGenRL sheet 6.5 a: 7 to 1
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from esmeta.options import options_class
 from esmeta.rng import Rng
 from esmeta.tasks import check_int, check_split, task_numbers
 from esmeta.types import Continuous, Reference, Spec, Tasks, TimeStep
@@ -39,7 +39,7 @@ class State(NamedTuple):
     length: Tensor
 
 
-@dataclass(frozen=True)
+@options_class
 class Task:
     """Observation ``[3]``: cosine and sine of the angle, angular speed; action ``[1]``: torque.
 

@@ -15,13 +15,13 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from esmeta import errors
+from esmeta.options import options_class
 from esmeta.rng import Rng
 from esmeta.tasks import (
     _plane,  # pyright: ignore[reportAttributeAccessIssue]  # see esmeta.tasks
@@ -36,7 +36,7 @@ REWARDS = ("dense", "sparse", "gated")
 STARTS = ("origin", "square")
 
 
-@dataclass(frozen=True)
+@options_class
 class Task:
     """A point moves to a hidden goal g. Observation ``[2]``: its position p.
 

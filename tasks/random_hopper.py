@@ -9,12 +9,12 @@ and ``directional_hopper`` has the coin.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
 
 from esmeta.envs.bodies import Body, Definition, Snapshot
+from esmeta.options import options_class
 from esmeta.tasks import (
     _epg as epg,  # pyright: ignore[reportAttributeAccessIssue]  # see esmeta.tasks
 )
@@ -27,7 +27,7 @@ from esmeta.tasks import (
 from esmeta.types import Reference, Spec
 
 
-@dataclass(frozen=True)
+@options_class
 class Task(epg.RandomBody):
     """Hop forwards on an unknown body. Options: :class:`esmeta.tasks._epg.RandomBody`."""
 

@@ -9,7 +9,6 @@ disc of 0.2 m, which a short arm does not cover.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from esmeta import errors
 from esmeta.envs.bodies import Body, Data, Definition, Noise, Snapshot
+from esmeta.options import options_class
 from esmeta.rng import Rng
 from esmeta.tasks import (
     _locomotion as walk,  # pyright: ignore[reportAttributeAccessIssue]  # see esmeta.tasks
@@ -36,7 +36,7 @@ DISC = 0.2
 NOISE = Noise("uniform", (0.1, 0.1, 0.0, 0.0), "uniform", (5e-3, 5e-3, 0.0, 0.0))
 
 
-@dataclass(frozen=True)
+@options_class
 class Task(walk.Simulated):
     """Reach for the target. Options: :class:`esmeta.tasks._locomotion.Simulated`.
 

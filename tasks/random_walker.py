@@ -7,12 +7,12 @@ per control step and whose end (height outside 0.8..2 m, beyond 1 rad) are kept.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
 
 from esmeta.envs.bodies import Body, Definition, Snapshot
+from esmeta.options import options_class
 from esmeta.tasks import (
     _epg as epg,  # pyright: ignore[reportAttributeAccessIssue]  # see esmeta.tasks
 )
@@ -25,7 +25,7 @@ from esmeta.tasks import (
 from esmeta.types import Reference, Spec
 
 
-@dataclass(frozen=True)
+@options_class
 class Task(epg.RandomBody):
     """Walk forwards on an unknown body. Options: :class:`esmeta.tasks._epg.RandomBody`."""
 

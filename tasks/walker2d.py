@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from esmeta.envs.bodies import Body, Definition
+from esmeta.options import options_class
 from esmeta.tasks import (
     _locomotion as walk,  # pyright: ignore[reportAttributeAccessIssue]  # see esmeta.tasks
 )
@@ -14,7 +13,7 @@ from esmeta.tasks import (
 from esmeta.types import Reference, Spec
 
 
-@dataclass(frozen=True)
+@options_class
 class Task(standard.Standard):
     """Walk forwards. Observation 17, six joints, four steps of 0.002 s per control step."""
 

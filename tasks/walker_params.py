@@ -5,10 +5,10 @@ An episode ends when the height leaves 0.8..2 m or it leans by 1 rad.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 from esmeta.envs.bodies import Body, Definition
+from esmeta.options import options_class
 from esmeta.tasks import (
     _locomotion as walk,  # pyright: ignore[reportAttributeAccessIssue]  # see esmeta.tasks
 )
@@ -21,7 +21,7 @@ from esmeta.tasks import (
 from esmeta.types import Reference, Spec
 
 
-@dataclass(frozen=True)
+@options_class
 class Task(parameters.Parameters):
     """Walk forwards. Options: :class:`esmeta.tasks._parameters.Parameters`."""
 

@@ -9,13 +9,12 @@ are such that at full speed it comes within 0.8 m of a goal straight ahead in 60
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from esmeta import errors
 from esmeta.envs.bodies import Body, Data, Definition, Snapshot
+from esmeta.options import options_class
 from esmeta.rng import Rng
 from esmeta.tasks import (
     _locomotion as walk,  # pyright: ignore[reportAttributeAccessIssue]  # see esmeta.tasks
@@ -30,7 +29,7 @@ MOTOR = 2.0
 """Largest control of a motor: an action of 1."""
 
 
-@dataclass(frozen=True)
+@options_class
 class Task(walk.Simulated):
     """Drive to an unknown point. Observation 12: qpos and qvel. Two motors.
 

@@ -265,7 +265,7 @@ def test_only_memory_that_the_rollout_made_is_overwritten() -> None:
 
 def test_bad_requests_say_value_and_cure() -> None:
     task, policy = make_task("bandit"), make_policy("mlp", make_task("bandit").spec)
-    with pytest.raises(ValueError, match="trials = 0.*at least 1"):
+    with pytest.raises(ValueError, match="trials = 0.*>= 1.*16"):
         PopulationEvaluator(policy, task, trials=0)
     with pytest.raises(ValueError, match="chunk = 1.*at least 2"):
         PopulationEvaluator(policy, task, chunk=1)

@@ -24,6 +24,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
+from esmeta.options import plain
 from esmeta.rng import Rng
 from esmeta.tasks import check_int, check_split, make_task, renderer, task_names
 from esmeta.types import BatchedEnv, Discrete, Spec, Task, TimeStep
@@ -82,7 +83,7 @@ def _only(options: Mapping[str, Any] | None, allowed: str) -> dict[str, Any]:
             f"options has {sorted(unknown)}; this environment knows "
             f"{repr(allowed) if allowed else 'no options'}"
         )
-    return dict(options or {})
+    return plain(dict(options or {}))
 
 
 class TaskEnv(gymnasium.Env[np.ndarray, Any]):
@@ -124,12 +125,13 @@ class TaskEnv(gymnasium.Env[np.ndarray, Any]):
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[np.ndarray, dict[str, Any]]:
         """Begin the trial number 0 of a new seed, the next one, or ``options["trial"]``."""
+        seed = plain(seed)
         super().reset(seed=seed)
         self._number = 0 if seed is not None else self._number + 1
-        if "trial" in _only(options, "trial"):
-            assert options is not None
-            check_int("trial", options["trial"], 0, 2**40)
-            self._number = options["trial"]
+        known = _only(options, "trial")
+        if "trial" in known:
+            check_int("trial", known["trial"], 0, 2**40)
+            self._number = known["trial"]
         source = _Source(self._task, self._split, self.np_random_seed or 0)
         self._state, ts = source.begin(self._env, np.array([self._number]))
         return ts.obs[0, 0].numpy().copy(), {"new_episode": True}
@@ -187,6 +189,7 @@ class TaskVectorEnv(VectorEnv):
         render_mode: str | None = None,
         **options: Any,
     ) -> None:
+        num_envs = plain(num_envs)
         check_int("num_envs", num_envs, 1, 1_000_000)
         check_split(split)
         if render_mode is not None:
@@ -205,7 +208,8 @@ class TaskVectorEnv(VectorEnv):
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[np.ndarray, dict[str, Any]]:
         """Begin new trials everywhere; with a seed, its trials from number 0 on."""
-        if seed is not None and not isinstance(seed, int | np.integer):
+        seed = plain(seed)
+        if seed is not None and not isinstance(seed, int):
             raise ValueError(f"seed is {seed!r}; trials have numbers under one seed: write seed=0")
         super().reset(seed=seed)
         _only(options, "")

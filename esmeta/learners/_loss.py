@@ -15,6 +15,7 @@ from torch import Tensor
 
 from esmeta.learners._agent import Agent, Head
 from esmeta.learners._experience import Experience
+from esmeta.options import options_class
 from esmeta.returns import gae
 from esmeta.types import Params, PolicyOut
 
@@ -130,7 +131,7 @@ def standardised(x: Tensor) -> Tensor:
     return (x - mean) / ((x - mean).square().mean(dim=1, keepdim=True).sqrt() + 1e-8)
 
 
-@dataclass(frozen=True)
+@options_class
 class PolicyGradient:
     """REINFORCE with GAE and PPO: hand-written losses on the newest steps.
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from esmeta.learners._agent import CRITICS, Agent, Head
 from esmeta.learners._loss import Batch, pick
+from esmeta.options import options_class
 from esmeta.policy import _heads as heads
 from esmeta.types import Params
 
@@ -18,7 +17,7 @@ def flat(leaf: Tensor) -> Tensor:
     return leaf.flatten(1, 2)
 
 
-@dataclass(frozen=True)
+@options_class
 class DeterministicGradient:
     """DDPG's and TD3's: ``-Q_1(s, pi(s))`` (Lillicrap et al. 2016, arXiv 1509.02971, eq. 6)."""
 
@@ -50,7 +49,7 @@ class DeterministicGradient:
         return -agent.critic(params, CRITICS[0], obs, action).mean(dim=1)
 
 
-@dataclass(frozen=True)
+@options_class
 class OffPolicyReinforce:
     """MetaGenRL's control: ``A_t mean_d (a_td - pi(s_t)_d)^2`` (baselines sheet 9.2).
 

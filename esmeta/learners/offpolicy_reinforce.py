@@ -6,17 +6,16 @@ the replay whose advantage is positive (baselines sheet 9.2).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from esmeta import errors
 from esmeta.learners._loss import Loss
 from esmeta.learners._off_policy_losses import OffPolicyReinforce
 from esmeta.learners._replay import ReplayLearner
 from esmeta.learners.td3 import OffPolicyOptions
+from esmeta.options import options_class
 from esmeta.types import Spec
 
 
-@dataclass(frozen=True)
+@options_class
 class Learner(OffPolicyOptions):
     """Options of off-policy REINFORCE, besides those of every learner from a replay.
 

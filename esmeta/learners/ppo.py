@@ -8,16 +8,15 @@ early, networks are tanh, separate for policy and V, inputs normalised. ``value_
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from esmeta import errors
 from esmeta.learners._agent import Agent
 from esmeta.learners._loss import Loss, PolicyGradient
 from esmeta.learners._segments import SegmentLearner
+from esmeta.options import options_class
 from esmeta.types import Spec
 
 
-@dataclass(frozen=True)
+@options_class
 class Learner:
     """Options of PPO.
 

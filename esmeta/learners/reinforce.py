@@ -6,17 +6,16 @@ compares with (baselines sheet 9.1); networks are EPG's (tanh, inputs normalised
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from esmeta import errors
 from esmeta.learners._agent import Agent
 from esmeta.learners._loss import Loss, PolicyGradient
 from esmeta.learners._segments import SegmentLearner
 from esmeta.learners.ppo import check_segments
+from esmeta.options import options_class
 from esmeta.types import Spec
 
 
-@dataclass(frozen=True)
+@options_class
 class Learner:
     """Options of REINFORCE.
 

@@ -6,17 +6,16 @@ https://arxiv.org/abs/1509.02971) is ``twin = false``, ``delay = 1``, ``target_n
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from esmeta import errors
 from esmeta.learners._agent import Agent
 from esmeta.learners._loss import Loss
 from esmeta.learners._off_policy_losses import DeterministicGradient
 from esmeta.learners._replay import ReplayLearner
+from esmeta.options import options_class
 from esmeta.types import Spec
 
 
-@dataclass(frozen=True)
+@options_class
 class OffPolicyOptions:
     """Options of learners from a replay; see :class:`esmeta.learners._replay.ReplayLearner`.
 
@@ -89,7 +88,7 @@ class OffPolicyOptions:
         return learner
 
 
-@dataclass(frozen=True)
+@options_class
 class Learner(OffPolicyOptions):
     """Options of TD3: those of every learner from a replay."""
 

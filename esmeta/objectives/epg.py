@@ -11,7 +11,7 @@ never see PPO's.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from esmeta.learners._segments import SegmentLearner
 from esmeta.objectives import refuse_policy
 from esmeta.objectives._epg_lives import EpgLives, Part, leaves_of_part, restored
 from esmeta.objectives._loss_network import LossNetwork
+from esmeta.options import options_class
 from esmeta.rng import Rng
 from esmeta.scoring import linked
 from esmeta.tasks import aid, single, task_groups
@@ -33,7 +34,7 @@ from esmeta.tree import shapes_of, size_of, unravel_shapes
 from esmeta.types import Fitness, Params, Reference, State, Task
 
 
-@dataclass(frozen=True)
+@options_class
 class Objective:
     """Options of EPG; the defaults are those of its RandomHopper where nothing else is said.
 

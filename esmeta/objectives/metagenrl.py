@@ -14,7 +14,6 @@ update rounds, and the short ends of episodes are masked.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -25,10 +24,11 @@ from esmeta.learners._replay import ReplayLearner
 from esmeta.objectives import refuse_policy
 from esmeta.objectives._metagenrl import MetaGenRLObjective
 from esmeta.objectives._objective_network import Time, Values
+from esmeta.options import options_class
 from esmeta.types import Reference, Task
 
 
-@dataclass(frozen=True)
+@options_class
 class Objective:
     """Options of MetaGenRL; the defaults are the paper's.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from esmeta import rollout as loop
 from esmeta.errors import UserError
 from esmeta.evaluator import PopulationEvaluator
 from esmeta.lives import Lives, TrialLives
+from esmeta.options import options_class
 from esmeta.policy import Policy
 from esmeta.policy._plastic import composite_decay
 from esmeta.rng import Rng
@@ -21,7 +21,7 @@ from esmeta.types import Fitness, Metrics, Params, Reference, State, Task
 _Recorded = tuple[loop.Trajectory, Tensor, State, dict[str, Tensor]]
 
 
-@dataclass(frozen=True)
+@options_class
 class Objective:
     """Options of the return.
 

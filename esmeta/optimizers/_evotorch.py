@@ -25,9 +25,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from esmeta.errors import UserError, finite_positive, non_negative, one_of
+from esmeta.errors import UserError, finite_positive, non_negative, non_negative_int, one_of
 from esmeta.optimizers._generation import Scoring, Stopwatch, check_popsize
 from esmeta.optimizers._shaping import tail_share, utilities
+from esmeta.options import options_class, plain
 from esmeta.rng import Rng
 from esmeta.tree import ravel, shapes_of, unravel_shapes
 from esmeta.types import Comm, Fitness, Metrics, Objective, Params
@@ -93,7 +94,7 @@ def new_problem(size: int) -> PopulationProblem:
     return PopulationProblem(unset, size, seed=0)
 
 
-@dataclass(frozen=True)
+@options_class
 class EvoTorchOptimizer(ABC):
     """The part of the contract that does not depend on the searcher.
 
@@ -348,8 +349,8 @@ def evotorch_problem(
     os.environ.setdefault("EVOTORCH_VERBOSE_LEVEL", "0")
     from esmeta.optimizers._evotorch_problem import PopulationProblem, TrainingTasks
 
-    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-        raise UserError(f"seed = {seed!r}: must be an integer >= 0; write for example seed=0")
+    seed = plain(seed)
+    non_negative_int("seed", seed)
     tasks = TrainingTasks(evaluator, seed)
     return PopulationProblem(
         tasks.score, evaluator.size, seed=seed, comm=comm, draw=tasks.draw, free=True

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from esmeta import errors
 from esmeta.objectives.return_ import ReturnObjective
+from esmeta.options import options_class
 from esmeta.policy import Policy
 from esmeta.policy import _heads as heads
 from esmeta.returns import gae
@@ -21,7 +22,7 @@ from esmeta.tree import ravel, shapes_of, unravel_shapes
 from esmeta.types import Comm, Metrics, Params, PolicyOut, State, TimeStep
 
 
-@dataclass(frozen=True)
+@options_class
 class GradientConfig:
     """Options of both policy-gradient optimizers.
 

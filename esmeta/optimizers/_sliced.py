@@ -23,6 +23,7 @@ from esmeta.optimizers._generation import Scores, Scoring, Stopwatch, check_pops
 from esmeta.optimizers._noise import Noise
 from esmeta.optimizers._population import Draws, Plan, sample_and_score
 from esmeta.optimizers._shaping import FAILED, Failed, tail_share, weighed
+from esmeta.options import options_class
 from esmeta.rng import Rng
 from esmeta.tree import ravel, shapes_of, unravel_shapes
 from esmeta.types import Comm, Metrics, Objective, Params
@@ -53,7 +54,7 @@ class SearchState:
         return digest.digest()
 
 
-@dataclass(frozen=True)
+@options_class
 class SlicedOptimizer(ABC):
     """Options that all sliced searches share, and their one step.
 

@@ -6,7 +6,6 @@ The rollout is recorded without a graph and re-evaluated, so that memory costs o
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -14,12 +13,13 @@ from torch import Tensor
 
 from esmeta.objectives.return_ import ReturnObjective
 from esmeta.optimizers import _gradient as pg
+from esmeta.options import options_class
 from esmeta.policy import _heads as heads
 from esmeta.rng import Rng
 from esmeta.types import Comm, Metrics, Params, PolicyOut
 
 
-@dataclass(frozen=True)
+@options_class
 class Optimizer(pg.GradientConfig):
     """A2C: one gradient step on every batch of trials."""
 

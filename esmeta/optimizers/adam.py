@@ -14,6 +14,7 @@ from torch import Tensor
 
 from esmeta import errors
 from esmeta.optimizers import _gradient as pg
+from esmeta.options import options_class
 from esmeta.rng import Rng
 from esmeta.types import Comm, MetaLoss, Metrics, Params, State
 
@@ -26,7 +27,7 @@ class AdamState(pg.GradientState):
     saved: State | None = None
 
 
-@dataclass(frozen=True)
+@options_class
 class Optimizer:
     """One Adam step on the mean of the agents' gradients.
 

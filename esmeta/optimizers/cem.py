@@ -9,7 +9,6 @@ parents with equal fractional weight (the average over all ways to choose among 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -17,6 +16,7 @@ from torch import Tensor
 from esmeta.errors import UserError, finite_positive
 from esmeta.optimizers._evotorch import EvoTorchOptimizer, GaussianSearcher, Searcher
 from esmeta.optimizers._shaping import rank_weighted, utilities
+from esmeta.options import options_class
 
 if TYPE_CHECKING:
     from esmeta.optimizers._evotorch_problem import PopulationProblem
@@ -45,7 +45,7 @@ class _Searcher(GaussianSearcher):
         return {"mu": mean - distribution.mu, "sigma": variance.sqrt() - distribution.sigma}
 
 
-@dataclass(frozen=True)
+@options_class
 class Optimizer(EvoTorchOptimizer):
     """CEM.
 

@@ -9,7 +9,6 @@ parameters are refused without ``separable``.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -24,6 +23,7 @@ from esmeta.optimizers._evotorch import (
     check_full_size,
 )
 from esmeta.optimizers._shaping import rank_weighted, utilities
+from esmeta.options import options_class
 
 if TYPE_CHECKING:
     from esmeta.optimizers._evotorch_problem import PopulationProblem
@@ -112,7 +112,7 @@ def _update_full(search: Any, zs: Tensor, ys: Tensor, weights: Tensor, h_sig: Te
     search.C = search.C + rank_one * (torch.outer(path, path) - search.C) + search.c_mu * rank_mu
 
 
-@dataclass(frozen=True)
+@options_class
 class Optimizer(EvoTorchOptimizer):
     """CMA-ES; all learning rates follow from popsize and D.
 

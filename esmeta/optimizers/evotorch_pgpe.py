@@ -8,7 +8,6 @@ default, because ClipUp's fixed step length needs a learning rate of its own (ab
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import Tensor
@@ -16,12 +15,13 @@ from torch import Tensor
 from esmeta.errors import UserError, finite_positive, non_negative, one_of
 from esmeta.optimizers._evotorch import EvoTorchOptimizer, GaussianSearcher, Searcher
 from esmeta.optimizers._shaping import SHAPINGS, Shaping
+from esmeta.options import options_class
 
 if TYPE_CHECKING:
     from esmeta.optimizers._evotorch_problem import PopulationProblem
 
 
-@dataclass(frozen=True)
+@options_class
 class Optimizer(EvoTorchOptimizer):
     """PGPE.
 

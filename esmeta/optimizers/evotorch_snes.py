@@ -7,7 +7,6 @@ strategies", GECCO 2011, https://doi.org/10.1145/2001576.2001692. What differs f
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -15,12 +14,13 @@ from torch import Tensor
 from esmeta.errors import finite_positive, one_of
 from esmeta.optimizers._evotorch import EvoTorchOptimizer, GaussianSearcher, Searcher
 from esmeta.optimizers._shaping import SHAPINGS, Shaping
+from esmeta.options import options_class
 
 if TYPE_CHECKING:
     from esmeta.optimizers._evotorch_problem import PopulationProblem
 
 
-@dataclass(frozen=True)
+@options_class
 class Optimizer(EvoTorchOptimizer):
     """SNES; the centre moves with learning rate 1.
 

@@ -43,6 +43,7 @@ from esmeta.optimizers._noise import Noise
 from esmeta.optimizers._population import Draws, Sample, mirrored
 from esmeta.optimizers._shaping import Failed, Shaping
 from esmeta.optimizers._sliced import Arrays, SearchState
+from esmeta.options import options_class
 from esmeta.rng import Rng
 from esmeta.types import Comm, Fitness, Lifetimes, Metrics, Objective, Params
 
@@ -92,7 +93,7 @@ class _Stage:
         return -(-self.objective.life_steps // self.steps)
 
 
-@dataclass(frozen=True)
+@options_class
 class Optimizer(openes.Optimizer):
     """NRES. Options besides those of :class:`openes.Optimizer`.
 

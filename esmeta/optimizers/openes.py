@@ -14,7 +14,6 @@ last, and a generation without information (all equal, or all failed) changes no
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import numpy as np
 from torch import Tensor
@@ -26,9 +25,10 @@ from esmeta.optimizers._noise import Noise, noise_rank
 from esmeta.optimizers._population import Draws
 from esmeta.optimizers._shaping import SHAPINGS, Shaping
 from esmeta.optimizers._sliced import Arrays, SearchState, SlicedOptimizer, in_range
+from esmeta.options import options_class
 
 
-@dataclass(frozen=True)
+@options_class
 class Optimizer(SlicedOptimizer):
     """OpenAI-ES. Options besides those of :class:`SlicedOptimizer`.
 

@@ -14,13 +14,13 @@ is multiplied by all the noise since its life began. All else is as in
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 from esmeta.optimizers import nres
+from esmeta.options import options_class
 
 
-@dataclass(frozen=True)
+@options_class
 class Optimizer(nres.Optimizer):
     """PES; options are those of :class:`nres.Optimizer`."""
 

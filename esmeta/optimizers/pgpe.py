@@ -14,7 +14,6 @@ and sums only its own pairs, exactly; see :mod:`openes` for ties, failures and f
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import numpy as np
 from torch import Tensor
@@ -25,9 +24,10 @@ from esmeta.optimizers._generation import Scores
 from esmeta.optimizers._population import Draws
 from esmeta.optimizers._shaping import SHAPINGS, Shaping
 from esmeta.optimizers._sliced import Arrays, SearchState, SlicedOptimizer
+from esmeta.options import options_class
 
 
-@dataclass(frozen=True)
+@options_class
 class Optimizer(SlicedOptimizer):
     """PGPE. Options besides those of :class:`SlicedOptimizer`.
 

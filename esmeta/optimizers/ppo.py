@@ -6,7 +6,6 @@ state is never stale and the ratio is exactly 1 before the first step.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -15,12 +14,13 @@ from torch import Tensor
 from esmeta import errors
 from esmeta.objectives.return_ import ReturnObjective
 from esmeta.optimizers import _gradient as pg
+from esmeta.options import options_class
 from esmeta.policy import _heads as heads
 from esmeta.rng import Rng
 from esmeta.types import Comm, Metrics, Params, PolicyOut
 
 
-@dataclass(frozen=True)
+@options_class
 class Optimizer(pg.GradientConfig):
     """PPO with the clipped objective.
 

@@ -24,6 +24,7 @@ from esmeta.optimizers._generation import Scores
 from esmeta.optimizers._population import Draws
 from esmeta.optimizers._shaping import rank_weighted, utilities
 from esmeta.optimizers._sliced import Arrays, SearchState, SlicedOptimizer
+from esmeta.options import options_class
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def rates(popsize: int, size: int) -> Rates:
     return Rates(weights, c_sigma, d_sigma, c_c, c_1, c_mu, mu_eff, norm, keep)
 
 
-@dataclass(frozen=True)
+@options_class
 class Optimizer(SlicedOptimizer):
     """Separable CMA-ES; all learning rates follow from popsize and D."""
 

@@ -12,7 +12,6 @@ only its own members, exactly; see :mod:`openes` for ties, failures and flat gen
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
@@ -23,9 +22,10 @@ from esmeta.optimizers._generation import Scores
 from esmeta.optimizers._population import Draws
 from esmeta.optimizers._shaping import SHAPINGS, Shaping
 from esmeta.optimizers._sliced import Arrays, SearchState, SlicedOptimizer
+from esmeta.options import options_class
 
 
-@dataclass(frozen=True)
+@options_class
 class Optimizer(SlicedOptimizer):
     """SNES; the centre moves with learning rate 1. Options besides SlicedOptimizer's.
 

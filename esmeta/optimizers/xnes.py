@@ -8,7 +8,6 @@ members and 1500 parameters), and more than 1500 parameters are refused.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -21,6 +20,7 @@ from esmeta.optimizers._evotorch import (
     check_full_size,
 )
 from esmeta.optimizers._shaping import SHAPINGS, Shaping
+from esmeta.options import options_class
 
 if TYPE_CHECKING:
     from esmeta.optimizers._evotorch_problem import PopulationProblem
@@ -36,7 +36,7 @@ class _Searcher(GaussianSearcher):
         return {"d": weights @ local, "M": matrix}
 
 
-@dataclass(frozen=True)
+@options_class
 class Optimizer(EvoTorchOptimizer):
     """XNES; the centre moves with learning rate 1.
 

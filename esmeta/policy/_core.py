@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from esmeta.options import options_class
 from esmeta.policy._linear import Mlp, apply_mlp, bind_mlp, init_mlp
 from esmeta.rng import Rng
 from esmeta.tree import shapes_of, size_of, stack_members
@@ -17,7 +17,7 @@ from esmeta.types import Continuous, Memory, Params, PolicyOut, Spec, State, Tim
 _MIN_STD = 1e-3
 
 
-@dataclass(frozen=True)
+@options_class
 class PolicyConfig:
     """Options that every policy shares.
 

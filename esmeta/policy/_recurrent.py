@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from esmeta.errors import UserError
+from esmeta.options import options_class
 from esmeta.policy._core import PolicyConfig
 from esmeta.policy._linear import apply_linear, orthogonal
 from esmeta.rng import Rng
 from esmeta.types import Params, State
 
 
-@dataclass(frozen=True)
+@options_class
 class RecurrentConfig(PolicyConfig):
     """Options that every policy shares; ``neurons`` is the width of the memory.
 

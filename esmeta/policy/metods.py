@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
 from esmeta import errors
+from esmeta.options import options_class
 from esmeta.policy._core import Policy, PolicyConfig
 from esmeta.policy._plastic import Plastic
 from esmeta.types import Spec
 
 
-@dataclass(frozen=True)
+@options_class
 class Config(PolicyConfig):
     """Options of a MetODS policy, on top of those that every policy has.
 

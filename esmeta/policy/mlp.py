@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+from esmeta.options import options_class
 from esmeta.policy._core import Policy, PolicyConfig
 from esmeta.policy._recurrent import Feedforward
 from esmeta.types import Spec
 
 
-@dataclass(frozen=True)
+@options_class
 class Config(PolicyConfig):
     """Options that every policy shares; ``neurons`` is the width of the memory's output."""
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+from esmeta.options import options_class
 from esmeta.policy._core import Policy
 from esmeta.policy._recurrent import Gru, RecurrentConfig
 from esmeta.types import Spec
 
 
-@dataclass(frozen=True)
+@options_class
 class Config(RecurrentConfig):
     """Options of every recurrent policy."""
 

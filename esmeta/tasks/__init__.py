@@ -14,10 +14,12 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast, runtime_checkable
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from esmeta.errors import UserError
+from esmeta.options import plain
 
 if TYPE_CHECKING:
     from esmeta.types import Task
@@ -105,7 +107,7 @@ def published(options: T, keep: Collection[str] = ()) -> T:
     if isinstance(options, Published):
         return cast("T", options.published())
     changes = {k: value for k, (_, value) in aids(options).items() if k not in keep}
-    return dataclasses.replace(cast("Any", options), **changes) if changes else options
+    return cast("T", dataclasses.replace(cast("Any", options), **changes)) if changes else options
 
 
 @runtime_checkable
@@ -146,7 +148,8 @@ def make_task(name: str, **options: object) -> Task:
     """
     cls = _task_class(name)
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
-    for option, value in options.items():
+    given = {name: _option(value) for name, value in options.items()}
+    for option, value in given.items():
         if option not in fields:
             raise ValueError(
                 f"task {name!r} has no option {option!r}{_nearest(option, list(fields))}; "
@@ -158,7 +161,7 @@ def make_task(name: str, **options: object) -> Task:
                 f"option {option!r} of task {name!r} is {value!r} ({type(value).__name__}); "
                 f"it must be of type {type(default).__name__}, such as {default!r}"
             )
-    return cast("Task", cls(**options))
+    return cast("Task", cls(**given))
 
 
 def task_from_table(option: str, table: Mapping[str, Any], example: str) -> Task:
@@ -173,12 +176,15 @@ def task_from_table(option: str, table: Mapping[str, Any], example: str) -> Task
             f"{option}: {dict(table)!r} has no name; write for example "
             f"{option.rpartition('.')[2]} = {example}"
         )
-    # A list in a file is a tuple in Python.
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
     try:
         return make_task(name, **values)
     except ValueError as error:
         raise UserError(f"{option}: {dict(table)!r}: {error}") from error
+
+
+def _option(value: object) -> object:
+    value = plain(value)
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _task_class(name: str) -> Any:  # noqa: ANN401 - a class from a module that is found by name
@@ -228,6 +234,7 @@ def _same_kind(value: object, default: object) -> bool:
 
 def check_int(option: str, value: object, low: int, high: int) -> None:
     """Raise ``ValueError`` unless ``value`` is a whole number in ``low..high``."""
+    value = plain(value)
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
         cure = low
         if isinstance(value, int | float) and not isinstance(value, bool) and value == value:
@@ -256,8 +263,24 @@ def check_split(split: str) -> None:
         raise ValueError(f"split is {split!r}; write 'train', 'validation' or 'test'")
 
 
+def numbers_of(index: Any) -> Tensor:  # noqa: ANN401 - whatever holds whole numbers
+    """Numbers of tasks as an int64 tensor, from a tensor, an array of numpy's or a list."""
+    if isinstance(index, Tensor):
+        return index
+    array = np.asarray(plain(index))
+    if array.dtype.kind != "i":
+        raise UserError(
+            f"index is {str(index)[:100]}; it must hold whole numbers, for example "
+            "index=torch.arange(16)"
+        )
+    return torch.from_numpy(array.astype(np.int64))
+
+
 def task_numbers(batch: int | Tensor) -> Tensor:
     """The numbers of the tasks asked for, int64 ``[1, B]``, on the device of ``batch``."""
+    batch = batch if isinstance(batch, Tensor) else plain(batch)
+    if isinstance(batch, list | tuple):
+        batch = numbers_of(batch)
     if isinstance(batch, Tensor):
         if batch.dim() != 1 or batch.dtype != torch.int64 or batch.numel() == 0:
             raise ValueError(

@@ -1,0 +1,57 @@
+"""Options as plain Python values, whichever library their numbers come from.
+
+This is the one place where numbers of numpy are turned into Python's. Everything behind it, such as
+configurations, digests, TOML, JSON and random numbers by address, sees Python numbers only.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from dataclasses import dataclass
+from typing import Any, TypeVar, dataclass_transform
+
+_Class = TypeVar("_Class")
+
+
+def plain(value: Any) -> Any:
+    """``value`` with numpy's scalars and arrays in it as Python's numbers and lists.
+
+    Arrays without axes are numbers. Lists, tuples and tables are searched; all else is returned as
+    it is. A float32 becomes the float of the same value, so ``np.float32(0.1)`` is not 0.1.
+    """
+    kind = type(value)
+    if kind in (list, tuple):
+        return kind(plain(item) for item in value)
+    if kind is dict:
+        return {key: plain(item) for key, item in value.items()}
+    numpy = sys.modules.get("numpy")  # only who has imported it can have made such a value
+    if numpy is not None and isinstance(value, numpy.generic | numpy.ndarray):
+        found = value.tolist()
+        return plain(found) if type(found) is not kind else value
+    return value
+
+
+def _fixed(value: Any) -> Any:
+    """A plain value with tuples for lists, as options are compared and hashed."""
+    if type(value) in (list, tuple):
+        return tuple(_fixed(item) for item in value)
+    return {key: _fixed(item) for key, item in value.items()} if type(value) is dict else value
+
+
+@dataclass_transform(frozen_default=True)
+def options_class(cls: type[_Class]) -> type[_Class]:
+    """A frozen dataclass whose fields are options: it takes numpy's numbers, and lists as tuples.
+
+    Objects that are built from numpy's numbers equal those that are built from Python's.
+    """
+    cls = dataclass(frozen=True)(cls)
+    init = cls.__init__
+
+    @functools.wraps(init)
+    def plain_init(self: Any, *args: Any, **kwargs: Any) -> None:
+        given = {name: _fixed(plain(value)) for name, value in kwargs.items()}
+        init(self, *(_fixed(plain(value)) for value in args), **given)
+
+    cls.__init__ = plain_init  # type: ignore[method-assign]
+    return cls
