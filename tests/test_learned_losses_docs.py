@@ -9,9 +9,15 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT
 
 from esmeta import config, learn
+from esmeta.learners._episodes import Over
+from esmeta.learners._experience import nothing
+from esmeta.learners._replay import Replay
+from esmeta.rng import Rng
+from esmeta.types import Continuous, Spec
 
 PAGE = (ROOT / "docs" / "learned-losses.md").read_text(encoding="utf-8")
 ROWS = PAGE.partition("### The rows of MetaGenRL's tables 1 and 2")[2].partition("\n## ")[0]
@@ -70,3 +76,32 @@ def test_the_commands_run(words: list[str], task: str, tmp_path: Path) -> None:
     curve = json.loads(out.read_text())["curve"]
     if task != "half_cheetah":  # its episodes last for 1,000 steps
         assert all(abs(row["return"]) < 2000 for row in curve)
+
+
+def test_the_shares_of_whole_snippets_are_those_of_the_formula_and_of_a_replay() -> None:
+    rows = [
+        [float(cell.strip(" %").replace(",", "")) for cell in line.strip(" |").split("|")[1:]]
+        for line in PAGE.splitlines()
+        if re.match(
+            r"\s*\| (steps of an episode|over episodes|over steps|steps of a snippet)", line
+        )
+    ]
+    lengths, episodes, steps, mean = rows
+    spec = Spec(obs_size=1, action=Continuous(1, -1.0, 1.0), horizon=1)
+    for k, n in enumerate(map(int, lengths)):
+        # Over steps: the n - 19 first steps of an episode begin a whole snippet, the others one of
+        # as many steps as are left.
+        exact = max(0, n - 19) / n, sum(min(20, n - step) for step in range(n)) / n
+        assert episodes[k] == 100.0 * (n >= 20)
+        assert abs(steps[k] - 100 * exact[0]) <= 0.51 and abs(mean[k] - exact[1]) <= 0.051
+        replay, index = Replay.empty(1, 50 * n, spec, "cpu"), torch.tensor([0])
+        ended = (torch.arange(50 * n) % n == n - 1).unsqueeze(0)
+        lived = nothing(1, 50 * n, spec, "cpu")._replace(ended=ended, terminated=ended)
+        replay = replay.add(lived)
+        shares: dict[Over, float] = {"episodes": episodes[k] / 100, "steps": exact[0]}
+        for over, share in shares.items():
+            inside = replay.snippets(Rng(1), index, 20_000, 20, over)[1].sum(dim=2).double()
+            # The newest 19 steps begin none: a 50th of an episode at most, all of it cut snippets.
+            assert abs(float((inside == 20).double().mean()) - share) < 0.015 + 20 / (50 * n)
+            if over == "steps":
+                assert abs(float(inside.mean()) - exact[1]) < 0.15 + 200 / (50 * n)

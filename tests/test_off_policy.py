@@ -46,6 +46,10 @@ def experience(*shape: int) -> Experience:
     return Experience(draw(3), draw(2).clamp(-2, 2), draw(), draw(3), terminated, ended)
 
 
+def single(steps: Experience) -> Experience:
+    return Experience(*(x.float() if x.is_floating_point() else x for x in steps))
+
+
 def dense(params: Params, name: str, x: Tensor, p: int) -> Tensor:
     for i in range(3):
         x = F.linear(x, params[f"{name}.{i}.weight"][p].T, params[f"{name}.{i}.bias"][p])
@@ -103,8 +107,7 @@ def test_deterministic_gradient_moves_the_policy_alone() -> None:
         assert abs(float(found[p] - expected)) < 1e-10
     learner = ReplayLearner(agent, capacity=50, batch=8, update_after=20, start=0)
     state = learner.init(Rng(0), torch.arange(2))
-    new = Experience(*(leaf.float() if leaf.is_floating_point() else leaf
-                       for leaf in experience(2, 30)))  # fmt: skip
+    new = single(experience(2, 30))
     state = state._replace(replay=state.replay.add(new))
     after = learner.policy_step(state, loss, Rng(1))
     for name, leaf in after.params.items():
@@ -132,7 +135,7 @@ def test_off_policy_reinforce_equals_a_loop_by_hand() -> None:
             value = q(params, "q1", obs, pi(params, obs, p), p)
             last = steps.next_obs[p, n, -1]
             following = [*value[1:], q(params, "q1", last, pi(params, last, p), p)]
-            running, advantage = 0.0, [0.0] * LENGTH
+            running, advantage = torch.tensor(0.0), [torch.tensor(0.0)] * LENGTH
             for t in reversed(range(LENGTH)):
                 after = value[t] if steps.ended[p, n, t] else following[t]
                 alive = 0.0 if steps.terminated[p, n, t] else 1.0
@@ -163,13 +166,11 @@ def test_values_are_constants() -> None:
 
 
 def test_a_replay_keeps_the_newest_and_snippets_stay_in_order() -> None:
-    blank = experience(2, 10)
-    time = torch.zeros(2, 10, dtype=torch.int64)
-    replay = Replay(Experience(*(leaf.clone() for leaf in blank)), time, 0)
-    counter = torch.arange(23.0, dtype=torch.float64)
+    replay = Replay.empty(2, 10, SPEC, "cpu")
+    counter = torch.arange(23.0)
     for first in range(0, 23, 4):
         part = counter[first : first + 4]
-        new = experience(2, len(part))
+        new = single(experience(2, len(part)))
         new = new._replace(
             reward=part.expand(2, -1), ended=(part % 5 == 4).expand(2, -1),
             terminated=torch.zeros(2, len(part), dtype=torch.bool),

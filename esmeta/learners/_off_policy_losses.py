@@ -51,11 +51,11 @@ class DeterministicGradient:
 
 @options_class
 class OffPolicyReinforce:
-    """MetaGenRL's control: ``A_t mean_d (a_td - pi(s_t)_d)^2`` (baselines sheet 9.2).
+    """MetaGenRL's control: ``A_t mean_d (a_td - pi(s_t)_d)^2``.
 
-    That is REINFORCE for a Gaussian of fixed variance, without importance weights. A is GAE over
-    the snippet with ``V = Q_1(s, pi(s))``, a constant; an episode that ended without a terminal
-    state bootstraps from its own last V.
+    It is ``reinforce`` in the release's ``model.py``: REINFORCE for a Gaussian of fixed variance,
+    without importance weights. A is GAE over the snippet with ``V = Q_1(s, pi(s))``, a constant; an
+    episode that ended without a terminal state bootstraps from its own last V.
     """
 
     length: int = 20

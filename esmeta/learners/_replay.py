@@ -10,6 +10,7 @@ one that is learned (MetaGenRL, whose schedule this is).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from esmeta.errors import UserError
 from esmeta.learners._agent import CRITICS, Agent
+from esmeta.learners._episodes import Episodes, Over
 from esmeta.learners._experience import Experience, nothing
 from esmeta.learners._loss import Batch, Loss
 from esmeta.learners._segments import descend
@@ -25,7 +27,7 @@ from esmeta.learners._state import Adam, adam_step
 from esmeta.policy import _heads as heads
 from esmeta.rng import Rng
 from esmeta.rollout import Act
-from esmeta.types import Continuous, Params, PolicyOut
+from esmeta.types import Continuous, Params, PolicyOut, Spec
 
 
 class Replay(NamedTuple):
@@ -33,12 +35,35 @@ class Replay(NamedTuple):
 
     ``time`` int64 ``[P, capacity]`` are the steps since the episode began. ``count`` is how many
     steps were ever added, the same for all agents. Step k lies in row ``k % capacity``;
-    :meth:`add` writes in place.
+    :meth:`add` writes in place. ``episodes`` are those of which all steps are there.
     """
 
     steps: Experience
     time: Tensor
     count: int
+    episodes: Episodes
+
+    @classmethod
+    def empty(cls, agents: int, capacity: int, spec: Spec, device: torch.device | str) -> Replay:
+        """No step yet."""
+        blank = nothing(agents, capacity, spec, device)
+        steps = Experience(*(leaf.clone() for leaf in blank))
+        time = torch.zeros_like(steps.reward, dtype=torch.int64)
+        return cls(steps, time, 0, Episodes.none(agents, capacity, device))
+
+    def filled(self, kept: Sequence[Tensor], count: int) -> Replay:
+        """An empty replay with the ``kept`` rows of one that had ``count`` steps added.
+
+        ``kept`` are the leaves of ``steps`` and ``time``, each ``[P, rows, ...]``.
+        """
+        for leaf, rows in zip((*self.steps, self.time), kept, strict=True):
+            leaf[:, : rows.shape[1]] = rows
+        replay = self._replace(count=count)
+        number = torch.arange(count - replay.size, count, device=self.time.device)
+        rows = number % self.capacity
+        time, steps = self.time[:, rows], Experience(*(leaf[:, rows] for leaf in self.steps))
+        self.episodes.add(_last_ones(steps, time), number - time, number, count - replay.size)
+        return replay
 
     @property
     def capacity(self) -> int:
@@ -61,35 +86,64 @@ class Replay(NamedTuple):
         began = torch.where(new.ended, place + 1, -1).cummax(dim=1).values
         began = torch.cat([-since.unsqueeze(1), began[:, :-1]], dim=1)
         began = torch.where(began < 0, -since.unsqueeze(1), began)
-        for leaf, values in zip((*self.steps, self.time), (*new, place - began), strict=True):
+        time = place - began
+        for leaf, values in zip((*self.steps, self.time), (*new, time), strict=True):
             leaf[:, rows] = values
-        return Replay(self.steps, self.time, self.count + length)
+        total = self.count + length
+        self.episodes.add(
+            _last_ones(new, time), self.count + began, self.count + place, total - self.capacity
+        )
+        return self._replace(count=total)
 
     def cut(self) -> None:
         """What comes next does not follow from the newest steps."""
         if self.count:
-            self.steps.ended[:, (self.count - 1) % self.capacity] = True
+            number = torch.tensor([self.count - 1], device=self.time.device)
+            rows = number % self.capacity
+            time, open_ = self.time[:, rows], ~self.steps.ended[:, rows]
+            self.steps.ended[:, rows] = True
+            kept = self.count - self.capacity
+            self.episodes.add(open_ & (time > 0), number - time, number, kept)
 
     def snippets(
-        self, rng: Rng, index: Tensor, count: int, length: int
+        self, rng: Rng, index: Tensor, count: int, length: int, over: Over = "steps"
     ) -> tuple[Experience, Tensor]:
         """Random snippets of each agent: leaves ``[P, count, length, ...]``.
 
         Also bool ``[P, count, length]``: False for what follows the end of an episode. Agents draw
         at their own addresses ``index [P]``.
         """
-        batch = self.sample(rng, index, count, length)
+        batch = self.sample(rng, index, count, length, over)
         return batch.steps, batch.inside
 
-    def sample(self, rng: Rng, index: Tensor, count: int, length: int) -> Batch:
-        """The same with the time since the episode began."""
-        first = rng.uniform(index, count) * (self.size - length + 1)
-        place = torch.arange(length, device=index.device) + first.long().unsqueeze(-1)
-        rows = (place + max(0, self.count - self.capacity)) % self.capacity
+    def sample(
+        self, rng: Rng, index: Tensor, count: int, length: int, over: Over = "steps"
+    ) -> Batch:
+        """The same with the time since the episode began.
+
+        Over ``episodes``: one of those that are whole, each as likely, and a place in it from where
+        the snippet ends with it at the latest (from the first step of a shorter one). Over
+        ``steps``: any step but the newest ``length - 1``, each as likely; so it is for all agents
+        of which no episode is whole yet.
+        """
+        oldest = self.count - self.size
+        share = rng.uniform(index, count)
+        first = oldest + (share * (self.size - length + 1)).long()
+        if over == "episodes":
+            begun, last = self.episodes.drawn(rng.fold("episode").uniform(index, count))
+            within = begun + (share * (last - begun + 2 - length).clamp_min(1)).long()
+            some = self.episodes.count > self.episodes.oldest
+            first = torch.where(some.unsqueeze(1), within, first)
+        rows = (torch.arange(length, device=index.device) + first.unsqueeze(-1)) % self.capacity
         agent = torch.arange(len(index), device=index.device)[:, None, None]
         steps = Experience(*(leaf[agent, rows] for leaf in self.steps))
-        over = steps.ended.long().cumsum(dim=-1) - steps.ended.long()
-        return Batch(steps, steps.action, over == 0, count, self.time[agent, rows])
+        ends = steps.ended.long().cumsum(dim=-1) - steps.ended.long()
+        return Batch(steps, steps.action, ends == 0, count, self.time[agent, rows])
+
+
+def _last_ones(steps: Experience, time: Tensor) -> Tensor:
+    """Where an episode ends: steps behind the end of a trial are marked as ended, but are none."""
+    return steps.ended & (steps.terminated | (time > 0))
 
 
 class OffPolicy(NamedTuple):
@@ -117,6 +171,9 @@ class ReplayLearner:
         capacity: steps that the replay holds.
         batch: transitions per critic step, and transitions or snippets per policy step.
         critic_batch: transitions per critic step, if other than ``batch`` (0: the same).
+        snippets: what snippets are drawn over, ``steps`` or ``episodes`` (see
+            :meth:`Replay.sample`). Over episodes critics learn from snippets too, of as many steps
+            as the policy's, as in MetaGenRL's release; else from single transitions.
         start: steps of uniformly random actions at first.
         update_after: steps before the first update.
         gamma: discount.
@@ -136,6 +193,7 @@ class ReplayLearner:
     capacity: int = 1_000_000
     batch: int = 100
     critic_batch: int = 0
+    snippets: Over = "steps"
     start: int = 10_000
     update_after: int = 1_000
     gamma: float = 0.99
@@ -166,9 +224,7 @@ class ReplayLearner:
     def init(self, rng: Rng, index: Tensor) -> OffPolicy:
         """Fresh agents with the numbers ``index`` int64 ``[P]``; their replays are empty."""
         params = self.agent.init(rng.fold("agent"), index)
-        blank = nothing(len(index), self.capacity, self.agent.spec, index.device)
-        steps = Experience(*(leaf.clone() for leaf in blank))
-        replay = Replay(steps, torch.zeros_like(steps.reward, dtype=torch.int64), 0)
+        replay = Replay.empty(len(index), self.capacity, self.agent.spec, index.device)
         return OffPolicy(
             params, dict(params), Adam.zeros(params), replay, index, torch.zeros_like(index)
         )
@@ -216,7 +272,7 @@ class ReplayLearner:
         for _ in range(count):
             number = int(state.updates[0])
             draw = rng.fold("replay", number)
-            state = self.critic_step(state, draw)
+            state = self.critic_step(state, draw, max(1, loss.snippet))
             if number % self.delay == self.delay - 1:
                 state = self.policy_step(state, loss, draw.fold("policy"))
                 target = {
@@ -226,11 +282,17 @@ class ReplayLearner:
                 state = state._replace(target=target)
         return state
 
-    def critic_step(self, state: OffPolicy, rng: Rng) -> OffPolicy:
-        """One Adam step of the critics towards the targets, on transitions drawn at ``rng``."""
-        count = self.critic_batch or self.batch
-        steps, _ = state.replay.snippets(rng, state.index, count, 1)
-        steps = Experience(*(leaf[:, :, 0] for leaf in steps))
+    def critic_step(self, state: OffPolicy, rng: Rng, length: int = 1) -> OffPolicy:
+        """One Adam step of the critics towards the targets, on transitions drawn at ``rng``.
+
+        Over episodes they are drawn in snippets of ``length`` steps.
+        """
+        length = length if self.snippets == "episodes" else 1
+        count = -(-(self.critic_batch or self.batch) // length)
+        drawn, inside = state.replay.snippets(rng, state.index, count, length, self.snippets)
+        # What a snippet lacks at the end of its episode counts as a step without a successor.
+        drawn = drawn._replace(ended=drawn.ended | ~inside, terminated=drawn.terminated & inside)
+        steps, count = Experience(*(leaf.flatten(1, 2) for leaf in drawn)), count * length
         width = self.agent.spec.action.size
         noise = rng.fold("smoothing").normal(state.index, count * width)
         noise = noise.reshape(-1, count, width).to(steps.obs.dtype)
@@ -274,7 +336,7 @@ class ReplayLearner:
     def policy_step(self, state: OffPolicy, loss: Loss, rng: Rng) -> OffPolicy:
         """One Adam step of the policies on ``loss``; critics are constants in it."""
         length = max(1, loss.snippet)
-        batch = state.replay.sample(rng, state.index, self.batch, length)
+        batch = state.replay.sample(rng, state.index, self.batch, length, self.snippets)
         rows = torch.arange(self.batch, device=state.index.device).expand(len(state.index), -1)
         prepared = loss.prepare(self.agent, state.params, batch)
         params, adam = descend(

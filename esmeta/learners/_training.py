@@ -217,7 +217,6 @@ class Training:
         """The inverse of :meth:`save`; goes on bit for bit."""
         saved = on_device(saved, self.device)
         index, trial = saved["index"], int(saved["trial"][0])
-        count = int(saved["count"][0])
 
         def part(name: str) -> list[Tensor]:
             found = {k: v for k, v in saved.items() if k.startswith(f"{name}.")}
@@ -225,13 +224,9 @@ class Training:
 
         state = self.learner.init(self._rng(), index)
         learned = with_leaves((state.params, state.target, state.adam), part("learned"))
-        replay = state.replay
-        for leaf, kept in zip((*replay.steps, replay.time), part("replay"), strict=True):
-            leaf[:, : kept.shape[1]] = kept
+        replay = state.replay.filled(part("replay"), int(saved["count"][0]))
         params, target, adam = learned
-        state = OffPolicy(
-            params, target, adam, replay._replace(count=count), index, saved["updates"]
-        )
+        state = OffPolicy(params, target, adam, replay, index, saved["updates"])
         env_state, _ = self._reset(index, trial)
         changed = {int(k[4:]): leaf for k, leaf in saved.items() if k.startswith("env.")}
         if changed:

@@ -1,12 +1,14 @@
 """Off-policy REINFORCE with GAE: MetaGenRL's own control (https://arxiv.org/abs/1910.04098).
 
-Agent, replay, critics and schedule are those of ``td3``; the policy is pulled towards actions of
-the replay whose advantage is positive (baselines sheet 9.2).
+Agent, replay, critics and schedule are MetaGenRL's, so that only the policy's loss is another: it
+pulls towards actions of the replay whose advantage is positive (``reinforce`` in ``model.py`` of
+https://github.com/louiskirsch/metagenrl).
 """
 
 from __future__ import annotations
 
 from esmeta import errors
+from esmeta.learners._episodes import Over
 from esmeta.learners._loss import Loss
 from esmeta.learners._off_policy_losses import OffPolicyReinforce
 from esmeta.learners._replay import ReplayLearner
@@ -24,6 +26,7 @@ class Learner(OffPolicyOptions):
         gae_lambda: of the advantages.
     """
 
+    snippets: Over = "episodes"
     clip: float = 1.0
     snippet: int = 20
     gae_lambda: float = 0.97

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from esmeta import errors
 from esmeta.learners._agent import Agent
+from esmeta.learners._episodes import OVERS, Over
 from esmeta.learners._loss import Loss
 from esmeta.learners._off_policy_losses import DeterministicGradient
 from esmeta.learners._replay import ReplayLearner
@@ -24,6 +25,9 @@ class OffPolicyOptions:
         period: environment steps between updates; as many update rounds follow.
         capacity: steps that the replay holds at most (a life's, where that is less).
         batch: transitions (or snippets) per step.
+        critic_batch: transitions per critic step; 0: as many as a policy step sees.
+        snippets: whether every whole episode of the replay is as likely to be drawn from
+            (``episodes``, as in MetaGenRL's release) or every step (``steps``).
         start: steps of uniformly random actions at first.
         update_after: steps before the first update.
         gamma: discount.
@@ -41,6 +45,8 @@ class OffPolicyOptions:
     period: int = 50
     capacity: int = 1_000_000
     batch: int = 100
+    critic_batch: int = 0
+    snippets: Over = "steps"
     start: int = 10_000
     update_after: int = 1_000
     gamma: float = 0.99
@@ -58,7 +64,9 @@ class OffPolicyOptions:
             errors.positive_int("hidden", width, example=64)
         for name in ("period", "capacity", "batch", "update_after", "delay"):
             errors.positive_int(name, getattr(self, name), example=100)
-        errors.non_negative_int("start", self.start, example=1000)
+        for name in ("start", "critic_batch"):
+            errors.non_negative_int(name, getattr(self, name), example=1000)
+        errors.one_of("snippets", self.snippets, OVERS)
         for name in ("exploration", "target_noise", "target_clip", "clip"):
             errors.non_negative(name, getattr(self, name))
         errors.finite_positive("learning_rate", self.learning_rate, example=0.001)
@@ -73,6 +81,8 @@ class OffPolicyOptions:
             period=self.period,
             capacity=min(self.capacity, horizon),
             batch=self.batch,
+            critic_batch=self.critic_batch or self.batch * loss.snippet,
+            snippets=self.snippets,
             start=self.start,
             update_after=self.update_after,
             gamma=self.gamma,

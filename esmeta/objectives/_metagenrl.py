@@ -193,7 +193,7 @@ class MetaGenRLObjective:
         rng = training.rng().fold("meta", int(state.updates[0]))
         count, size = config.inner_steps, config.batch
         number = count * size + config.extra
-        drawn = state.replay.sample(rng, state.index, number, config.snippet)
+        drawn = state.replay.sample(rng, state.index, number, config.snippet, config.snippets)
         batches = [drawn.part(k * size, (k + 1) * size) for k in range(count)]
         return value_after(
             training.learner.agent, state.params, self.network.loss(alpha), batches, drawn,

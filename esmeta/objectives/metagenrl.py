@@ -20,6 +20,7 @@ import torch
 
 from esmeta import errors
 from esmeta.learners._agent import Agent
+from esmeta.learners._episodes import OVERS, Over
 from esmeta.learners._replay import ReplayLearner
 from esmeta.objectives import refuse_policy
 from esmeta.objectives._metagenrl import MetaGenRLObjective
@@ -39,6 +40,9 @@ class Objective:
         steps: environment steps of an agent's training in meta-test.
         period: environment steps between updates, and update rounds that follow them.
         batch, snippet: snippets per update, and steps of a snippet.
+        snippets: what they are drawn over: ``episodes``, each as likely, and whole where it is long
+            enough (the release's; the critics' transitions are those of such snippets), or
+            ``steps``, each as likely to begin one, which may be cut by the end of its episode.
         extra: snippets on which updated policies are judged, besides those they were updated on.
         inner_steps: updates of the policy before it is judged, on snippets of their own.
         inner_rate: learning rate of these.
@@ -80,6 +84,7 @@ class Objective:
     period: int = 50
     batch: int = 100
     snippet: int = 20
+    snippets: Over = "episodes"
     extra: int = 100
     inner_steps: int = 1
     inner_rate: float = 1e-3
@@ -126,6 +131,7 @@ class Objective:
             errors.fraction(name, getattr(self, name), example=0.99)
         for width in self.hidden:
             errors.positive_int("hidden", width, example=350)
+        errors.one_of("snippets", self.snippets, OVERS)
         errors.one_of("inner_reduction", self.inner_reduction, ("sum", "mean"))
         errors.positive_int("chunk", self.chunk, example=64)
         self._check_lengths()
@@ -172,6 +178,7 @@ class Objective:
             capacity=self.capacity,
             batch=self.batch,
             critic_batch=self.critic_batch or self.batch * self.snippet,
+            snippets=self.snippets,
             start=self.random,
             update_after=self.update_after,
             gamma=self.gamma,
