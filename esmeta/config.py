@@ -39,6 +39,8 @@ SECTIONS = (*KINDS, "budget", "run")
 NO_POLICY = "none"
 """``policy.name`` of runs whose objective trains agents of its own."""
 DEFAULT_TRIALS = 16
+SPLITS = ("train", "validation", "test")
+"""Sets of tasks: to learn on, to select on (when to stop, which theta is best), to report on."""
 # Keys that do not change what is computed, only where, how long, or what is written down.
 NOT_IN_DIGEST = {
     "device",

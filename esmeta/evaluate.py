@@ -36,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--split",
         default="test",
-        choices=("train", "validation", "test"),
+        choices=configs.SPLITS,
         help="tasks of training, of validation (runs are selected on them) or of the test "
         "(%(default)s)",
     )

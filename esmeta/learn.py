@@ -48,7 +48,12 @@ def parser() -> argparse.ArgumentParser:
         metavar="SECTION.KEY=VALUE",
         help="an option of the learner or the task, e.g. learner.hidden=[64,64]; may be repeated",
     )
-    p.add_argument("--split", default="test", choices=("train", "test"), help="of the tasks")
+    p.add_argument(
+        "--split",
+        default="test",
+        choices=configs.SPLITS,
+        help="of the tasks (%(default)s); choose settings on validation",
+    )
     p.add_argument("--seed", type=int, default=0, help="seed of everything random (%(default)s)")
     p.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:N")
     p.add_argument("--parts", type=int, default=10, help="parts of the life in the table")

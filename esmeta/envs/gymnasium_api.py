@@ -5,7 +5,7 @@
     envs = gymnasium.make_vec("esmeta/Maze-v0", num_envs=64, size=8)
 
 ``gymnasium.make("esmeta.envs.gymnasium_api:esmeta/Maze-v0")`` imports it by itself. Options are the
-fields of the task; ``split`` is ``"train"`` or ``"test"``.
+fields of the task; ``split`` is ``"train"``, ``"validation"`` or ``"test"``.
 
 One episode of Gymnasium's is one trial. Trial number k after ``reset(seed=s)`` is the trial number
 k that a :class:`esmeta.PopulationEvaluator` runs with ``seed=s``.
@@ -95,7 +95,7 @@ class TaskEnv(gymnasium.Env[np.ndarray, Any]):
 
     Args:
         task: name of the task.
-        split: ``"train"`` or ``"test"``.
+        split: ``"train"``, ``"validation"`` or ``"test"``.
         render_mode: ``"rgb_array"``, for tasks that can be drawn, or None.
         options: fields of the task.
     """

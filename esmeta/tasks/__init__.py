@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from esmeta.config import SPLITS
 from esmeta.errors import UserError
 from esmeta.options import plain
 
@@ -28,9 +29,6 @@ _CHECKOUT = Path(__file__).resolve().parents[2] / "tasks"
 # Only our own folder: in site-packages the same relative path could be anybody's.
 if (_CHECKOUT / "harlow.py").is_file() and str(_CHECKOUT) not in __path__:
     __path__.append(str(_CHECKOUT))
-
-SPLITS = ("train", "validation", "test")
-"""Tasks to learn on, to select on (when to stop, which theta is best), and to report on."""
 
 
 @runtime_checkable
