@@ -10,8 +10,11 @@ import contextlib
 import ctypes
 import os
 import re
+import signal
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
@@ -134,3 +137,25 @@ def _keep_freed_memory() -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(mmap_threshold, 32 << 20)
         libc.mallopt(trim_threshold, 48 << 20)
+
+
+def close_simulators() -> None:
+    """Close what was opened of Gymnasium's environments; nothing where none was ever used."""
+    worlds = sys.modules.get("esmeta.envs._worlds")
+    if worlds is not None:
+        worlds.close_all()
+
+
+@contextlib.contextmanager
+def simulators_closed() -> Iterator[None]:
+    """Close simulators at the end, also where SIGTERM, an end by ``SystemExit`` here, makes one."""
+    here = threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        if here:
+            signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+        yield
+    finally:
+        close_simulators()
+        if here:
+            signal.signal(signal.SIGTERM, before)

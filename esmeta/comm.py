@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from esmeta.errors import UserError
+from esmeta.errors import UserError, keep_traceback
 from esmeta.transport import connect, poll
 
 EXIT_USER_ERROR = 2
@@ -361,6 +361,7 @@ def install_excepthook(comm: SelfComm | MPIComm) -> None:
     """
 
     def leave_by_user_error(error: UserError) -> NoReturn:
+        keep_traceback(error)
         # As a rule all ranks meet the same mistake; leaving together spares MPI's abort banner.
         if isinstance(comm, MPIComm) and not comm.meet_to_leave(2.0):
             comm.abort(EXIT_USER_ERROR, f"error: {error}")

@@ -11,20 +11,85 @@ import dataclasses
 import difflib
 import math
 import sys
+import tempfile
+import traceback
 import types
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING
+from pathlib import Path
 from typing import Any, Literal, Union
 
 from esmeta.options import plain
+
+TRACEBACK = "environment-error.txt"
+"""File of a run directory with the traceback of an environment's error."""
+
+WARNINGS = 20
+"""How many warnings about environments a process prints."""
 
 
 class UserError(ValueError):
     """Something outside the program must change: an option, a file, an installation."""
 
+    traceback: Path | None = None
+    """Where its traceback was kept, if it was."""
+
     def __init__(self, message: str) -> None:
         super().__init__(" ".join(message.split()))
+
+
+class EnvError(UserError):
+    """A user's environment did what it must not; what it raised, if anything, is ``__cause__``."""
+
+
+class EnvFailure(EnvError):
+    """A user's environment raised an exception, or gave numbers that are not finite.
+
+    Unlike a wrong shape or type this may be gone when its trial is run again.
+    """
+
+
+_told = 0
+
+
+def warn(text: str) -> None:
+    """One line on stderr, for the first few of a process."""
+    global _told
+    _told += 1
+    if _told <= WARNINGS:
+        last = " (further ones are not shown)" if _told == WARNINGS else ""
+        print(f"esmeta: warning: {' '.join(text.split())}{last}", file=sys.stderr, flush=True)
+
+
+def keep_traceback(error: UserError, folder: Path | None = None, name: str = TRACEBACK) -> None:
+    """Write the traceback of an error that an environment made, and name the file in its line.
+
+    The file lies in ``folder`` where that exists and can be written, else among the temporary
+    ones. A second call changes nothing, nor do errors that no environment made.
+    """
+    if error.traceback is not None or not _made_by_environment(error):
+        return
+    text = "".join(traceback.format_exception(error))
+    file = None if folder is None else folder / name
+    try:
+        if file is None or not file.parent.is_dir():
+            raise FileNotFoundError
+        file.write_text(text, encoding="utf-8")
+    except OSError:
+        with tempfile.NamedTemporaryFile(
+            "w", encoding="utf-8", prefix="esmeta-", suffix=f"-{name}", delete=False
+        ) as opened:
+            opened.write(text)
+        file = Path(opened.name)
+    error.traceback = file
+    error.args = (f"{error}; traceback: {file}",)
+
+
+def _made_by_environment(error: BaseException | None) -> bool:
+    while error is not None and not isinstance(error, EnvError):
+        error = error.__cause__
+    return error is not None
 
 
 def nearest(word: str, words: Iterable[str]) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from esmeta import config as configs
 from esmeta import errors
-from esmeta.cli import Parser
+from esmeta.cli import Parser, simulators_closed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -175,9 +175,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     args = parser().parse_args(argv)
     try:
-        errors.positive_int("--trials", args.trials, example=1000)
-        scores = _scores(args)
+        with simulators_closed():
+            errors.positive_int("--trials", args.trials, example=1000)
+            scores = _scores(args)
     except errors.UserError as error:
+        errors.keep_traceback(error, args.run)
         print(f"esmeta: error: {error}", file=sys.stderr)
         return 2
     if args.json:
@@ -227,6 +229,7 @@ def _scores(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
         index=torch.arange(args.trials),
         act=(lambda out, noise: heads.mode(out)) if args.greedy else heads.sample,
         intervene=lesion(args.lesion, policy, params),
+        mark_failed=True,
     )
     return table(fitness, groups, reference, about)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,18 +13,22 @@ from torch import Tensor
 from esmeta import errors
 from esmeta import rollout as loop
 from esmeta.capture import Captured
-from esmeta.errors import UserError
+from esmeta.envs.trimmed import TrimmedEnv
+from esmeta.errors import EnvFailure, UserError, warn
 from esmeta.options import plain
 from esmeta.policy import Policy, unravel
 from esmeta.policy import _heads as heads
 from esmeta.rng import Rng
 from esmeta.tasks import numbers_of
-from esmeta.types import Fitness, Hosted, Params, Task, Tasks
+from esmeta.types import BatchedEnv, Fitness, Hosted, Params, Task, Tasks
 
 # Members per batch: enough to hide the cost of calling an operation, few enough for the cache.
 _CACHE_FLOATS = 800_000
 _GPU_FLOATS = 1 << 30
 _TRIAL_TILE = 8
+
+MAX_FAILED = 0.1
+"""Share of trials whose environment may fail for good where scores are told."""
 
 _Scores = tuple[Tensor, Tensor, dict[str, Tensor]]
 
@@ -86,26 +91,34 @@ class PopulationEvaluator:
         return self.policy.size
 
     def _members_per_batch(self, batch: int) -> int:
+        if isinstance(self.env, Hosted):
+            return max(1, min(self.env.most_worlds // batch, self.chunk or self.env.most_worlds))
         if self.chunk is not None:
             return self.chunk
-        if isinstance(self.env, Hosted):
-            return max(2, self.env.most_worlds // batch)
         limit = _CACHE_FLOATS if self.device.type == "cpu" else _GPU_FLOATS
         return max(2, limit // (batch * max(self.policy.config.neurons**2, 1)))
 
     def batches(self, population: int, batch: int) -> list[Tensor]:
         """The members of each batch of a population with ``batch`` trials, int64 rows.
 
-        All batches have one size of at least two; the last rows of the last may repeat.
+        All batches have one size of at least two; the last rows of one may repeat.
         """
         count = -(-population // self._members_per_batch(batch))
         # Batches of one size: a short last one would be filled up with copies.
-        rows = max(2, -(-population // count))
-        starts = range(0, population, rows)
+        own = -(-population // count)
         return [
-            torch.arange(first, first + rows).clamp(max=population - 1).to(self.device)
-            for first in starts
+            torch.arange(first, first + max(2, own))
+            .clamp(max=min(first + own, population) - 1)
+            .to(self.device)
+            for first in range(0, population, own)
         ]
+
+    def _tiles(self, batch: int) -> list[Tensor]:
+        """The trials that are run at a time, int64: all, or as many as there may be simulators."""
+        most = max(1, self.env.most_worlds) if isinstance(self.env, Hosted) else batch
+        if batch > most >= _TRIAL_TILE:
+            most -= most % _TRIAL_TILE
+        return list(torch.arange(batch).split(most))
 
     def members(self, params: Params | Tensor) -> Params:
         """A tree or flat vectors ``[P, D]`` as a tree on this evaluator's device."""
@@ -138,6 +151,7 @@ class PopulationEvaluator:
         *,
         act: loop.Act = heads.sample,
         intervene: loop.Intervention | None = None,
+        mark_failed: bool = False,
     ) -> Fitness:
         """Score members.
 
@@ -145,7 +159,9 @@ class PopulationEvaluator:
         ``"train"`` or ``"test"``; ``index`` (int64 ``[B]``, or ``[P, B]`` for tasks of each
         member's own) names the tasks by number, default 0..trials-1; ``act`` chooses actions
         (sampled by default); ``intervene`` changes memory or inputs before each step, for lesion
-        controls. Returns a :class:`Fitness` on the CPU.
+        controls. Trials whose simulator fails again and again raise
+        :class:`esmeta.errors.EnvFailure`, or with ``mark_failed`` are NaN (see :func:`in_tiles`).
+        Returns a :class:`Fitness` on the CPU.
         """
         tree = self.members(params)
         population = next(iter(tree.values())).shape[0]
@@ -156,13 +172,37 @@ class PopulationEvaluator:
                 f"there are {population} members and task numbers of shape {tuple(index.shape)}; "
                 "pass at least one member, and index [B] or [P, B] with at least one number"
             )
+
+        def score(trials: Tensor) -> Fitness:
+            return self._trials(tree, index[..., trials], seed, split, act, intervene)
+
+        tiles = self._tiles(index.shape[-1])
+        return in_tiles(score, tiles, mark_failed)
+
+    def _trials(
+        self,
+        tree: Params,
+        index: Tensor,
+        seed: int,
+        split: str,
+        act: loop.Act,
+        intervene: loop.Intervention | None,
+    ) -> Fitness:
+        """Scores of all members on trials that are run at a time."""
         tasks, rng = self.trial_set(index, seed, split)
+        population, count = len(next(iter(tree.values()))), index.shape[-1]
+        simulated = count if isinstance(self.env, Hosted) else tasks.index.shape[1]
         parts = []
-        for rows in self.batches(population, tasks.index.shape[1]):
+        for rows in self.batches(population, simulated):
             part = {name: leaf[rows] for name, leaf in tree.items()}
-            mine = tasks if shared else _rows(tasks, rows)
-            parts.append(self._score(part, mine, rng, act, intervene))
-        return join(parts, population, index.shape[-1])
+            mine = tasks if index.ndim == 1 else _rows(tasks, rows)
+            own = int(rows[-1] - rows[0]) + 1  # the others repeat the last
+            env: BatchedEnv = self.env
+            if isinstance(env, Hosted):
+                env = TrimmedEnv(env, own, count)
+            scores = self._score(part, env, mine, rng, act, intervene)
+            parts.append(_map(scores, lambda leaf, own=own: leaf[:own]))
+        return join(parts, population, count)
 
     def place(self, tasks: Tasks) -> Tasks:
         """The same tasks on this evaluator's device."""
@@ -171,14 +211,15 @@ class PopulationEvaluator:
     def _score(
         self,
         params: Params,
+        env: BatchedEnv,
         tasks: Tasks,
         rng: Rng,
         act: loop.Act,
         intervene: loop.Intervention | None,
     ) -> Fitness:
-        begin = loop.start(self.policy, params, self.env, tasks, rng)
+        begin = loop.start(self.policy, params, env, tasks, rng)
         if self.captured is None or act is not heads.sample or intervene is not None:
-            scores = self._whole(begin, act=act, intervene=intervene)
+            scores = self._whole(env, begin, act=act, intervene=intervene)
         else:
             scores = self.captured("score", self._again, params, *begin[1:5])
         returns, steps, metrics = scores
@@ -186,13 +227,13 @@ class PopulationEvaluator:
         return Fitness(returns.cpu(), steps.cpu(), metrics)
 
     def _again(self, params: Params, *first: Any) -> _Scores:
-        return self._whole(loop.Start(self.policy.bind(params), *first), ask=False)
+        return self._whole(self.env, loop.Start(self.policy.bind(params), *first), ask=False)
 
-    def _whole(self, begin: loop.Start, **how: Any) -> _Scores:
+    def _whole(self, env: BatchedEnv, begin: loop.Start, **how: Any) -> _Scores:
         """Returns, steps and metrics of whole trials, each ``[P, B]``."""
         collector = loop.Returns(*begin.ts.reward.shape, device=self.device)
-        end = loop.rollout(self.policy, self.env, begin, collector, **how)
-        return collector.returns, collector.steps, self.env.metrics(end.env_state)
+        end = loop.rollout(self.policy, env, begin, collector, **how)
+        return collector.returns, collector.steps, env.metrics(end.env_state)
 
 
 def on_device(leaves: Params, device: torch.device) -> Params:
@@ -220,3 +261,76 @@ def join(parts: list[Fitness], population: int, batch: int) -> Fitness:
         cut([part.steps for part in parts]),
         {name: cut([part.metrics[name] for part in parts]) for name in parts[0].metrics},
     )
+
+
+def _map(scores: Fitness, change: Callable[[Tensor], Tensor]) -> Fitness:
+    metrics = {name: change(leaf) for name, leaf in scores.metrics.items()}
+    return Fitness(change(scores.returns), change(scores.steps), metrics)
+
+
+def one_row(table: dict[str, Tensor], count: int) -> Fitness:
+    """The first ``count`` of scores ``[n]`` by name (``return`` and ``steps`` among them)."""
+    columns = {name: values[:count].unsqueeze(0).cpu() for name, values in table.items()}
+    return Fitness(columns.pop("return"), columns.pop("steps"), columns)
+
+
+def in_shape(scores: Fitness, shape: tuple[int, int]) -> Fitness:
+    """Scores ``[1, P * B]`` as ``[P, B]``."""
+    return _map(scores, lambda leaf: leaf.reshape(shape))
+
+
+def _beside(parts: list[Fitness]) -> Fitness:
+    """Scores ``[P, n]`` of the same members on several sets of trials as one, ``[P, sum of n]``."""
+    if len(parts) == 1:
+        return parts[0]
+    return Fitness(
+        torch.cat([part.returns for part in parts], dim=1),
+        torch.cat([part.steps for part in parts], dim=1),
+        {k: torch.cat([part.metrics[k] for part in parts], dim=1) for k in parts[0].metrics},
+    )
+
+
+def in_tiles(score: Callable[[Tensor], Fitness], tiles: list[Tensor], mark_failed: bool) -> Fitness:
+    """Scores of trials, so many of them at a time, one set after the other.
+
+    Args:
+        score: numbers of trials, int64 ``[n]``, to their scores ``[P, n]``.
+        tiles: the trials to run at a time.
+        mark_failed: whether an environment that fails costs its trial alone; see :func:`_marked`.
+    """
+    parts = _marked(score, tiles) if mark_failed else [score(tile) for tile in tiles]
+    return _beside(parts)
+
+
+def _marked(score: Callable[[Tensor], Fitness], tiles: list[Tensor]) -> list[Fitness]:
+    """Scores ``[P, n]`` of trials, NaN for those whose environment fails however often it is run.
+
+    A set of trials in which one failed is run again in halves. Where more than a tenth of all (and
+    more than one, or the only one) fail, this is taken for a mistake in the environment, and
+    raised.
+    """
+    total, failed = sum(map(len, tiles)), 0
+    parts: list[Fitness | None] = []
+
+    def run(trials: Tensor) -> None:
+        nonlocal failed
+        try:
+            parts.append(score(trials))
+            return
+        except EnvFailure as error:
+            traceback.clear_frames(error.__traceback__)  # which hold on to simulators
+            if len(trials) == 1:
+                failed += 1
+                if failed in (total, int(max(1, MAX_FAILED * total)) + 1):
+                    raise
+                warn(f"{error}; this trial has no score (nan)")
+                parts.append(None)
+                return
+        for half in trials.chunk(2):
+            run(half)
+
+    for tile in tiles:
+        run(tile)
+    known = next(part for part in parts if part is not None)
+    none = _map(known, lambda leaf: leaf[:, :1] * (torch.nan if leaf.is_floating_point() else 0))
+    return [none if part is None else part for part in parts]

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from esmeta import config as configs
 from esmeta import errors
-from esmeta.cli import Parser, prepare_process
+from esmeta.cli import Parser, prepare_process, simulators_closed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -104,6 +104,13 @@ def build(args: argparse.Namespace) -> tuple[Lives, Loss]:
         test_steps=args.test_steps,
     )
     lives.check_length()  # lives are lived one step after the other: any simulator will do
+    room = lives.most_agents(args.agents)
+    if room < args.agents:
+        raise errors.UserError(
+            f"--agents {args.agents}: they live in one batch, for which task.most_worlds has room "
+            f"for {room}: write --agents {room}, or task.most_worlds = "
+            f"{args.agents * (1 + args.test_episodes)}"
+        )
     return lives, loss
 
 
@@ -160,17 +167,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     torch.set_num_threads(1)
     try:
-        lives, loss = build(args)
-        began = time.monotonic()
-        diary, scores = learn(lives, loss, args.agents, args.split)
-        rows = table(diary, args.parts)
-        test = None if scores is None else after_life(scores)
-        seconds = time.monotonic() - began
-        if args.out is not None:
-            facts = {"learner": args.learner, "task": args.task, "set": args.set, "seed": args.seed}
-            facts |= {"seconds": seconds, "curve": rows, "test": test}
-            args.out.write_text(json.dumps(facts) + "\n")
+        with simulators_closed():
+            lives, loss = build(args)
+            began = time.monotonic()
+            diary, scores = learn(lives, loss, args.agents, args.split)
+            rows = table(diary, args.parts)
+            test = None if scores is None else after_life(scores)
+            seconds = time.monotonic() - began
+            if args.out is not None:
+                facts = {
+                    "learner": args.learner,
+                    "task": args.task,
+                    "set": args.set,
+                    "seed": args.seed,
+                }
+                facts |= {"seconds": seconds, "curve": rows, "test": test}
+                args.out.write_text(json.dumps(facts) + "\n")
     except errors.UserError as error:
+        errors.keep_traceback(error)
         print(f"esmeta: error: {error}", file=sys.stderr)
         return 2
     except OSError as error:

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from esmeta.cli import Parser
-from esmeta.errors import UserError, non_negative_int
+from esmeta.cli import Parser, simulators_closed
+from esmeta.errors import UserError, keep_traceback, non_negative_int
 
 if TYPE_CHECKING:
     from esmeta.analysis.groups import Group, RunData
@@ -320,12 +320,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Single trials are too small for more threads, which only wait for each other.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     try:
-        non_negative_int("--trial", args.trial)
-        if args.film and not args.picture:
-            raise UserError(f"--film {args.film}: draws nothing without --picture; add it")
-        wanted = Pictures(args.trial, args.film) if args.picture else None
-        report(args.runs, args.out, pictures=wanted)
+        with simulators_closed():
+            non_negative_int("--trial", args.trial)
+            if args.film and not args.picture:
+                raise UserError(f"--film {args.film}: draws nothing without --picture; add it")
+            wanted = Pictures(args.trial, args.film) if args.picture else None
+            report(args.runs, args.out, pictures=wanted)
     except UserError as error:
+        keep_traceback(error)
         print(f"esmeta: error: {error}", file=sys.stderr)
         return 2
     return 0

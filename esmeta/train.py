@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from esmeta import config as configs
 from esmeta import errors
-from esmeta.cli import configuration, parser, prepare_process
+from esmeta.cli import close_simulators, configuration, parser, prepare_process
 
 if TYPE_CHECKING:
     from esmeta.comm import MPIComm, SelfComm
@@ -373,7 +373,17 @@ def learn(
         word = "runs" if parts.policy is None else "memory"
         print(f"{word}: {memory}{where}", flush=True)
     trainer = Trainer(parts, comm, folder, stop)
-    reason = trainer.train()
+    try:
+        return _finish(trainer, trainer.train(), folder, out, memory)
+    except errors.UserError as error:
+        name = errors.TRACEBACK if comm.rank == 0 else f"rank-{comm.rank}-{errors.TRACEBACK}"
+        errors.keep_traceback(error, out, name)
+        raise
+
+
+def _finish(trainer: Trainer, reason: str, folder: RunDir | NullRun, out: Path, memory: str) -> int:
+    """Say what was learned and why training stopped; returns the exit code."""
+    parts, comm = trainer.parts, trainer.comm
     idle = trainer.idle.by_rank()
     if comm.rank == 0:
         theta = parts.optimizer.theta(trainer.state)
@@ -413,6 +423,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as left:
         # Nothing here leaves so; others would wait for a rank whose own code does.
         comm.abort(EXIT_EXCEPTION, f"sys.exit({left.code!r}) at {comm.label} ended the run")
+    finally:
+        close_simulators()
     stop.end()
     return code
 

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from esmeta import errors
-from esmeta.envs.gym import GymEnv, Interface, interface
+from esmeta.envs._worlds import Interface, interface
+from esmeta.envs.gym import GymEnv
 from esmeta.options import options_class
 from esmeta.rng import Rng
 from esmeta.tasks import check_int, check_split, episode_steps, task_numbers
@@ -46,7 +47,8 @@ class Task:
             episodes begin anew for as long. For agents that learn within a trial; 0: as above.
         task_key: name of the option of ``reset`` that gets the number of the task; empty: tasks
             are nothing but seeds.
-        most_worlds: simulators to keep at a time; a population is evaluated in batches of as many.
+        most_worlds: simulators that may be open at a time in a process; populations and held-out
+            trials are evaluated in batches of as many, with the same scores.
     """
 
     id: str = "CartPole-v1"
@@ -133,8 +135,7 @@ class Task:
             few = self.spec.episodes_per_trial
             note = f"{one.note}; {few} times those of an episode"
             return Reference(one.random * few, one.best * few, note)
-        key = json.dumps({**vars(self), "most_worlds": _MEASURED_TRIALS}, sort_keys=True)
-        return _reference(key)
+        return _reference(json.dumps(vars(self), sort_keys=True))
 
     def sample(self, batch: int | Tensor, split: str, rng: Rng) -> Tasks:
         """Tasks by number. Data: ``seed`` int64 ``[1, B]``, the number given to ``reset``.
@@ -163,28 +164,15 @@ class Task:
 @functools.cache
 def _reference(key: str) -> Reference:
     task = Task(**json.loads(key))
-    spec, env = task.spec, task.make_env("cpu")
+    env = task.make_env("cpu")
     returns = torch.empty(0, dtype=torch.float64)
     steps, error = 0, math.inf
     while steps < _MEASURED_STEPS and not 0 < error <= _PRECISION * abs(float(returns.mean())):
         index = len(returns) + torch.arange(_MEASURED_TRIALS)
-        rng = Rng(0).fold("reference")
-        state, ts = env.reset(task.sample(index, "train", rng), rng)
-        total = torch.zeros(_MEASURED_TRIALS, dtype=torch.float64)
-        for t in range(spec.horizon):
-            draw = rng.fold("action", t)
-            if isinstance(spec.action, Discrete):
-                action = draw.integers(index, 1, spec.action.n).squeeze(-1)
-            else:
-                action = 2.0 * draw.uniform(index, spec.action.size) - 1.0
-            state, ts = env.step(state, action.unsqueeze(0))
-            total += ts.reward[0]
-            if bool(ts.new_trial.all()):
-                break
-        steps += int(env.metrics(state)["length"].sum())
-        returns = torch.cat([returns, total])
+        for part in index.split(max(1, env.most_worlds)):
+            earned, taken = _random_play(task, env, part)
+            returns, steps = torch.cat([returns, earned]), steps + taken
         error = float(returns.std()) / len(returns) ** 0.5
-    env.close()
     threshold = interface(task.id, json.dumps(task.kwargs, sort_keys=True)).threshold
     best = math.nan if threshold is None else threshold * task.episodes
     return Reference(
@@ -193,3 +181,21 @@ def _reference(key: str) -> Reference:
         f"random: measured over {len(returns)} trials (s.e. {error:.2g}); best: the return at "
         "which its makers count it as solved, if they say so",
     )
+
+
+def _random_play(task: Task, env: GymEnv, index: Tensor) -> tuple[Tensor, int]:
+    """Returns of training trials ``index [B]`` by random actions, float64 ``[B]``; their steps."""
+    spec, rng = task.spec, Rng(0).fold("reference")
+    state, ts = env.reset(task.sample(index, "train", rng), rng)
+    total = torch.zeros(len(index), dtype=torch.float64)
+    for t in range(spec.horizon):
+        draw = rng.fold("action", t)
+        if isinstance(spec.action, Discrete):
+            action = draw.integers(index, 1, spec.action.n).squeeze(-1)
+        else:
+            action = 2.0 * draw.uniform(index, spec.action.size) - 1.0
+        state, ts = env.step(state, action.unsqueeze(0))
+        total += ts.reward[0]
+        if bool(ts.new_trial.all()):
+            break
+    return total, int(env.metrics(state)["length"].sum())

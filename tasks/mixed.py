@@ -30,7 +30,7 @@ from esmeta.tasks import (
     task_groups,
     task_numbers,
 )
-from esmeta.types import Continuous, Reference, Spec, Tasks
+from esmeta.types import Continuous, Hosted, Reference, Spec, Tasks
 from esmeta.types import Task as AnyTask
 
 Table = dict[str, Any]
@@ -194,7 +194,9 @@ class Task:
             )
             for label, task, factor in self._all
         )
-        return mixed.MixedEnv(parts, spec.obs_size, spec.action.size)
+        hosted = any(isinstance(part.env, Hosted) for part in parts)
+        kind = mixed.HostedMixedEnv if hosted else mixed.MixedEnv
+        return kind(parts, spec.obs_size, spec.action.size)
 
 
 def _make(table: Table, horizon: int) -> _Part:

@@ -21,7 +21,7 @@ import esmeta
 from esmeta import config as configs
 from esmeta import train
 from esmeta.envs.remote import RemoteTask
-from esmeta.errors import UserError
+from esmeta.errors import EnvFailure, UserError
 from esmeta.objectives.return_ import Objective
 from esmeta.optimizers.nres import Optimizer as Nres
 from esmeta.rng import Rng
@@ -215,7 +215,7 @@ def test_actions_are_clipped_and_scaled_to_the_bounds() -> None:
         ([-9.0, 1.0, -7.0, 3.0], [[-3.0, 2.0], [-7.0, 3.0]]),
     ):
         state, ts = env.step(state, torch.tensor([[given]]))
-        assert env._worlds[0].unwrapped.action.tolist() == expected
+        assert env._worlds[0].env.unwrapped.action.tolist() == expected
         assert ts.prev_action[0, 0].tolist() == given, "as the policy gave it"
 
 
@@ -229,7 +229,7 @@ def test_population_and_chunks_do_not_matter_and_memory_is_bounded() -> None:
     policy, params = policy_and_params(task, 10)
     evaluator = esmeta.PopulationEvaluator(policy, task, trials=16)
     fitness = evaluator(params, seed=1)
-    assert len(evaluator.env._worlds) == 48
+    assert len(evaluator.env._pool._open) == 48
     for chunk, members in ((2, slice(0, 10)), (10, slice(0, 10)), (None, slice(3, 8))):
         part = esmeta.PopulationEvaluator(policy, task, trials=16, chunk=chunk)
         got = part({k: v[members] for k, v in params.items()}, seed=1)
@@ -302,7 +302,7 @@ def test_not_a_number_names_the_episode() -> None:
     env = task.make_env("cpu")
     state, _ = env.reset(task.sample(1, "train", Rng(0)), Rng(0))
     state, _ = env.step(state, torch.zeros(1, 1, dtype=torch.int64))
-    with pytest.raises(FloatingPointError, match=r"Probe-v0: reward nan.*step 1.*seed \d+"):
+    with pytest.raises(EnvFailure, match=r"'Probe-v0': .* reward nan;.*step 1 .*seed \d+"):
         env.step(state, torch.zeros(1, 1, dtype=torch.int64))
 
 
@@ -311,7 +311,7 @@ def test_simulators_can_be_closed_and_made_again() -> None:
     env, tasks = task.make_env("cpu"), task.sample(2, "train", Rng(0))
     _, first = env.reset(tasks, Rng(1))
     env.close()
-    assert not env._worlds
+    assert not env._worlds and not env._pool._open
     _, again = env.reset(tasks, Rng(1))
     assert torch.equal(first.obs, again.obs)
 
@@ -333,7 +333,7 @@ def test_reference_is_measured_and_the_threshold_is_theirs() -> None:
         ({"id": "nowhere_at_all:X-v0"}, ["nowhere_at_all", "PYTHONPATH"]),
         ({"id": "CartPole-v1", "kwargs": {"gravity": 3}}, ["kwargs", "'gravity'"]),
         ({"kwargs": "continuous"}, ["kwargs is 'continuous'", "a table"]),
-        ({"kwargs": {"x": np.zeros(2)}}, ["kwargs", "kept in a file"]),
+        ({"kwargs": {"x": object()}}, ["kwargs", "kept in a file"]),
         ({"id": "Endless-v0"}, ["horizon is 0", "Endless-v0", "horizon=1000"]),
         ({"id": "Unsupported-v0", "kwargs": {"part": "multi"}}, ["MultiDiscrete", "wrap"]),
         ({"id": "Unsupported-v0", "kwargs": {"part": "whole"}}, ["Box", "real numbers"]),

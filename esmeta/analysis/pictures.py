@@ -15,10 +15,11 @@ import torch
 
 from esmeta import errors
 from esmeta import rollout as loop
+from esmeta.envs.trimmed import TrimmedEnv
 from esmeta.policy import Policy
 from esmeta.rng import Rng
 from esmeta.tasks import Drawn, renderer
-from esmeta.types import Params, PolicyOut, Task, TimeStep
+from esmeta.types import BatchedEnv, Hosted, Params, PolicyOut, Task, TimeStep
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -76,7 +77,9 @@ def run_trial(
     members = {name: leaf.expand(_MEMBERS, *leaf.shape[1:]) for name, leaf in first.items()}
     numbers = torch.full((_TRIALS,), index, dtype=torch.int64)
     tasks = task.sample(numbers, split, Rng(seed).fold("tasks"))
-    env = task.make_env("cpu")
+    env: BatchedEnv = task.make_env("cpu")
+    if isinstance(env, Hosted):  # one simulator is enough for copies of one trial
+        env = TrimmedEnv(env, 1, 1)
     begin = loop.start(policy, members, env, tasks, Rng(seed).fold("trials", split))
     trace = _Trace()
     states: list[Any] = []

@@ -59,8 +59,8 @@ class Shard:
         self._memory = memoryview(b"")
         self._sync: Callable[[], None] = lambda: None
         own = self._env.most_worlds if isinstance(self._env, Hosted) else _WORLDS
-        self.most_worlds = comm.size * own
-        """How many worlds all ranks together should be asked for at a time."""
+        self.most_worlds = _together(own, comm.size)
+        """How many worlds all ranks together may be asked for at a time."""
         self.scores: dict[str, Tensor] = {}
 
     def share_out(self, shape: tuple[int, int]) -> None:
@@ -126,3 +126,13 @@ class Shard:
         """What all worlds gave back, as tensors of their own on the CPU."""
         self._sync()
         return TimeStep(*(torch.from_numpy(leaf.copy()) for leaf in self.buffers.time_step))
+
+
+def _together(own: int, ranks: int) -> int:
+    """The most worlds ``P * B`` that leave no rank with more than ``own``, in whatever shape.
+
+    Only the longer axis is divided, in whole rows: of so many by ``short``, a rank that has room
+    for ``own // short`` gets one too many where there is one row more than all have room for.
+    """
+    beyond = (max(short, ranks * (own // short) + 1) * short for short in range(1, own + 2))
+    return min(beyond) - 1

@@ -7,39 +7,25 @@ next episode, and keeps the last one of the old episode for :meth:`GymEnv.final_
 
 from __future__ import annotations
 
-import functools
+import itertools
 import json
-import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+import weakref
+from collections import deque
+from collections.abc import Mapping
+from typing import Any, NamedTuple, NoReturn
 
-import gymnasium
 import numpy as np
 import torch
-from gymnasium import spaces
 from torch import Tensor
 
-from esmeta.errors import UserError, nearest
+from esmeta.envs._worlds import Pool, World, interface, pool
+from esmeta.errors import EnvFailure, warn
 from esmeta.rng import Rng
-from esmeta.types import Continuous, Discrete, Tasks, TimeStep
+from esmeta.types import Discrete, Tasks, TimeStep
 
-_EXTRAS = {"box2d": "box2d", "mujoco": "mujoco", "ale_py": "atari", "ale-py": "atari"}
 _SEEDS = 2**31
-
-
-@dataclass(frozen=True)
-class Interface:
-    """What a registered environment takes and gives.
-
-    ``limit``: its registered steps per episode, ``threshold``: the return of an episode at which
-    its makers count it as solved; None where they do not say.
-    """
-
-    obs_size: int
-    action: Discrete | Continuous
-    limit: int | None
-    threshold: float | None
+_REMEMBERED = 10_000
+"""Steps of a trial after which the beginning of an episode is too long ago to be played again."""
 
 
 class State(NamedTuple):
@@ -49,104 +35,28 @@ class State(NamedTuple):
     step: int
 
 
-@functools.cache
-def interface(name: str, kwargs: str) -> Interface:
-    """Make the environment ``name`` once to look at it; ``kwargs`` as JSON.
-
-    A ``UserError`` says what is wrong with the name, the arguments, the installation or a space.
-    """
-    world = make_world(name, json.loads(kwargs))
-    try:
-        _, size = _reader(name, world.observation_space)
-        _, action = _actor(name, world.action_space)
-        assert world.spec is not None, "made by its id"
-        spec = gymnasium.spec(world.spec.id)  # before the time limit was taken off
-        return Interface(size, action, spec.max_episode_steps, spec.reward_threshold)
-    finally:
-        world.close()
-
-
-def make_world(name: str, kwargs: Mapping[str, Any]) -> gymnasium.Env:
-    """One simulator without Gymnasium's time limit: the horizon of the task takes its place."""
-    try:
-        # That there is a newer version is said once per simulator otherwise.
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return gymnasium.make(name, disable_env_checker=True, max_episode_steps=-1, **kwargs)
-    except gymnasium.error.DependencyNotInstalled as error:
-        extra = next((ours for word, ours in _EXTRAS.items() if word in str(error).lower()), "")
-        cure = f"pip install 'esmeta[{extra}]'" if extra else "see its documentation"
-        raise UserError(f"id = {name!r}: {error}; {cure}") from error
-    except gymnasium.error.UnregisteredEnv as error:
-        raise UserError(
-            f"id = {name!r}: Gymnasium has no such environment{nearest(name, gymnasium.registry)}; "
-            "write a registered id, or 'package.module:Name-v0' where importing the module "
-            "registers it"
-        ) from error
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"id = {name!r}: {str(error).rstrip('.')}; install it, or put it on PYTHONPATH"
-        ) from error
-    except (TypeError, gymnasium.error.Error) as error:
-        raise UserError(
-            f"id = {name!r} cannot be made with kwargs = {dict(kwargs)!r}: {error}"
-        ) from error
-
-
-def _reader(name: str, space: spaces.Space) -> tuple[Callable[[Any], np.ndarray], int]:
-    """From an observation to a flat row of numbers, and how many."""
-    if isinstance(space, spaces.Box):
-        return lambda seen: np.asarray(seen).reshape(-1), int(np.prod(space.shape))
-    try:
-        return lambda seen: np.asarray(spaces.flatten(space, seen)), spaces.flatdim(space)
-    except (NotImplementedError, ValueError) as error:
-        raise UserError(
-            f"id = {name!r}: observations {space} have no fixed number of values; wrap the "
-            "environment to give a Box, or Discrete, MultiBinary, MultiDiscrete, Dict or Tuple"
-        ) from error
-
-
-def _actor(
-    name: str, space: spaces.Space
-) -> tuple[Callable[[np.ndarray], Any], Discrete | Continuous]:
-    """From one of our actions to one of the environment's, and what ours are."""
-    if isinstance(space, spaces.Discrete):
-        return lambda action: space.start + np.int64(action), Discrete(int(space.n))
-    if not isinstance(space, spaces.Box) or not np.issubdtype(space.dtype, np.floating):
-        raise UserError(
-            f"id = {name!r}: actions {space} are not supported; they must be Discrete or a Box of "
-            "real numbers: wrap the environment, for example with gymnasium.ActionWrapper"
-        )
-    low, high = space.low.astype(np.float64), space.high.astype(np.float64)
-    bounded = np.isfinite(low) & np.isfinite(high)
-    # The middle first: for bounds of -h and h an action a is exactly h times a.
-    middle = np.where(bounded, np.where(bounded, low, 0) / 2 + np.where(bounded, high, 0) / 2, 0)
-    half = np.where(bounded, np.where(bounded, high, 0) - middle, 1.0)
-
-    def act(action: np.ndarray) -> np.ndarray:
-        scaled = middle + half * action.reshape(low.shape).astype(np.float64)
-        return np.clip(scaled, low, high).astype(space.dtype)
-
-    return act, Continuous(int(np.prod(space.shape)))
-
-
 class GymEnv:
     """P x B simulators of one Gymnasium environment, each running the episodes of one trial.
 
     Episode e of a trial is reset with a seed from (its task, the trial's randomness, e), so that it
-    is the same with any batch mates; simulators are used again for later trials. Trials that are
-    over cost nothing. The simulators cannot be copied: this is a :class:`esmeta.types.Hosted`.
+    is the same with any batch mates. Simulators are shared with all environments of the same kind,
+    and go back to them when their trial is over. Trials that are over cost nothing. The simulators
+    cannot be copied: this is a :class:`esmeta.types.Hosted`.
+
+    Where a simulator fails, a new one plays the episode again up to there, and the trial goes on as
+    if nothing had been. If the new one fails too, or shows something else, an
+    :class:`esmeta.errors.EnvFailure` gives up all trials.
 
     Args:
         name: id in Gymnasium's registry.
-        kwargs: arguments for ``gymnasium.make``.
+        kwargs: arguments for ``gymnasium.make``; each simulator gets a copy.
         episodes: per trial.
         limit: steps per episode; then it is truncated.
         steps: of a trial, where episodes begin anew for as long as it lasts; its last episode is
             truncated. 0: a trial is over when its ``episodes`` are.
         task_key: under this name each reset is given the number of the task as an option, for
             environments with tasks; empty: none.
-        most_worlds: how many simulators the evaluator should ask for at a time.
+        most_worlds: how many simulators of this kind may be open at a time, of all environments.
         device: where tensors are put.
     """
 
@@ -163,30 +73,31 @@ class GymEnv:
         device: torch.device | str = "cpu",
     ) -> None:
         found = interface(name, json.dumps(dict(kwargs), sort_keys=True))
-        self.most_worlds = most_worlds
-        self._make = functools.partial(make_world, name, dict(kwargs))
+        self._pool, self._most = pool(name, kwargs), most_worlds
         self._name, self._task_key = name, task_key
         self._episodes, self._limit, self._length = episodes, limit, steps
         self._obs_size, self._action = found.obs_size, found.action
         self._device = device
-        self._worlds: list[gymnasium.Env] = []
+        self._worlds: list[World | None] = []
+        weakref.finalize(self, _give_back, self._pool, self._worlds)
         self._state = State(0, 0)
 
-    def _grow(self, count: int) -> None:
-        while len(self._worlds) < count:
-            self._worlds.append(self._make())
-        self._read, _ = _reader(self._name, self._worlds[0].observation_space)
-        self._act, _ = _actor(self._name, self._worlds[0].action_space)
+    @property
+    def most_worlds(self) -> int:
+        """How many trials can be begun at once: simulators that no other environment uses."""
+        held = sum(world is not None for world in self._worlds)
+        return max(0, self._most - self._pool.used + held)
 
     def reset(self, tasks: Tasks, rng: Rng, population: int = 1) -> tuple[State, TimeStep]:
         """Start one trial per task and member; the trials before them are given up."""
         shape = (population, tasks.index.shape[1])
         count = shape[0] * shape[1]
-        self._grow(count)
+        self._give_up()
+        self._worlds += self._pool.take(count, self._most)
         self._shape = shape
         self._number = _rows(tasks.data["seed"].expand(shape), 2)
-        self._draw = functools.partial(self._draw_seeds, rng.fold("dynamics"), tasks)
-        self._seeds = self._draw(self._episodes)
+        self._rng, self._tasks = rng.fold("dynamics"), tasks
+        self._seeds = self._draw_seeds(self._episodes)
         self._obs = np.zeros((count, self._obs_size), dtype=np.float32)
         self._final = np.zeros_like(self._obs)
         self._episode = np.zeros(count, dtype=np.int64)
@@ -195,29 +106,44 @@ class GymEnv:
         self._steps = np.zeros(count, dtype=np.int64)
         self._failures = np.zeros(count, dtype=np.int64)
         self._returns = np.zeros((count, self._episodes), dtype=np.float64)
-        for k in range(count):
-            self._begin(k)
+        self._actions: deque[np.ndarray] = deque(maxlen=_REMEMBERED)
+        try:
+            for k in range(count):
+                self._begin(k)
+        except BaseException:
+            self._give_up()
+            raise
         self._state = State(self._state.trials + 1, 0)
         none = np.zeros(count, dtype=np.float32)
         no = np.zeros(count, dtype=bool)
         action = np.zeros((count, self._action.size), dtype=np.float32)
         return self._state, self._time_step(action, none, no, no, ~no, ~no)
 
-    def _draw_seeds(self, rng: Rng, tasks: Tasks, count: int) -> np.ndarray:
+    def _draw_seeds(self, count: int) -> np.ndarray:
         """Seeds of the first ``count`` episodes of each trial, ``[P * B, count]``."""
-        draws = rng.integers(tasks.index, count, _SEEDS)
-        seeds = (draws + tasks.data["seed"].unsqueeze(-1)) % _SEEDS
+        draws = self._rng.integers(self._tasks.index, count, _SEEDS)
+        seeds = (draws + self._tasks.data["seed"].unsqueeze(-1)) % _SEEDS
         return _rows(seeds.expand(*self._shape, -1), 2)
 
     def _begin(self, k: int) -> None:
         """Reset simulator ``k`` for the episode that its trial has come to."""
-        options = {self._task_key: int(self._number[k])} if self._task_key else None
         if self._episode[k] >= self._seeds.shape[1]:  # the first seeds of a longer draw are these
-            self._seeds = self._draw(2 * self._seeds.shape[1])
-        seed = int(self._seeds[k, self._episode[k]])
-        seen, _ = self._worlds[k].reset(seed=seed, options=options)
-        self._obs[k] = self._read(seen)
+            self._seeds = self._draw_seeds(2 * self._seeds.shape[1])
+        try:
+            self._obs[k] = self._reset_world(k)
+        except EnvFailure as failure:
+            self._renew(k, failure)
+            try:
+                self._obs[k] = self._reset_world(k)
+            except EnvFailure as error:
+                self._fail(k, error)
         self._clock[k] = 0
+
+    def _reset_world(self, k: int) -> np.ndarray:
+        world = self._worlds[k]
+        assert world is not None, "of a trial that is over"
+        options = {self._task_key: int(self._number[k])} if self._task_key else None
+        return world.reset(int(self._seeds[k, self._episode[k]]), options)
 
     def step(self, state: State, action: Tensor) -> tuple[State, TimeStep]:
         """Step the simulators of all trials that go on, one after the other.
@@ -226,14 +152,25 @@ class GymEnv:
         the environment; where it has none they are passed as they are.
         """
         self._check(state)
-        given = _rows(action, 2)
+        given = _rows(action, 2).copy()
+        if not np.isfinite(given[~self._over]).all():
+            raise FloatingPointError(
+                f"the policy's actions for {self._name} are not finite (weights exploded)"
+            )
         count = len(self._over)
         reward = np.zeros(count, dtype=np.float32)
         terminated, truncated = np.zeros((2, count), dtype=bool)
-        for k in np.flatnonzero(~self._over).tolist():
-            reward[k], terminated[k], truncated[k] = self._advance(k, given[k])
+        try:
+            for k in np.flatnonzero(~self._over).tolist():
+                reward[k], terminated[k], truncated[k] = self._advance(k, given[k])
+        except BaseException:
+            self._give_up()
+            raise
         ended = terminated | truncated
         self._over |= ended & self._last()
+        self._actions.append(given)
+        for k in np.flatnonzero(ended & self._over).tolist():
+            self._release(k)
         self._state = State(state.trials, state.step + 1)
         if isinstance(self._action, Discrete):
             given = np.eye(self._action.n, dtype=np.float32)[given]
@@ -243,26 +180,69 @@ class GymEnv:
 
     def _advance(self, k: int, action: np.ndarray) -> tuple[float, bool, bool]:
         """One step of simulator ``k``: reward, terminated, truncated."""
-        seen, reward, terminated, truncated, _ = self._worlds[k].step(self._act(action))
-        self._obs[k] = self._final[k] = self._read(seen)
-        reward, terminated = float(reward), bool(terminated)
-        if not (np.isfinite(reward) and np.isfinite(self._obs[k]).all()):
-            raise FloatingPointError(
-                f"{self._name}: reward {reward}, observation {self._obs[k]} in step "
-                f"{self._clock[k]} of the episode with seed {self._seeds[k, self._episode[k]]}"
-            )
+        world = self._worlds[k]
+        assert world is not None, "of a trial that is over"
+        try:
+            seen, reward, terminated, truncated = world.step(action)
+        except EnvFailure as failure:
+            seen, reward, terminated, truncated = self._again(k, action, failure)
+        self._obs[k] = self._final[k] = seen
         self._clock[k] += 1
         self._steps[k] += 1
         if not self._length:
             self._returns[k, self._episode[k]] += reward
         late = self._clock[k] >= self._limit or self._steps[k] == self._length
-        truncated = not terminated and (bool(truncated) or late)
+        truncated = not terminated and (truncated or late)
         if terminated or truncated:
             self._failures[k] += terminated
             self._episode[k] += 1
             if not self._last()[k]:
                 self._begin(k)
         return reward, terminated, truncated
+
+    def _again(
+        self, k: int, action: np.ndarray, failure: EnvFailure
+    ) -> tuple[np.ndarray, float, bool, bool]:
+        """The step that failed, by another simulator that has come to it in the same way."""
+        first = len(self._actions) - int(self._clock[k])
+        if first < 0:
+            self._fail(k, failure, "whose beginning is too long ago to play it again")
+        world = self._renew(k, failure)
+        try:
+            seen = self._reset_world(k)
+            for given in itertools.islice(self._actions, first, None):
+                seen, *_ = world.step(given[k])
+            if np.array_equal(seen, self._obs[k]):
+                return world.step(action)
+        except EnvFailure as error:
+            self._fail(k, error)
+        self._fail(k, failure, "which was not the same when it was played again")
+
+    def _renew(self, k: int, failure: EnvFailure) -> World:
+        """Another simulator in place of one that failed."""
+        warn(f"{failure} ({self._where(k)}); a new simulator plays it again")
+        self._release(k, drop=True)
+        self._worlds[k] = world = self._pool.take(1, self._most, new=True)[0]
+        return world
+
+    def _fail(self, k: int, failure: EnvFailure, why: str = "also when played again") -> NoReturn:
+        self._release(k, drop=True)
+        raise EnvFailure(f"{failure} ({self._where(k)}, {why})") from failure.__cause__
+
+    def _where(self, k: int) -> str:
+        seed = self._seeds[k, self._episode[k]]
+        return f"in step {self._clock[k]} of the episode with seed {seed}"
+
+    def _release(self, k: int, *, drop: bool = False) -> None:
+        """Let the simulator of trial ``k`` go, for good where it is to be dropped."""
+        world, self._worlds[k] = self._worlds[k], None
+        if world is not None:
+            (self._pool.drop if drop else self._pool.give)(world)
+
+    def _give_up(self) -> None:
+        """Give all simulators back; the trials cannot go on."""
+        self._state = State(self._state.trials, -1)
+        _give_back(self._pool, self._worlds)
 
     def _last(self) -> np.ndarray:
         """Whether an episode that has ended was the last one of its trial, bool ``[P * B]``."""
@@ -292,9 +272,9 @@ class GymEnv:
         return self._place(self._final)
 
     def close(self) -> None:
-        """Close all simulators; a later reset makes new ones."""
-        while self._worlds:
-            self._worlds.pop().close()
+        """Close all simulators that are not used elsewhere; a later reset makes new ones."""
+        self._give_up()
+        self._pool.close()
 
     def _check(self, state: State) -> None:
         if state != self._state:
@@ -311,6 +291,14 @@ class GymEnv:
 
     def _time_step(self, action: np.ndarray, *rest: np.ndarray) -> TimeStep:
         return TimeStep(*(self._place(leaf) for leaf in (self._obs, action, *rest)))
+
+
+def _give_back(pool: Pool, worlds: list[World | None]) -> None:
+    """Give simulators back; the list is empty then."""
+    while worlds:
+        world = worlds.pop()
+        if world is not None:
+            pool.give(world)
 
 
 def _rows(values: Tensor, axes: int) -> np.ndarray:

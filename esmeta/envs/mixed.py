@@ -47,6 +47,7 @@ class _Places(NamedTuple):
 
     ``rows`` int64 ``[n]``, on the agent's device, and ``host`` the same on the CPU. A part with no
     trial (``count`` 0) has one row, which is never stepped: it gives its state and metrics a form.
+    Parts with simulators need none.
     """
 
     rows: Tensor
@@ -83,7 +84,7 @@ class MixedEnv:
     rewards are multiplied by its factor, and its return without it is the metric ``return_LABEL``;
     its own metrics are ``NAME_LABEL``; all are NaN for trials of other parts.
 
-    With a part whose worlds cannot be copied this is a :class:`esmeta.types.Hosted` too.
+    With a part whose worlds cannot be copied it must be a :class:`HostedMixedEnv`.
 
     Args:
         parts: the environments, in the order of the numbers in the tasks' data.
@@ -93,9 +94,6 @@ class MixedEnv:
 
     def __init__(self, parts: tuple[Part, ...], obs_size: int, action_size: int) -> None:
         self._parts, self._obs_size, self._action_size = parts, obs_size, action_size
-        hosted = [part.env.most_worlds for part in parts if isinstance(part.env, Hosted)]
-        if hosted:
-            self.most_worlds = min(hosted)
         self._last: _Last | None = None
         self._forms: dict[int, list[bool]] = {}
 
@@ -192,7 +190,8 @@ class MixedEnv:
         for number in range(len(self._parts)):
             rows = (part.flatten() == number).nonzero().squeeze(1)
             count = len(rows)
-            rows = rows if count else rows.new_zeros(1)
+            if not count and not isinstance(self._parts[number].env, Hosted):
+                rows = rows.new_zeros(1)
             found.append(_Places(rows, rows.cpu(), count))
         back = torch.cat([place.rows[: place.count] for place in found]).argsort()
         return tuple(found), back
@@ -254,3 +253,12 @@ class MixedEnv:
         parts, paid = zip(*steps, strict=True)
         ts = TimeStep(*(whole(leaves) for leaves in zip(*parts, strict=True)))
         return ts, whole(paid).double()
+
+
+class HostedMixedEnv(MixedEnv):
+    """A mixture with parts whose worlds cannot be copied: a :class:`esmeta.types.Hosted` too."""
+
+    @property
+    def most_worlds(self) -> int:
+        """How many trials can be begun at once, whatever parts they are of."""
+        return min(part.env.most_worlds for part in self._parts if isinstance(part.env, Hosted))

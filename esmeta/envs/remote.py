@@ -16,7 +16,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from esmeta.comm import EXIT_USER_ERROR, MPIComm
 from esmeta.envs._shard import Shard
-from esmeta.errors import UserError
+from esmeta.errors import EnvError, EnvFailure, UserError
 from esmeta.rng import Rng
 from esmeta.tasks import aids, published, task_groups
 from esmeta.transport import poll
@@ -37,6 +37,14 @@ _WORDS = 8  # int64 per row: a cache line of its own for each rank
 _TEXT = 4096  # bytes of a traceback
 # How long a rank that serves is quick to answer: between two updates the learner needs the core.
 _ALERT_S = 0.1
+
+
+_FAULTS: list[type[Exception]] = [RuntimeError, UserError, EnvError, EnvFailure]
+"""What the learner raises for a rank that failed; the first one stands for all bugs."""
+
+
+class _Elsewhere(Exception):
+    """The traceback of another rank."""
 
 
 class State(NamedTuple):
@@ -139,7 +147,7 @@ class Node:
             self._wait_for_all(_NAMES.get(what, "metrics"))
         failed = [rank for rank in range(1, self._here.size) if self._ranks[rank, 0] < 0]
         if failed:
-            raise RuntimeError("\n".join(map(self._last_words, failed)))
+            self._raise(failed)
 
     def _wait_for_all(self, operation: str) -> None:
         assert self.learners is not None
@@ -158,9 +166,21 @@ class Node:
             self._here.label = self.learners.label
             raise self._here.too_late(operation, waited, missing)
 
+    def _raise(self, failed: list[int]) -> NoReturn:
+        """Raise what ranks that serve did: a bug first, else an error of an environment."""
+        rank = min(failed, key=lambda rank: self._ranks[rank, 2])
+        kind = _FAULTS[self._ranks[rank, 2]]
+        if kind is RuntimeError:
+            raise RuntimeError("\n".join(map(self._last_words, failed)))
+        line, _, text = self._said(rank).partition("\n")
+        raise kind(f"{line} (on rank {self._here.names[rank]})") from _Elsewhere(text)
+
+    def _said(self, rank: int) -> str:
+        return self._text[rank].tobytes().rstrip(b"\0").decode(errors="replace")
+
     def _last_words(self, rank: int) -> str:
-        name, text = self._here.names[rank], self._text[rank].tobytes().rstrip(b"\0")
-        return f"rank {name} failed while it served environments:\n{text.decode(errors='replace')}"
+        name = self._here.names[rank]
+        return f"rank {name} failed while it served environments:\n{self._said(rank)}"
 
     def share(self, payload: dict[str, Any] | None) -> dict[str, Any]:
         """The learner's plain data on every rank of this machine."""
@@ -229,8 +249,11 @@ class Node:
                 self._shards[number].step()
             elif what == _SCORE:
                 self._shards[number].score()
-        except Exception:  # noqa: BLE001 - whatever it is, the learner raises it
-            said = traceback.format_exc().encode()[-_TEXT:]
+        except Exception as error:  # noqa: BLE001 - whatever it is, the learner raises it
+            fault = next((k for k, kind in enumerate(_FAULTS) if type(error) is kind), 0)
+            line = f"{error}\n".encode()[: _TEXT // 2] if fault else b""
+            said = line + traceback.format_exc().encode()[len(line) - _TEXT :]
+            self._ranks[self._here.rank, 2] = fault
             self._text[self._here.rank] = 0
             self._text[self._here.rank, : len(said)] = np.frombuffer(said, dtype=np.uint8)
             return False

@@ -24,7 +24,7 @@ from esmeta.learners._loss import Loss
 from esmeta.lives import check_can_be_left
 from esmeta.rng import Rng
 from esmeta.tasks import single
-from esmeta.types import BatchedEnv, Params, PolicyOut, Task, Tasks, TimeStep
+from esmeta.types import BatchedEnv, Hosted, Params, PolicyOut, Task, Tasks, TimeStep
 
 
 class Learner(Protocol):
@@ -136,6 +136,25 @@ class Lives:
                 f"of the steps between updates; write for example task.horizon = "
                 f"{max(1, round(horizon / period)) * period}"
             )
+
+    def most_agents(self, agents: int) -> int:
+        """How many of ``agents`` may live at a time: all, or as few as simulators allow.
+
+        Each needs one for its life and one for every test episode; refused where not even the two
+        agents of a smallest batch have those.
+        """
+        env = self.task.make_env(self.device)
+        if not isinstance(env, Hosted):
+            return agents
+        each = 1 + self.test_episodes
+        found = env.most_worlds // each
+        if found < 2:
+            raise UserError(
+                f"most_worlds is {env.most_worlds}: agents live in batches of at least 2, each in "
+                f"{each} simulators (one for its life, {self.test_episodes} for test episodes): "
+                f"write most_worlds={2 * each}"
+            )
+        return min(agents, found)
 
     def begin(self, index: Tensor, split: str, first: Params | None = None) -> Life:
         """Fresh agents with life numbers ``index`` int64 ``[P]``, at their first step.

@@ -21,7 +21,7 @@ from esmeta.learners._experience import Experience, Keep
 from esmeta.learners._replay import OffPolicy, ReplayLearner
 from esmeta.rng import Rng
 from esmeta.tree import leaves_of, with_leaves
-from esmeta.types import BatchedEnv, State, Task, Tasks, TimeStep
+from esmeta.types import BatchedEnv, Hosted, State, Task, Tasks, TimeStep
 
 
 class Scores(NamedTuple):
@@ -103,6 +103,16 @@ class Training:
                 f"period = {period}: trials of task.horizon = {horizon} steps must be a multiple "
                 f"of the steps between updates; write for example task.horizon = "
                 f"{max(1, round(horizon / period)) * period}"
+            )
+
+    def check_room(self, agents: int) -> None:
+        """Refuse more agents, each with a simulator of its own, than there may be simulators."""
+        env = self._env
+        if isinstance(env, Hosted) and env.most_worlds < agents:
+            raise UserError(
+                f"most_worlds is {env.most_worlds}: the agents of a rank, each in a simulator of "
+                f"its own, and at least two that are scored need {agents}: write "
+                f"most_worlds={agents}"
             )
 
     def begin(self, index: Tensor) -> Agents:

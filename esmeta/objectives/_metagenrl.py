@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from esmeta import errors
-from esmeta.evaluator import on_device
+from esmeta.evaluator import in_shape, in_tiles, on_device, one_row
 from esmeta.learners._loss import Loss
 from esmeta.learners._training import Agents, Training
 from esmeta.objectives._objective_network import ObjectiveNetwork, value_after
 from esmeta.rng import Rng
 from esmeta.tasks import task_from_table, task_groups
 from esmeta.tree import unravel_shapes
-from esmeta.types import Fitness, Params, State, Task
+from esmeta.types import Fitness, Hosted, Params, State, Task
 
 if TYPE_CHECKING:
     from esmeta.objectives.metagenrl import Objective
@@ -97,6 +97,9 @@ class MetaGenRLObjective:
                 f"objective.agents = {self.config.agents} is fewer than the {ranks} ranks; write "
                 f"at least objective.agents = {ranks}, or start fewer ranks"
             )
+        own = -(-self.config.agents // ranks)
+        for training in self.trainings:
+            training.check_room(own + 2 * (training.task is self.task))
 
     def _own(self, rank: int, size: int) -> range:
         count = self.config.agents
@@ -245,19 +248,25 @@ class MetaGenRLObjective:
         numbers, trials = tree.pop("number"), index.shape[-1]
         population = len(next(iter(tree.values())))
         numbers = numbers.expand(population, trials).reshape(-1)
-        size = max(2, -(-len(numbers) // -(-len(numbers) // self.config.chunk)))
-        columns: dict[str, list[Tensor]] = {"return": [], "steps": [], "first": [], "life": []}
-        for low in range(0, len(numbers), size):
-            rows = torch.arange(low, low + size, device=self.device).clamp(max=len(numbers) - 1)
+        size = max(2, -(-len(numbers) // -(-len(numbers) // self._chunk())))
+
+        def score(agents: Tensor) -> Fitness:
+            rows = agents.expand(2) if len(agents) == 1 else agents  # one alone rounds differently
             alpha = {name: leaf[rows // trials] for name, leaf in tree.items()}
-            *_, agents = self.lives(self.network.loss(alpha), numbers[rows], training)
-            scores = agents.scores
-            columns["return"].append(scores.recent.nanmean(dim=1))
-            columns["steps"].append(torch.full_like(scores.episodes, agents.state.replay.count))
-            columns["first"].append(scores.first)
-            columns["life"].append(scores.total / scores.episodes)
-        table = {
-            name: torch.cat(parts)[: len(numbers)].reshape(population, trials).cpu()
-            for name, parts in columns.items()
-        }
-        return Fitness(table.pop("return"), table.pop("steps"), table)
+            *_, trained = self.lives(self.network.loss(alpha), numbers[rows], training)
+            scores = trained.scores
+            found = {"return": scores.recent.nanmean(dim=1), "first": scores.first}
+            found["steps"] = torch.full_like(scores.episodes, trained.state.replay.count)
+            found["life"] = scores.total / scores.episodes
+            return one_row(found, len(agents))
+
+        batches = list(torch.arange(len(numbers), device=self.device).split(size))
+        scores = in_tiles(score, batches, training.split != "train")
+        return in_shape(scores, (population, trials))
+
+    def _chunk(self) -> int:
+        """Agents that are trained at a time, beside those of meta-training, by frozen alphas."""
+        env = self.task.make_env(self.device)
+        if not isinstance(env, Hosted):
+            return self.config.chunk
+        return min(self.config.chunk, max(2, env.most_worlds))

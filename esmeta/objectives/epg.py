@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from esmeta import errors
-from esmeta.evaluator import on_device
+from esmeta.evaluator import in_shape, in_tiles, on_device, one_row
 from esmeta.learners._agent import Agent, Head
 from esmeta.learners._life import Lives
 from esmeta.learners._loss import Loss, Mixture, PolicyGradient
@@ -176,6 +176,7 @@ class EpgObjective:
             twins=config.twins,
         )
         self.lives.check_own()
+        self._chunk = self.lives.most_agents(config.chunk)
         first = shapes_of(self._init_leaves()) if config.evolve_init else {}
         self.shapes = {**self.network.shapes, **first}
 
@@ -260,7 +261,7 @@ class EpgObjective:
 
     def _batches(self, agents: int) -> Iterator[Tensor]:
         """Rows of each batch, all of one size of at least two; the last may repeat its last."""
-        count = -(-agents // self.config.chunk)
+        count = -(-agents // self._chunk)
         size = max(2, -(-agents // count))
         for low in range(0, agents, size):
             yield torch.arange(low, low + size, device=self.device).clamp(max=agents - 1)
@@ -292,8 +293,9 @@ class EpgObjective:
         population = len(next(iter(params.values())))
         trials = index.shape[-1]
         numbers = index.expand(population, trials).reshape(-1)
-        columns: dict[str, list[Tensor]] = {}
-        for rows in self._batches(len(numbers)):
+
+        def score(agents: Tensor) -> Fitness:
+            rows = agents.expand(2) if len(agents) == 1 else agents  # one alone rounds differently
             eta, first = self._eta(params, rows, trials)
             life = lives.begin(numbers[rows], split, first)
             found: dict[str, Tensor] = {}
@@ -307,11 +309,11 @@ class EpgObjective:
             found["steps"] = found["steps"] + life.end.t
             if more:
                 found["life"] = total / life.end.t
-            for name, value in found.items():
-                columns.setdefault(name, []).append(value)
-        table = {k: torch.cat(v)[: len(numbers)].reshape(population, trials).cpu()
-                 for k, v in columns.items()}  # fmt: skip
-        return Fitness(table.pop("return"), table.pop("steps"), table)
+            return one_row(found, len(agents))
+
+        size = len(next(iter(self._batches(len(numbers)))))
+        batches = list(torch.arange(len(numbers), device=self.device).split(size))
+        return in_shape(in_tiles(score, batches, more), (population, trials))
 
     # --- lives in windows ------------------------------------------------------------------------
 

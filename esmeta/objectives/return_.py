@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import traceback
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from esmeta import rollout as loop
-from esmeta.errors import UserError
+from esmeta.errors import EnvFailure, UserError, warn
 from esmeta.evaluator import PopulationEvaluator
 from esmeta.lives import Lives, TrialLives
 from esmeta.options import options_class
@@ -16,7 +17,7 @@ from esmeta.policy import Policy
 from esmeta.policy._plastic import composite_decay
 from esmeta.rng import Rng
 from esmeta.tasks import task_groups
-from esmeta.types import Fitness, Metrics, Params, Reference, State, Task
+from esmeta.types import Fitness, Hosted, Metrics, Params, Reference, State, Task
 
 _Recorded = tuple[loop.Trajectory, Tensor, State, dict[str, Tensor]]
 
@@ -135,7 +136,8 @@ class ReturnObjective:
     ) -> Fitness:
         """Returns on the tasks ``first`` .. ``trials`` - 1 of a split, the same for a seed."""
         seed = self.seed if seed is None else seed
-        return self.evaluator(params, seed=seed, split=split, index=torch.arange(first, trials))
+        index = torch.arange(first, trials)
+        return self.evaluator(params, seed=seed, split=split, index=index, mark_failed=True)
 
     def groups(self, index: Tensor, split: str) -> Tensor:
         """Numbers ``[B]``, the same for trials that share randomness."""
@@ -148,8 +150,31 @@ class ReturnObjective:
         """Record this rank's share of the trials of ``step`` with one policy ``[1, ...]``.
 
         Returns the trajectory, the value ``[1, B]`` of what follows its last step (zeros without a
-        value head) and the task's metrics, averaged.
+        value head) and the task's metrics, averaged. Where a simulator fails, all trials are run
+        once more.
         """
+        try:
+            return self._trajectories(params, step, rank, size)
+        except EnvFailure as failure:
+            warn(f"{failure}; the trials of update {step} are run again")
+            traceback.clear_frames(failure.__traceback__)
+        return self._trajectories(params, step, rank, size)
+
+    def check_room(self, ranks: int) -> None:
+        """Refuse more trials of a rank, which are run at once, than there may be simulators."""
+        if not isinstance(self._env, Hosted):
+            return
+        own, most = -(-self.trials // ranks), self._env.most_worlds
+        if own > most:
+            raise UserError(
+                f"task.most_worlds = {most}: the {own} trials of an update on each rank are run at "
+                f"once, in as many simulators; write task.most_worlds = {own} or task.trials = "
+                f"{most * ranks}"
+            )
+
+    def _trajectories(
+        self, params: Params, step: int, rank: int, size: int
+    ) -> tuple[loop.Trajectory, Tensor, Metrics]:
         low, high = self.trials * rank // size, self.trials * (rank + 1) // size
         index = step * self.trials + torch.arange(low, high)
         tasks = self.task.sample(index, "train", Rng(self.seed).fold("tasks"))

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from esmeta.errors import UserError
+from esmeta.errors import EnvFailure, UserError
 from esmeta.optimizers._shaping import Failed, aggregated
 from esmeta.types import Comm, Fitness, Metrics
 
@@ -21,7 +21,9 @@ MAX_RAISED = 0.1
 """Share of a generation whose evaluation may raise an exception."""
 
 NOT_A_MEMBERS_FAULT = (UserError, TimeoutError, MemoryError)
-"""Exceptions that say nothing about a member: they end the run."""
+"""Exceptions that say nothing about a member, and end the run; but see :class:`EnvFailure`."""
+
+_RAISED, _ENV_FAILED = -1.0, -2.0  # instead of the steps of a member
 
 
 def check_popsize(value: object) -> None:
@@ -122,8 +124,8 @@ def score_members(
     """Rows of K returns and all environment steps, float64 ``[P, K + 1]``; who raises is marked.
 
     If the evaluation of all members together raises, each is evaluated alone, and those that
-    raise again get NaN returns and -1 steps. The first traceback is shown on stderr. If all of
-    them raise, so does this.
+    raise again get NaN returns and -1 steps (-2 where an environment failed). The first traceback
+    is shown on stderr. If all of them raise, so does this.
 
     Args:
         score: members and their rows in ``members`` to fitness.
@@ -134,32 +136,44 @@ def score_members(
     everyone = torch.arange(len(members))
     try:
         return _rows(score(members, everyone))
-    except NOT_A_MEMBERS_FAULT:
-        raise
     # Whatever a task or a simulator raises: a run of days is not to end by one bad member.
     except Exception as error:
+        _check_fault(error)
         first, text = error, traceback.format_exc()
-    rows: list[Tensor | None] = []
+    rows: list[Tensor | float] = []
     for row in everyone.split(1):
         try:
             rows.append(_rows(score(members[row], row)))
-        except NOT_A_MEMBERS_FAULT:
-            raise
-        except Exception:
-            rows.append(None)
-    good = [row for row in rows if row is not None]
+        except Exception as error:
+            _check_fault(error)
+            rows.append(_ENV_FAILED if isinstance(error, EnvFailure) else _RAISED)
+    good = [row for row in rows if isinstance(row, Tensor)]
     if not good:
         raise first
-    bad = [int(number) for number, row in zip(numbers, rows, strict=True) if row is None]
+    bad = [int(n) for n, row in zip(numbers, rows, strict=True) if not isinstance(row, Tensor)]
     print(
         f"esmeta: warning: generation {generation}: the evaluation of members {bad} raised:\n"
         f"{text}",
         file=sys.stderr,
         flush=True,
     )
-    failed = torch.full_like(good[0], math.nan)
-    failed[:, -1] = -1.0
-    return torch.cat([failed if row is None else row for row in rows])
+
+    def failed(mark: float) -> Tensor:
+        row = torch.full_like(good[0], math.nan)
+        row[:, -1] = mark
+        return row
+
+    return torch.cat([row if isinstance(row, Tensor) else failed(row) for row in rows])
+
+
+def _check_fault(error: Exception) -> None:
+    """Raise an exception that is no member's fault again; let go of what the frames of others hold.
+
+    Those hold simulators, which members that are run again need.
+    """
+    if isinstance(error, NOT_A_MEMBERS_FAULT) and not isinstance(error, EnvFailure):
+        raise error
+    traceback.clear_frames(error.__traceback__)
 
 
 def gather_scores(
@@ -190,6 +204,13 @@ def gather_scores(
     table = np.empty(tuple(rows.shape))
     table[np.concatenate(owned)] = rows.numpy()
     steps = table[:, -1]
+    failed = int((steps == _ENV_FAILED).sum())
+    if failed > MAX_RAISED * len(steps):
+        raise UserError(
+            f"the environments of {failed} of {len(steps)} members failed, also when they were run "
+            f"again (the first traceback of each rank is shown above); more than {MAX_RAISED:.0%} "
+            "is taken for a mistake in the environment: repair it"
+        )
     return (
         torch.from_numpy(table[:, :-1].copy()),
         int(steps[steps > 0].sum()),

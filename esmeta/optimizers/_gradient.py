@@ -75,6 +75,7 @@ class GradientConfig:
                 f"task.trials = {trials} is fewer than the {ranks} ranks; "
                 f"write at least task.trials = {ranks}, or start fewer ranks"
             )
+        objective.check_room(ranks)
 
     def at(self, step: int, first: float, last: float) -> float:
         """A scheduled number at update ``step``."""
