@@ -1,0 +1,223 @@
+"""Chunks, windows and restarts of memory: what belongs to a member, a batch or a trial stays so."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from probe import Probe
+from test_epg import members, objective
+from torch import Tensor
+
+from esmeta import make_policy
+from esmeta import rollout as loop
+from esmeta.evaluator import PopulationEvaluator
+from esmeta.kernels import prepare, step_prepared
+from esmeta.learners._agent import Agent
+from esmeta.learners._replay import ReplayLearner
+from esmeta.learners._training import Agents, Training
+from esmeta.objectives.epg import EpgObjective
+from esmeta.objectives.return_ import ReturnObjective
+from esmeta.rng import Rng
+from esmeta.tree import leaves_of
+from esmeta.types import Continuous, Discrete, Params, Spec, TimeStep
+
+
+def aimed(objective: ReturnObjective, *means: float) -> Params:
+    """Members whose mean action is as given, and moves a little with what they see."""
+    theta = objective.policy.init(0, len(means))
+    last = next(name for name in reversed(theta) if name.startswith("head.") and "bias" in name)
+    return theta | {last: torch.tensor(means).unsqueeze(1)}
+
+
+def returns(trials: int = 3, **options: Any) -> ReturnObjective:
+    task = Probe(**options)
+    policy = make_policy("mlp", task.spec, neurons=4)
+    return ReturnObjective(policy, task, trials=trials, seed=3, device="cpu")
+
+
+def test_members_with_tasks_of_their_own_keep_them_in_every_chunk() -> None:
+    made = returns()
+    params = aimed(made, 0.0, 0.1, 0.2, 0.3, 0.4)
+    steps = torch.tensor([7, 3, 9, 3, 0])
+    made.evaluator.chunk = 5
+    whole = made.fitness(params, steps).returns
+    for chunk in (2, 3):
+        made.evaluator.chunk = chunk
+        assert torch.equal(made.fitness(params, steps).returns, whole)
+    for k, step in enumerate(steps.tolist()):
+        one = {name: leaf[k : k + 1] for name, leaf in params.items()}
+        assert torch.equal(made.fitness(one, step).returns[0], whole[k])
+
+
+def test_batches_that_stopped_at_different_steps_go_on_together() -> None:
+    """Members 0 and 1 end at once, so that their batch stops early, and its clock with it."""
+    made = returns(horizon=14, bar=5.0)
+    params = aimed(made, 9.0, 9.0, 0.0, 0.1)
+    made.evaluator.chunk = 2
+    lives, _ = made.advance(made.begin(params, 2), params, 6)
+    clocks = [int(part.end.env_state.time) for part in lives.parts]
+    assert [part.end.t for part in lives.parts] == clocks == [4, 6]
+    saved = made.save(lives)
+    _, whole = made.advance(lives, params, 14)
+    assert (whole.steps[:2] == 0).all() and (whole.steps[2:] == 8).all()
+    for rows in ([0, 1, 2, 3], [2, 0], [3, 1, 2]):
+        made.evaluator.chunk = 4
+        some = {name: leaf[rows] for name, leaf in saved.items()}
+        mine = {name: leaf[rows] for name, leaf in params.items()}
+        later, got = made.advance(made.restore(some), mine, 14)
+        assert torch.equal(got.returns, whole.returns[rows])
+        assert torch.equal(got.steps, whole.steps[rows])
+        assert later.parts[0].end.t == int(later.parts[0].end.env_state.time) == 14
+
+
+def test_epgs_share_of_ppo_is_that_of_the_generation_a_life_began_in() -> None:
+    mixed: EpgObjective = objective("objective.ppo_generations=4")
+    params = members(mixed, 2)
+    alone: EpgObjective = objective("objective.ppo_generations=0")
+    for life in (1, 4):
+        learned, windows = [], mixed.life_steps
+        for made in (mixed, alone):
+            lives, _ = made.advance(made.begin(params, life), params, windows)
+            learned.append(lives.parts[0].life.state.params["policy.0.weight"])
+        assert torch.equal(*learned) == (life == 4), "from generation 4 on by the loss alone"
+        whole = mixed.fitness(params, life).returns
+        _, fitness = mixed.advance(mixed.begin(params, life), params, windows)
+        torch.testing.assert_close(fitness.returns, whole, rtol=0, atol=1e-12)
+
+
+def test_agents_in_the_middle_of_a_trial_are_stored() -> None:
+    task = Probe(horizon=12)
+    agent = Agent(task.spec, (4,), "relu", frozenset({"critics"}))
+    learner = ReplayLearner(agent, period=4, capacity=64, batch=6, start=0, update_after=64)
+    training = Training(learner, task, 7, "train", torch.device("cpu"))
+    agents = training.begin(torch.tensor([2, 5]))
+
+    def lived(agents: Agents, windows: int) -> tuple[Agents, list[Tensor]]:
+        seen: list[Tensor] = []
+        for _ in range(windows):
+            agents, new = training.act(agents)
+            replay = agents.state.replay.add(new)
+            agents = agents._replace(state=agents.state._replace(replay=replay))
+            seen += new
+        return agents, seen
+
+    agents, _ = lived(agents, 4)  # one trial and a third of the next
+    saved = training.save(agents)
+    _, whole = lived(agents, 5)
+    _, again = lived(training.restore(saved), 5)
+    assert all(torch.equal(a, b) for a, b in zip(whole, again, strict=True))
+
+
+# --- memory ------------------------------------------------------------------------------------
+
+
+def inputs(spec: Spec, trials: int, seed: int) -> TimeStep:
+    draw = torch.Generator().manual_seed(seed)
+    obs = torch.randn(1, trials, spec.obs_size, generator=draw)
+    no = torch.zeros(1, trials, dtype=torch.bool)
+    action = torch.zeros(1, trials, spec.action.size)
+    return TimeStep(obs, action, torch.zeros(1, trials), no, no, no, no)
+
+
+@pytest.mark.parametrize("w0", ["sampled", "learned", "fixed"])
+def test_a_trial_that_begins_anew_has_its_first_weights(w0: str) -> None:
+    spec = Spec(3, Discrete(2), 10)
+    policy = make_policy("metods", spec, neurons=5, w0=w0, w0_std=0.5, alpha_std=0.5)
+    params = policy.init(0)
+    first = policy.initial_state(params, 3, Rng(4), torch.tensor([[8, 1, 5]]))
+    assert float(first["W"].abs().min()) > 0
+    state = first
+    for step in range(3):
+        _, state = policy.step(params, state, inputs(spec, 3, step), step)
+    assert not torch.equal(state["W"], first["W"])
+    last = inputs(spec, 3, 9)
+    begun = last._replace(new_trial=torch.tensor([[True, False, True]]))
+    out, after = policy.step(params, state, begun)
+    fresh, there = policy.step(params, first, last)
+    going, on = policy.step(params, state, last)
+    for trial, (logits, end) in enumerate([(fresh, there), (going, on), (fresh, there)]):
+        assert torch.equal(out.logits[0, trial], logits.logits[0, trial])
+        assert torch.equal(after["W"][0, trial], end["W"][0, trial])
+    rows = TimeStep(*(leaf.unsqueeze(0) for leaf in begun))
+    unrolled, end = policy.unroll(params, state, rows)
+    assert torch.equal(unrolled.logits[0], out.logits) and torch.equal(end["W"], after["W"])
+
+
+@pytest.mark.parametrize("asked", ["W", "v", "alpha", "kappa"])
+def test_weights_that_a_gradient_is_asked_for_are_kept(asked: str) -> None:
+    draw = torch.Generator().manual_seed(0)
+    given = {
+        "W": torch.randn(2, 3, 6, 6, generator=draw),
+        "v": torch.randn(2, 3, 6, generator=draw),
+        "alpha": torch.randn(2, 6, 6, generator=draw),
+        "kappa": torch.randn(2, 2, 3, generator=draw),
+        "beta": torch.randn(2, 2, 3, generator=draw),
+    }
+    kept = given["W"].clone()
+    gradients = []
+    for in_place in (False, True):
+        given[asked] = given[asked].detach().requires_grad_()
+        prepared = prepare(given["alpha"], given["kappa"], given["beta"])
+        y, W = step_prepared(prepared, given["W"], given["v"], in_place=in_place)
+        gradients += torch.autograd.grad(y.sum() + W.square().sum(), given[asked])
+        assert torch.equal(given["W"], kept)
+    assert torch.equal(*gradients) and float(gradients[0].abs().sum()) > 0
+
+
+def test_a_rollout_overwrites_nothing_that_others_hold() -> None:
+    task = Probe(horizon=5)
+    policy = make_policy("metods", task.spec, neurons=4, alpha_std=0.5, w0_std=0.5)
+    evaluator = PopulationEvaluator(policy, task, trials=2)
+    params, tasks = policy.init(0, 2), task.sample(2, "train", Rng(0))
+    begin = loop.start(policy, params, evaluator.env, tasks, Rng(1))
+    held = [leaf.clone() for leaf in leaves_of([begin.state, begin.ts, begin.noise])]
+    kept = loop.Returns(2, 2, "cpu")
+    with torch.no_grad():
+        loop.rollout(policy, evaluator.env, begin, kept)
+    after = leaves_of([begin.state, begin.ts, begin.noise])
+    assert all(torch.equal(a, b) for a, b in zip(after, held, strict=True))
+
+    # A memory that is put back before every step is that of the first step for ever.
+    def lesion(state: dict[str, Tensor], ts: TimeStep) -> tuple[dict[str, Tensor], TimeStep]:
+        return begin.state, ts
+
+    with torch.no_grad():
+        for _ in range(2):
+            again = loop.Returns(2, 2, "cpu")
+            end = loop.rollout(policy, evaluator.env, begin, again, intervene=lesion)
+            assert torch.equal(begin.state["W"], held[0])
+    assert not torch.equal(again.returns, kept.returns) and not torch.equal(end.state["W"], held[0])
+
+
+# --- floors ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["learned", "state"])
+def test_a_spread_of_actions_has_a_floor(kind: str) -> None:
+    spec = Spec(3, Continuous(2), 10)
+    policy = make_policy("mlp", spec, neurons=4, std=kind)
+    params = policy.init(0)
+    if kind == "learned":
+        params["head.log_std"] = torch.tensor([[-60.0, -1.0]])
+    else:
+        last = max(name for name in params if name.startswith("head.") and "bias" in name)
+        params[last] = torch.tensor([[0.0, 0.0, -60.0, -1.0]])
+        weights = [n for n in params if n.startswith("head.") and "weight" in n]
+        params |= {name: torch.zeros_like(params[name]) for name in weights}
+    out, _ = policy.step(params, policy.initial_state(params, 2), inputs(spec, 2, 0))
+    assert out.std is not None
+    expected = torch.tensor([1e-3, torch.tensor(-1.0).exp()])
+    torch.testing.assert_close(out.std.expand(1, 2, 2), expected.expand(1, 2, 2))
+
+
+def test_the_spread_of_agents_has_a_floor() -> None:
+    spec = Spec(3, Continuous(2), 10)
+    agent = Agent(spec, (4,), heads=frozenset({"log_std"}))
+    params = agent.init(Rng(0), torch.arange(2))
+    params["log_std"] = torch.tensor([[-60.0, -1.0], [0.0, -60.0]])
+    std = agent.policy(params, torch.zeros(2, 1, 3)).std
+    assert std is not None
+    expected = torch.tensor([[1e-3, torch.tensor(-1.0).exp()], [1.0, 1e-3]])
+    torch.testing.assert_close(std[:, 0], expected)
