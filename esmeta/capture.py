@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from esmeta.errors import UserError
+from esmeta.sharing import MadeAgain, one_at_a_time
 from esmeta.tree import leaves_of, with_leaves
 
 CAPTURING = ("cuda",)
@@ -31,7 +32,7 @@ class _Recorded(NamedTuple):
     replay: Replay
 
 
-class Captured:
+class Captured(MadeAgain):
     """Runs functions by replaying what they did when they were first called.
 
     A function must be made of operations on tensors alone, the same ones whatever their values:
@@ -46,8 +47,13 @@ class Captured:
                 "write --device cuda, or capture = false"
             )
         self._keep = keep
+        self.forget()
+
+    def forget(self) -> None:
+        """See :class:`esmeta.sharing.MadeAgain`."""
         self._known: dict[Any, _Recorded] = {}
 
+    @one_at_a_time
     def __call__(self, name: str, function: Function, *trees: Any) -> Any:
         """``function(*trees)``; ``name`` tells functions apart.
 

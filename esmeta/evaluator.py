@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from esmeta.options import plain
 from esmeta.policy import Policy, unravel
 from esmeta.policy import _heads as heads
 from esmeta.rng import Rng
+from esmeta.sharing import Turn
 from esmeta.tasks import numbers_of
 from esmeta.types import BatchedEnv, Fitness, Hosted, Params, Task, Tasks
 
@@ -30,16 +32,48 @@ _TRIAL_TILE = 8
 MAX_FAILED = 0.1
 """Share of trials whose environment may fail for good where scores are told."""
 
+_HOSTED = Turn()
 _Scores = tuple[Tensor, Tensor, dict[str, Tensor]]
 
 
-class PopulationEvaluator:
+class OwnEnv:
+    """Has an environment of its ``task`` on its ``device``, made when it is first asked for.
+
+    Copies and pickles make their own.
+    """
+
+    task: Task
+    device: torch.device
+
+    @property
+    def env(self) -> BatchedEnv:
+        known = vars(self)
+        # Of two that two threads make at once one is dropped, before it has any simulators.
+        if "env" not in known:
+            known.setdefault("env", self.task.make_env(self.device))
+        return known["env"]
+
+    def whole_trials(self) -> AbstractContextManager[None]:
+        """Lets one thread at a time run trials in simulators, from their beginning to their end.
+
+        In the whole process: simulators of one kind are lent to whoever needs them next.
+        """
+        return _HOSTED if isinstance(self.env, Hosted) else nullcontext()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "env"}
+
+
+class PopulationEvaluator(OwnEnv):
     """Fitness of members ``[P, ...]``: each runs ``trials`` trials, all on the same tasks.
 
     Same seed and same task numbers give the same bits, for any ``chunk``, any split of members or
     trials over calls or ranks, and whatever the global random generators hold: batches are padded
     to at least two members and a multiple of eight trials, and every random number is addressed by
     (seed, task number).
+
+    Copies, pickles and forked processes make environments of their own, and score the same. Threads
+    may share an evaluator; where worlds are another library's, they take turns.
 
     Args:
         policy: what to run; see :func:`esmeta.make_policy`.
@@ -77,8 +111,8 @@ class PopulationEvaluator:
         self.trials = trials
         self.device = torch.device(device)
         self.chunk = chunk
-        self.env = task.make_env(self.device)
-        if capture and isinstance(self.env, Hosted):
+        hosted = isinstance(self.env, Hosted)  # makes it, so that errors come now
+        if capture and hosted:
             raise UserError(
                 f"capture = true: worlds of {type(self.env).__name__} are not stepped on the GPU; "
                 "write objective.capture = false"
@@ -176,8 +210,8 @@ class PopulationEvaluator:
         def score(trials: Tensor) -> Fitness:
             return self._trials(tree, index[..., trials], seed, split, act, intervene)
 
-        tiles = self._tiles(index.shape[-1])
-        return in_tiles(score, tiles, mark_failed)
+        with self.whole_trials():
+            return in_tiles(score, self._tiles(index.shape[-1]), mark_failed)
 
     def _trials(
         self,

@@ -171,6 +171,10 @@ class Simulated(ABC):
     def definition(self) -> Definition:
         """What is seen, paid and ended."""
 
+    def kept_definition(self) -> Definition:
+        """The same in a form that pickles, as this call."""
+        return replace(self.definition(), again=self.kept_definition)
+
     @property
     @abstractmethod
     def spec(self) -> Spec:
@@ -195,7 +199,7 @@ class Simulated(ABC):
         """The environment; time steps are on ``device``, and so is physics by ``"warp"``."""
         return MujocoEnv(
             self.body(),
-            self.definition(),
+            self.kept_definition(),
             horizon=self.episode_steps or episode_steps(self.horizon, self.episodes),
             episodes=self.episodes,
             steps=self.horizon if self.episode_steps else 0,
@@ -207,7 +211,7 @@ class Simulated(ABC):
 
     def renderer(self) -> Scene:
         """Draws the bodies."""
-        return Scene(lambda: self.make_env("cpu"))
+        return Scene(functools.partial(self.make_env, "cpu"))
 
     def frame_rate(self) -> float:
         """Control steps per second of real time."""

@@ -14,7 +14,7 @@ MAX_FUNCTION_LINES = 60
 
 # A module may import from its own row and from the rows above it.
 LAYERS = [
-    {"types", "rng", "tree", "config", "errors", "options", "capture"},
+    {"types", "rng", "tree", "config", "errors", "options", "sharing", "capture"},
     {"kernels"},
     {"policy", "comm", "transport", "wire"},
     {"envs", "tasks", "returns"},

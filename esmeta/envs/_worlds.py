@@ -14,7 +14,6 @@ import gc
 import importlib
 import json
 import os
-import threading
 import warnings
 import weakref
 from collections.abc import Mapping
@@ -26,6 +25,7 @@ import numpy as np
 
 from esmeta.envs._contract import Contract
 from esmeta.errors import EnvError, EnvFailure, UserError, nearest, warn
+from esmeta.sharing import Turn
 from esmeta.types import Continuous, Discrete
 
 _EXTRAS = {"box2d": "box2d", "mujoco": "mujoco", "ale_py": "atari", "ale-py": "atari"}
@@ -183,7 +183,7 @@ class Pool:
     def __init__(self, name: str, kwargs: Mapping[str, Any], spec: object) -> None:
         self._name, self._kwargs = name, kwargs
         self._spec = spec  # kept, as its address is part of the pool's key
-        self._lock = threading.RLock()
+        self._lock = Turn()
         self._open: set[World] = set()
         self._idle: list[World] = []
 
@@ -249,13 +249,13 @@ class Pool:
 
     def forget(self) -> None:
         """In a forked process: the simulators are the parent's."""
-        self._lock = threading.RLock()
         _PARENTS.extend(self._open)
         self._open.clear()
         self._idle.clear()
 
 
 _POOLS: weakref.WeakValueDictionary[Any, Pool] = weakref.WeakValueDictionary()
+_LOOKING = Turn()
 _PARENTS: list[World] = []  # kept, as they are not to be closed when they are deleted
 
 
@@ -263,10 +263,11 @@ def pool(name: str, kwargs: Mapping[str, Any]) -> Pool:
     """The pool of simulators that are made so; it lives as long as somebody holds it."""
     spec = gymnasium.registry.get(name.rpartition(":")[2])
     key = name, repr(sorted(kwargs.items())), id(spec)
-    found = _POOLS.get(key)
-    if found is None:
-        found = _POOLS[key] = Pool(name, copy.deepcopy(dict(kwargs)), spec)
-        weakref.finalize(found, _close_worlds, found._open)
+    with _LOOKING:
+        found = _POOLS.get(key)
+        if found is None:
+            found = _POOLS[key] = Pool(name, copy.deepcopy(dict(kwargs)), spec)
+            weakref.finalize(found, _close_worlds, found._open)
     return found
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -128,6 +128,7 @@ class Definition:
     after a step, instead of one substep behind it.
     ``success(now, data)`` bool ``[P, B]``: where the goal is reached; a metric says in which share
     of the trials that came to be at any step.
+    ``again()`` makes the same definition, where its functions are local ones: no pickle takes them.
     """
 
     place: Callable[[Snapshot], Tensor]
@@ -139,3 +140,7 @@ class Definition:
     phases: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     current: bool = False
     success: Callable[[Snapshot, Data], Tensor] | None = None
+    again: Callable[[], Definition] | None = field(default=None, compare=False, repr=False)
+
+    def __reduce__(self) -> Any:
+        return (self.again, ()) if self.again else super().__reduce__()

@@ -12,7 +12,7 @@ import json
 import weakref
 from collections import deque
 from collections.abc import Mapping
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor
 from esmeta.envs._worlds import Pool, World, interface, pool
 from esmeta.errors import EnvFailure, warn
 from esmeta.rng import Rng
+from esmeta.sharing import HostedState, MadeAgain, check_newest, one_at_a_time
 from esmeta.types import Discrete, Tasks, TimeStep
 
 _SEEDS = 2**31
@@ -28,14 +29,7 @@ _REMEMBERED = 10_000
 """Steps of a trial after which the beginning of an episode is too long ago to be played again."""
 
 
-class State(NamedTuple):
-    """Names the trials that a :class:`GymEnv` runs and their step; the simulators hold the rest."""
-
-    trials: int
-    step: int
-
-
-class GymEnv:
+class GymEnv(MadeAgain):
     """P x B simulators of one Gymnasium environment, each running the episodes of one trial.
 
     Episode e of a trial is reset with a seed from (its task, the trial's randomness, e), so that it
@@ -80,7 +74,12 @@ class GymEnv:
         self._device = device
         self._worlds: list[World | None] = []
         weakref.finalize(self, _give_back, self._pool, self._worlds)
-        self._state = State(0, 0)
+        self.forget()
+
+    def forget(self) -> None:
+        """See :class:`esmeta.sharing.MadeAgain`; the pool knows what is another process's."""
+        self._worlds.clear()
+        self._state = HostedState(0, 0)
 
     @property
     def most_worlds(self) -> int:
@@ -88,7 +87,8 @@ class GymEnv:
         held = sum(world is not None for world in self._worlds)
         return max(0, self._most - self._pool.used + held)
 
-    def reset(self, tasks: Tasks, rng: Rng, population: int = 1) -> tuple[State, TimeStep]:
+    @one_at_a_time
+    def reset(self, tasks: Tasks, rng: Rng, population: int = 1) -> tuple[HostedState, TimeStep]:
         """Start one trial per task and member; the trials before them are given up."""
         shape = (population, tasks.index.shape[1])
         count = shape[0] * shape[1]
@@ -113,7 +113,7 @@ class GymEnv:
         except BaseException:
             self._give_up()
             raise
-        self._state = State(self._state.trials + 1, 0)
+        self._state = HostedState(self._state.trials + 1, 0)
         none = np.zeros(count, dtype=np.float32)
         no = np.zeros(count, dtype=bool)
         action = np.zeros((count, self._action.size), dtype=np.float32)
@@ -145,7 +145,8 @@ class GymEnv:
         options = {self._task_key: int(self._number[k])} if self._task_key else None
         return world.reset(int(self._seeds[k, self._episode[k]]), options)
 
-    def step(self, state: State, action: Tensor) -> tuple[State, TimeStep]:
+    @one_at_a_time
+    def step(self, state: HostedState, action: Tensor) -> tuple[HostedState, TimeStep]:
         """Step the simulators of all trials that go on, one after the other.
 
         Discrete actions count from 0. Real ones are clipped to -1 .. 1 and scaled to the bounds of
@@ -171,7 +172,7 @@ class GymEnv:
         self._actions.append(given)
         for k in np.flatnonzero(ended & self._over).tolist():
             self._release(k)
-        self._state = State(state.trials, state.step + 1)
+        self._state = HostedState(state.trials, state.step + 1)
         if isinstance(self._action, Discrete):
             given = np.eye(self._action.n, dtype=np.float32)[given]
         new_episode = ended | self._over
@@ -241,7 +242,7 @@ class GymEnv:
 
     def _give_up(self) -> None:
         """Give all simulators back; the trials cannot go on."""
-        self._state = State(self._state.trials, -1)
+        self._state = HostedState(self._state.trials, -1)
         _give_back(self._pool, self._worlds)
 
     def _last(self) -> np.ndarray:
@@ -250,7 +251,8 @@ class GymEnv:
             return self._steps >= self._length
         return self._episode >= self._episodes
 
-    def metrics(self, state: State) -> dict[str, Tensor]:
+    @one_at_a_time
+    def metrics(self, state: HostedState) -> dict[str, Tensor]:
         """``length`` (steps), ``episodes`` done, ``terminated`` (share of them), ``return_k``.
 
         All are float32 ``[P, B]``; ``return_k`` of each episode where a trial has a number of them,
@@ -266,23 +268,20 @@ class GymEnv:
             scores |= {f"return_{k + 1}": returns[:, k] for k in range(self._episodes)}
         return {name: self._place(values.astype(np.float32)) for name, values in scores.items()}
 
-    def final_obs(self, state: State) -> Tensor:
+    @one_at_a_time
+    def final_obs(self, state: HostedState) -> Tensor:
         """What the last step of each trial led to, before any reset, float32 ``[P, B, obs]``."""
         self._check(state)
         return self._place(self._final)
 
+    @one_at_a_time
     def close(self) -> None:
         """Close all simulators that are not used elsewhere; a later reset makes new ones."""
         self._give_up()
         self._pool.close()
 
-    def _check(self, state: State) -> None:
-        if state != self._state:
-            raise RuntimeError(
-                f"trials {state.trials} at step {state.step} were left: the simulators of "
-                f"{self._name} now run trials {self._state.trials} at step {self._state.step} and "
-                "cannot go back; finish trials before new ones begin, or make another environment"
-            )
+    def _check(self, state: HostedState) -> None:
+        check_newest(state, self._state, f"the simulators of {self._name}")
 
     def _place(self, values: np.ndarray) -> Tensor:
         # A copy, as the arrays go on to change.

@@ -97,6 +97,9 @@ class MixedEnv:
         self._last: _Last | None = None
         self._forms: dict[int, list[bool]] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_last": None}
+
     def reset(self, tasks: Tasks, rng: Rng, population: int = 1) -> tuple[State, TimeStep]:
         """Start every trial in the environment of its part.
 
@@ -198,8 +201,9 @@ class MixedEnv:
 
     def _recall(self, state: State) -> _Last:
         """What belongs to a state: known of the newest, gathered where trials were left."""
-        if self._last is not None and self._last.state is state:
-            return self._last
+        last = self._last  # once, as another thread may bring a newer one
+        if last is not None and last.state is state:
+            return last
         places, back = self._find(state.part)
         own = []
         for number, (place, inner) in enumerate(zip(places, state.inner, strict=True)):

@@ -18,6 +18,7 @@ from esmeta.envs._mujoco_state import Going, Seen, State, phase_table
 from esmeta.envs._mujoco_worlds import CpuWorlds, Worlds
 from esmeta.envs.bodies import Body, Data, Definition, Snapshot
 from esmeta.rng import Rng
+from esmeta.sharing import MadeAgain, one_at_a_time
 from esmeta.tasks import check_int
 from esmeta.types import Tasks, TimeStep
 
@@ -29,7 +30,7 @@ _EPISODES = Rng(0).fold("episodes")  # all else that starts depend on is in the 
 _AHEAD = 16  # episodes that noise is drawn for at a time: the draws of one cost as much
 
 
-class MujocoEnv:
+class MujocoEnv(MadeAgain):
     """Batched environment of one :class:`Definition` on one body.
 
     A trial is ``episodes`` episodes of at most ``horizon`` control steps on the same task. Where an
@@ -99,9 +100,14 @@ class MujocoEnv:
         self._phase = phase_table(definition, horizon)
         self._phase_there = torch.from_numpy(self._phase).to(self._physics.device)
         self._counts = np.asarray(self._phase.any(axis=1)).tolist()  # step t is in a phase
+        self.forget()
+
+    def forget(self) -> None:
+        """See :class:`esmeta.sharing.MadeAgain`; trials go on, as their state is all tensors."""
         self._worlds: dict[tuple[int | str, ...], Worlds] = {}
         self._seen: Seen | None = None
 
+    @one_at_a_time
     def reset(self, tasks: Tasks, rng: Rng, population: int = 1) -> tuple[State, TimeStep]:
         """Start the first episode of every trial; what the others start from is drawn here."""
         data = {name: leaf.cpu() for name, leaf in tasks.data.items()}
@@ -142,6 +148,7 @@ class MujocoEnv:
         obs = definition.observe(now)
         return state, self._shown(obs, action, none, no, no, begun, begun)
 
+    @one_at_a_time
     def step(self, state: State, action: Tensor) -> tuple[State, TimeStep]:
         """One control step of every world whose trial goes on; actions are clipped to -1..1."""
         definition, over, shape = self._definition, state.over, state.over.shape
@@ -317,6 +324,7 @@ class MujocoEnv:
         noise = self._definition.noise.draw(_EPISODES, index, 1, nq, nv)
         return noise.squeeze(-2).to(self._physics)
 
+    @one_at_a_time
     def metrics(self, state: State) -> dict[str, Tensor]:
         """Scores of each trial so far, float32 ``[P, B]``.
 

@@ -12,11 +12,12 @@ that hangs is named after the learner's time limit.
 from __future__ import annotations
 
 import functools
+import os
 import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from esmeta.comm import EXIT_USER_ERROR, MPIComm
 from esmeta.envs._shard import Shard
 from esmeta.errors import EnvError, EnvFailure, UserError
 from esmeta.rng import Rng
+from esmeta.sharing import HostedState, Turn, check_newest, one_at_a_time
 from esmeta.tasks import aids, published, task_groups
 from esmeta.transport import poll
 from esmeta.types import Reference, Spec, Task, Tasks, TimeStep
@@ -45,13 +47,6 @@ _FAULTS: list[type[Exception]] = [RuntimeError, UserError, EnvError, EnvFailure]
 
 class _Elsewhere(Exception):
     """The traceback of another rank."""
-
-
-class State(NamedTuple):
-    """Names the trials that a :class:`RemoteEnv` runs and their step; the ranks hold the rest."""
-
-    trials: int
-    step: int
 
 
 class Node:
@@ -79,6 +74,13 @@ class Node:
         self._text = np.frombuffer(memory[8 * _WORDS * rows :], dtype=np.uint8).reshape(rows, _TEXT)
         self._shards: list[Shard] = []
         self._closed = False
+        self.turn, self._process = Turn(), os.getpid()
+
+    def __reduce__(self) -> NoReturn:
+        raise UserError(
+            "worlds of other ranks (run.remote_envs) cannot be copied or pickled, as their ranks "
+            "serve this process alone; copy what is made of the task itself"
+        )
 
     def lead_or_serve(self, task: Task, learn: Callable[[MPIComm], int], threads: int = 1) -> int:
         """``learn(learners)`` on the rank that learns, :meth:`serve` on the others.
@@ -113,6 +115,7 @@ class Node:
 
     # --- the learner ---------------------------------------------------------------------------
 
+    @one_at_a_time
     def make(self, task: Task, as_published: bool) -> tuple[int, Shard]:
         """A new environment on all ranks: its number, and this rank's share of it.
 
@@ -123,6 +126,7 @@ class Node:
         self.ask(_MAKE, number, lambda: self._shards.append(Shard(self._here, task)))
         return number, self._shards[number]
 
+    @one_at_a_time
     def ask(
         self,
         what: int,
@@ -134,6 +138,11 @@ class Node:
 
         ``meet`` are the collectives that all ranks come to before.
         """
+        if os.getpid() != self._process:
+            raise UserError(
+                "worlds of other ranks (run.remote_envs) cannot be used in a forked process, as "
+                "their ranks serve the process that made them; write run.remote_envs = false"
+            )
         self._command[1:3] = what, number
         self._sync()
         self._command[0] += 1
@@ -269,9 +278,11 @@ class RemoteEnv:
         self._node, self._device = node, device
         self._number, self._shard = node.make(task, as_published)
         self.most_worlds = self._shard.most_worlds
-        self._state = State(0, 0)
+        self._state = HostedState(0, 0)
+        self.turn = node.turn  # commands of all its environments come one after the other
 
-    def reset(self, tasks: Tasks, rng: Rng, population: int = 1) -> tuple[State, TimeStep]:
+    @one_at_a_time
+    def reset(self, tasks: Tasks, rng: Rng, population: int = 1) -> tuple[HostedState, TimeStep]:
         """Begin the trials on all ranks; the trials before them are given up."""
         shape = (population, tasks.index.shape[1])
         index = tasks.index.cpu()
@@ -282,20 +293,22 @@ class RemoteEnv:
             self._node.share(parts)
             self._shard.share_out(shape)
 
-        self._state = State(self._state.trials + 1, 0)
+        self._state = HostedState(self._state.trials + 1, 0)
         own = functools.partial(self._shard.reset, Tasks(index, data), rng.key)
         self._node.ask(_RESET, self._number, own, meet)
         return self._state, self._told()
 
-    def step(self, state: State, action: Tensor) -> tuple[State, TimeStep]:
+    @one_at_a_time
+    def step(self, state: HostedState, action: Tensor) -> tuple[HostedState, TimeStep]:
         """Step all worlds, each rank its share."""
         self._check(state)
         self._shard.buffers.action[:] = action.detach().cpu().numpy()
-        self._state = State(state.trials, state.step + 1)
+        self._state = HostedState(state.trials, state.step + 1)
         self._node.ask(_STEP, self._number, self._shard.step)
         return self._state, self._told()
 
-    def metrics(self, state: State) -> dict[str, Tensor]:
+    @one_at_a_time
+    def metrics(self, state: HostedState) -> dict[str, Tensor]:
         """The task's own scores, float32 ``[P, B]``."""
         self._check(state)
         self._node.ask(_SCORE, self._number, self._shard.score)
@@ -314,13 +327,8 @@ class RemoteEnv:
     def _told(self) -> TimeStep:
         return TimeStep(*(leaf.to(self._device) for leaf in self._shard.tell()))
 
-    def _check(self, state: State) -> None:
-        if state != self._state:
-            raise RuntimeError(
-                f"trials {state.trials} at step {state.step} were left: the ranks now run trials "
-                f"{self._state.trials} at step {self._state.step} and cannot go back; finish "
-                "trials before new ones begin, or make another environment"
-            )
+    def _check(self, state: HostedState) -> None:
+        check_newest(state, self._state, "the ranks")
 
 
 @dataclass(frozen=True)

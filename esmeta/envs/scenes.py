@@ -19,6 +19,7 @@ import numpy as np
 from esmeta import errors
 from esmeta.envs import _mujoco_model as models
 from esmeta.envs.mujoco import MujocoEnv, State
+from esmeta.sharing import MadeAgain, one_at_a_time
 
 if TYPE_CHECKING:
     from PIL.ImageDraw import ImageDraw
@@ -61,15 +62,20 @@ def choose_view(model: Any) -> View:
     return View(90.0 if flat else 40.0)
 
 
-class Scene:
+class Scene(MadeAgain):
     """Draws the states of one task's environments; ``scene(state, p, b, scale)`` is a picture."""
 
     def __init__(self, make_env: Callable[[], MujocoEnv]) -> None:
         self._make_env = make_env
+        self.forget()
+
+    def forget(self) -> None:
+        """See :class:`esmeta.sharing.MadeAgain`."""
         self._of: tuple[Any, int, int] | None = None
         self._gl: Any = None
         self._first: tuple[np.ndarray, float] | None = None
 
+    @one_at_a_time
     def __call__(self, state: State, p: int, b: int, scale: int = 24) -> np.ndarray:
         """Trial ``[p, b]`` as uint8 ``[10 scale, 15 scale, 3]``."""
         self._prepare(state, p, b)

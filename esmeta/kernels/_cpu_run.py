@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from array import array
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -48,10 +49,11 @@ def run_blocks(
         return
     cuts = [blocks * i // threads for i in range(threads + 1)]
     part = functools.partial(call, place)
-    for done in _pool(threads).map(part, cuts[:-1], cuts[1:]):
+    for done in _pool(threads, os.getpid()).map(part, cuts[:-1], cuts[1:]):
         assert done is None
 
 
 @functools.cache
-def _pool(threads: int) -> ThreadPoolExecutor:
+def _pool(threads: int, process: int) -> ThreadPoolExecutor:
+    # A forked process has the pools of its parent, but not their threads.
     return ThreadPoolExecutor(threads, thread_name_prefix="esmeta-kernels")

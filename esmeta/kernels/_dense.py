@@ -38,6 +38,9 @@ class Network(NamedTuple):
     """Of every layer."""
     work: int
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return network, (self.weights, self.biases, self.squash)  # addresses are not copied
+
 
 def network(weights: tuple[Tensor, ...], biases: tuple[Tensor, ...], squash: bool) -> Network:
     """Pad float32 layers on the CPU and compile what they need for an input in one part."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 from math import isqrt
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +27,9 @@ class Prepared(NamedTuple):
 
     folded: Folded
     code: Code
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _ready, (self.folded,)  # the code holds addresses, which are not copied
 
 
 def prepare(
@@ -128,7 +131,10 @@ def plastic_scan(
 
 
 def _prepare(rule: Rule) -> Prepared:
-    folded = fold(rule)
+    return _ready(fold(rule))
+
+
+def _ready(folded: Folded) -> Prepared:
     return Prepared(folded, _code(_without_graph(folded)))
 
 

@@ -7,7 +7,6 @@ drawn window by window, so that nothing grows with the horizon.
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,12 +15,12 @@ from torch import Tensor
 
 from esmeta import rollout as loop
 from esmeta.errors import UserError
-from esmeta.evaluator import on_device, place_tasks
+from esmeta.evaluator import OwnEnv, on_device, place_tasks
 from esmeta.learners._experience import Experience, Keep
 from esmeta.learners._replay import OffPolicy, ReplayLearner
 from esmeta.rng import Rng
 from esmeta.tree import leaves_of, with_leaves
-from esmeta.types import BatchedEnv, Hosted, State, Task, Tasks, TimeStep
+from esmeta.types import Hosted, State, Task, Tasks, TimeStep
 
 
 class Scores(NamedTuple):
@@ -78,7 +77,7 @@ class Agents(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Training:
+class Training(OwnEnv):
     """Trains agents, one environment each, by one learner on the tasks of one split.
 
     ``episodes`` is how many of the last ones their scores are a mean of. With
@@ -107,7 +106,7 @@ class Training:
 
     def check_room(self, agents: int) -> None:
         """Refuse more agents, each with a simulator of its own, than there may be simulators."""
-        env = self._env
+        env = self.env
         if isinstance(env, Hosted) and env.most_worlds < agents:
             raise UserError(
                 f"most_worlds is {env.most_worlds}: the agents of a rank, each in a simulator of "
@@ -151,7 +150,7 @@ class Training:
         keep = Keep(learner.agent.spec)
         with torch.no_grad():
             end = loop.rollout(
-                learner.agent, self._env, begin, keep, until=learner.period,
+                learner.agent, self.env, begin, keep, until=learner.period,
                 act=learner.act(state),
             )  # fmt: skip
         new = keep.experience()
@@ -173,15 +172,11 @@ class Training:
     def _rng(self) -> Rng:
         return Rng(self.seed).fold("training", self.split)
 
-    @functools.cached_property
-    def _env(self) -> BatchedEnv:
-        return self.task.make_env(self.device)
-
     def _reset(self, index: Tensor, trial: int) -> tuple[Any, TimeStep]:
         found = self.task.sample(index.cpu(), self.split, Rng(self.seed).fold("tasks"))
         data = {k: v.transpose(0, 1) for k, v in found.data.items()}
         tasks = place_tasks(Tasks(found.index.transpose(0, 1), data), self.device)
-        return self._env.reset(tasks, self._rng().fold("trial", trial), len(index))
+        return self.env.reset(tasks, self._rng().fold("trial", trial), len(index))
 
     # --- storing -------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from esmeta import rollout as loop
 from esmeta.errors import EnvFailure, UserError, warn
-from esmeta.evaluator import PopulationEvaluator
+from esmeta.evaluator import OwnEnv, PopulationEvaluator
 from esmeta.lives import Lives, TrialLives
 from esmeta.options import options_class
 from esmeta.policy import Policy
@@ -56,7 +56,7 @@ class Objective:
         )
 
 
-class ReturnObjective:
+class ReturnObjective(OwnEnv):
     """Sum of rewards over a trial; every step has its own ``trials`` training tasks.
 
     Its trials can be run in windows: it is a :class:`esmeta.types.Lifetimes`.
@@ -83,7 +83,6 @@ class ReturnObjective:
         self.evaluator = PopulationEvaluator(
             policy, task, trials=trials, device=device, capture=capture
         )
-        self._env = task.make_env(self.device)
         self._lives = TrialLives(self.evaluator, seed)
 
     @property
@@ -162,9 +161,9 @@ class ReturnObjective:
 
     def check_room(self, ranks: int) -> None:
         """Refuse more trials of a rank, which are run at once, than there may be simulators."""
-        if not isinstance(self._env, Hosted):
+        if not isinstance(self.env, Hosted):
             return
-        own, most = -(-self.trials // ranks), self._env.most_worlds
+        own, most = -(-self.trials // ranks), self.env.most_worlds
         if own > most:
             raise UserError(
                 f"task.most_worlds = {most}: the {own} trials of an update on each rank are run at "
@@ -180,12 +179,13 @@ class ReturnObjective:
         tasks = self.task.sample(index, "train", Rng(self.seed).fold("tasks"))
         tasks = self.evaluator.place(tasks)
         rng = Rng(self.seed).fold("trials", "train")
-        begin = loop.start(self.policy, params, self._env, tasks, rng)
         captured = self.evaluator.captured
-        if captured is None:
-            recorded = self._record(begin)
-        else:
-            recorded = captured("record", self._again, params, *begin[1:5])
+        with self.whole_trials():
+            begin = loop.start(self.policy, params, self.env, tasks, rng)
+            if captured is None:
+                recorded = self._record(begin)
+            else:
+                recorded = captured("record", self._again, params, *begin[1:5])
         trajectory, last, state, scores = recorded
         metrics = {name: float(score.nanmean()) for name, score in scores.items()}
         return trajectory, last, metrics | _memory_metrics(params, state)
@@ -196,10 +196,10 @@ class ReturnObjective:
     def _record(self, begin: loop.Start, *, ask: bool = True) -> _Recorded:
         """The trajectory, the value of what follows, the memory after it, the task's metrics."""
         recorder = loop.Recorder(begin.state)
-        end = loop.rollout(self.policy, self._env, begin, recorder, ask=ask)
+        end = loop.rollout(self.policy, self.env, begin, recorder, ask=ask)
         out, _ = self.policy.step_bound(begin.bound, end.state, end.ts, self.policy.spec.horizon)
         last = torch.zeros_like(end.ts.reward) if out.value is None else out.value
-        return recorder.trajectory(), last, end.state, self._env.metrics(end.env_state)
+        return recorder.trajectory(), last, end.state, self.env.metrics(end.env_state)
 
 
 def _memory_metrics(params: Params, state: State) -> Metrics:

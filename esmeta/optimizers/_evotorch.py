@@ -88,10 +88,11 @@ def new_problem(size: int) -> PopulationProblem:
     os.environ.setdefault("EVOTORCH_VERBOSE_LEVEL", "0")
     from esmeta.optimizers._evotorch_problem import PopulationProblem
 
-    def unset(values: Tensor, step: int | Tensor) -> Fitness:
-        raise AssertionError("the objective is set before every evaluation")
+    return PopulationProblem(_unset, size, seed=0)
 
-    return PopulationProblem(unset, size, seed=0)
+
+def _unset(values: Tensor, step: int | Tensor) -> Fitness:
+    raise AssertionError("the objective is set before every evaluation")
 
 
 @options_class

@@ -19,7 +19,7 @@ if not {"numba", "evotorch"} & sys.modules.keys():
         import evotorch  # noqa: F401
     finally:
         del sys.modules["numba"]
-from evotorch import Problem, SolutionBatch
+from evotorch import Problem, Solution, SolutionBatch
 from evotorch.optimizers import ClipUp
 from torch import Tensor
 
@@ -31,6 +31,7 @@ from esmeta.optimizers._generation import (
     gather_scores,
     score_members,
 )
+from esmeta.sharing import Turn
 from esmeta.tree import ravel
 from esmeta.types import Comm, Fitness
 
@@ -105,6 +106,7 @@ class PopulationProblem(Problem):
         self._free = free
         self._lowest = math.inf
         self.comm = comm
+        self._turn = Turn()
         self.generation = 0
         self.watch = Stopwatch()
         self.scoring = Scoring()
@@ -149,6 +151,15 @@ class PopulationProblem(Problem):
         else:
             start = int(torch.randint(2**31, (), generator=self.generator))
             values.copy_(self._draw(start, len(values)))
+
+    def evaluate(self, x: SolutionBatch | Solution) -> None:
+        """Score a batch, on the next tasks; refuses to while another thread has one scored."""
+        with self._turn.or_refuse(
+            "this problem is evaluating a batch of another thread; every batch has the next tasks, "
+            "so that results would depend on who comes first: make one problem for each thread, "
+            "which may share an evaluator"
+        ):
+            super().evaluate(x)
 
     def _evaluate_batch(self, batch: SolutionBatch) -> None:
         values = values_of(batch)
