@@ -216,12 +216,12 @@ class Attempts:
             file = Path(folder) / "hosts"
             file.write_text("".join(f"{host.line}\n" for host in hosts), encoding="utf-8")
             command = _command(job, ranks, file, again=restart > 0)
-            code, first = self._run_ranks(command, ranks)
+            code, first = self._run_ranks(command, ranks, restart)
         end_marked(self.mark)
         # MPICH tells on stdout which process was killed.
         return code, _cause(code, b"".join(self._tails.values()), first)
 
-    def _run_ranks(self, command: list[str], ranks: int) -> tuple[int, list[int]]:
+    def _run_ranks(self, command: list[str], ranks: int, start: int) -> tuple[int, list[int]]:
         """Exit code, and the ranks that ended first where that is known."""
         self._tails = {1: b"", 2: b""}
         # In a session of its own: Ctrl-C must reach the ranks once, through this process.
@@ -230,7 +230,8 @@ class Attempts:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            env=os.environ | dict([self.mark.split("=")]),
+            # By the number of the start, later ones take over the lock of the run (esmeta.lock).
+            env=os.environ | dict([self.mark.split("=")]) | {"ESMETA_LAUNCH_START": str(start)},
             start_new_session=True,
             preexec_fn=stop_with_parent,
         )

@@ -6,6 +6,7 @@
     checkpoint/           current.ckpt and previous.ckpt
     theta.safetensors     what was learned, written at the end
     run.json              versions, hardware, time, steps, hash of theta
+    run.lock              who writes here, while a run does
 
 A checkpoint is framed by a format version and a SHA-256, written beside the old one and renamed,
 so that a kill at any moment leaves one that loads.
@@ -32,6 +33,8 @@ import torch
 from esmeta import config as configuration
 from esmeta.config import Config
 from esmeta.errors import UserError
+from esmeta.lock import NAME as LOCK
+from esmeta.lock import RunLock
 from esmeta.provenance import compare_simulators, environment, simulators
 from esmeta.tree import theta_sha256
 from esmeta.types import Params
@@ -224,16 +227,28 @@ def unborn(path: Path | str) -> bool:
     if not path.is_dir():
         return False
     leftovers = {"checkpoint", "config.toml.tmp"}
-    return {entry.name for entry in path.iterdir()} <= leftovers and not (
+    found = {entry.name for entry in path.iterdir() if not entry.name.startswith(LOCK)}
+    return found <= leftovers and not (
         (path / "checkpoint").exists() and any((path / "checkpoint").iterdir())
     )
+
+
+def _check_place(path: Path, resume: bool) -> None:
+    fresh = not path.exists() or unborn(path)
+    if not resume and not fresh:
+        raise UserError(f"{path} exists; pass --resume to go on, or another --out")
+    if resume and not (path / "config.toml").exists() and not unborn(path):
+        raise UserError(f"{path} is not a run to go on with; leave out --resume")
 
 
 class RunDir:
     """Writer of one run directory, for rank 0. ``resumed`` is the checkpoint to go on from."""
 
-    def __init__(self, path: Path, config: Config, resumed: Checkpoint | None, good: bool) -> None:
+    def __init__(
+        self, path: Path, config: Config, resumed: Checkpoint | None, good: bool, lock: RunLock
+    ) -> None:
         self.path = path
+        self._lock = lock
         self.resumed = resumed
         self._config = config
         # Whether current.ckpt may become previous.ckpt: a damaged one must not.
@@ -244,34 +259,44 @@ class RunDir:
 
     @classmethod
     def create(cls, path: Path | str, config: Config, *, resume: bool = False) -> RunDir:
-        """A new run directory, or with ``resume`` an old one, cut back to its last checkpoint."""
+        """A new run directory, or with ``resume`` an old one, cut back to its last checkpoint.
+
+        It is locked until :meth:`close`: see :mod:`esmeta.lock`.
+        """
         path = Path(path)
         try:
-            fresh = not path.exists() or unborn(path)
-            if not resume and not fresh:
-                raise UserError(f"{path} exists; pass --resume to go on, or another --out")
-            if resume and not (path / "config.toml").exists() and not unborn(path):
-                raise UserError(f"{path} is not a run to go on with; leave out --resume")
-            resumed, source = _newest(path) if resume else (None, "")
-            if resumed and not _same_course(resumed, config):
-                keys = _differences(configuration.to_toml(config), resumed.config_toml)
-                raise UserError(
-                    f"{path} was made with another configuration: {keys}; pass the "
-                    "same values, or another --out"
-                )
-            if resumed:
-                compare_simulators(resumed.simulators)
-            (path / "checkpoint").mkdir(parents=True, exist_ok=True)
-            _replace(path / "config.toml", configuration.to_toml(config).encode())
-            last = resumed.step if resumed else -1
-            kept = [json.dumps(r) + "\n" for r in read_metrics(path) if r["step"] <= last]
-            _replace(path / "metrics.jsonl", "".join(kept).encode())
-            run = cls(path, config, resumed, source == "current.ckpt")
-            run._write_summary({"stopped_by": None, "steps": max(last, 0)})
-            return run
+            _check_place(path, resume)  # also before: what is refused is not touched
+            path.mkdir(parents=True, exist_ok=True)
+            lock = RunLock(path)
+            try:
+                _check_place(path, resume)
+                return cls._begin(path, config, resume, lock)
+            except BaseException:
+                lock.release()
+                raise
         except OSError as error:
             reason = error.strerror or error
             raise UserError(f"{path} cannot be written ({reason}); give another --out") from error
+
+    @classmethod
+    def _begin(cls, path: Path, config: Config, resume: bool, lock: RunLock) -> RunDir:
+        resumed, source = _newest(path) if resume else (None, "")
+        if resumed and not _same_course(resumed, config):
+            keys = _differences(configuration.to_toml(config), resumed.config_toml)
+            raise UserError(
+                f"{path} was made with another configuration: {keys}; pass the "
+                "same values, or another --out"
+            )
+        if resumed:
+            compare_simulators(resumed.simulators)
+        (path / "checkpoint").mkdir(parents=True, exist_ok=True)
+        _replace(path / "config.toml", configuration.to_toml(config).encode())
+        last = resumed.step if resumed else -1
+        kept = [json.dumps(r) + "\n" for r in read_metrics(path) if r["step"] <= last]
+        _replace(path / "metrics.jsonl", "".join(kept).encode())
+        run = cls(path, config, resumed, source == "current.ckpt", lock)
+        run._write_summary({"stopped_by": None, "steps": max(last, 0)})
+        return run
 
     @property
     def seconds(self) -> float:
@@ -281,11 +306,11 @@ class RunDir:
     def log(self, step: int, numbers: Mapping[str, Any]) -> None:
         """Append one line to the metrics, and the same numbers to the events."""
         plain = {name: _plain_number(value) for name, value in numbers.items()}
-        with self._disk("metrics.jsonl"):
+        with self._writing("metrics.jsonl"):
             self._metrics.write(json.dumps({"step": step, **plain}, allow_nan=False) + "\n")
             self._metrics.flush()
         if self._events is not None:
-            with self._disk("tensorboard"):
+            with self._writing("tensorboard"):
                 for name, value in plain.items():
                     if isinstance(value, int | float):
                         self._events.add_scalar(name, value, step)
@@ -305,7 +330,7 @@ class RunDir:
             }
         )
         current = self.path / "checkpoint" / "current.ckpt"
-        with self._disk("checkpoint/current.ckpt"):
+        with self._writing("checkpoint/current.ckpt"):
             temporary = _write_beside(current, block)
             if self._current_is_good:
                 os.replace(current, current.with_name("previous.ckpt"))
@@ -317,7 +342,7 @@ class RunDir:
         """Write ``theta`` as the best so far, by mean return of validation."""
         _check_finite(theta, step)
         meta = {"theta_sha256": theta_sha256(theta), "step": str(step), "validation": repr(score)}
-        with self._disk("best.safetensors"):
+        with self._writing("best.safetensors"):
             save_theta(self.path / "best.safetensors", theta, meta)
 
     def finish(
@@ -332,14 +357,14 @@ class RunDir:
         idle: Sequence[float] = (),
         memory: str = "",
     ) -> None:
-        """Write theta and the summary of the whole run, and close all files.
+        """Write theta and the summary of the whole run; :meth:`close` is still to be called.
 
         ``idle`` is the share of time that each rank waited for others, since it was started;
         ``memory`` says which code ran the memory.
         """
         _check_finite(theta, step)
         meta = {"theta_sha256": theta_sha256(theta), "step": str(step)}
-        with self._disk("theta.safetensors"):
+        with self._writing("theta.safetensors"):
             save_theta(self.path / "theta.safetensors", theta, meta)
         facts = {"stopped_by": stopped_by, "steps": step, "env_steps": env_steps, "ranks": ranks}
         facts |= {
@@ -349,29 +374,32 @@ class RunDir:
             "theta_sha256": meta["theta_sha256"],
         }
         self._write_summary(facts)
-        self.close()
 
     def add_scores(self, scores: Mapping[str, Any]) -> None:
         """Put what a finished run's theta is worth on the test split into the summary."""
         path = self.path / "run.json"
-        with self._disk("run.json"):
+        with self._writing("run.json"):
             summary = json.loads(path.read_text(encoding="utf-8"))
             plain = {name: _plain_number(value) for name, value in scores.items()}
             _replace(path, (json.dumps({**summary, "test": plain}, indent=2) + "\n").encode())
 
     def close(self) -> None:
-        """Close all files; to be called once, also when the run fails."""
-        with self._disk("metrics.jsonl"):
-            self._metrics.close()
-        with self._disk("tensorboard"):
-            if self._events is not None:
-                self._events.close()
+        """Close all files and let go of the directory; also when the run fails, and once more."""
+        try:
+            with self._disk("metrics.jsonl"):
+                self._metrics.close()
+            with self._disk("tensorboard"):
+                if self._events is not None:
+                    self._events.close()
+        finally:
+            self._events = None
+            self._lock.release()
 
     def _write_summary(self, facts: Mapping[str, Any]) -> None:
         run = self._config.run
         timing = {"seconds": round(self.seconds, 3), "threads": run.threads}
         text = json.dumps({**facts, **timing, **environment(run.device)}, indent=2) + "\n"
-        with self._disk("run.json"):
+        with self._writing("run.json"):
             _replace(self.path / "run.json", text.encode())
 
     def _open_events(self) -> Any:
@@ -383,6 +411,12 @@ class RunDir:
             return None
         purge = self.resumed.step + 1 if self.resumed else None
         return SummaryWriter(str(self.path / "tensorboard"), purge_step=purge)
+
+    @contextmanager
+    def _writing(self, name: str) -> Iterator[None]:
+        with self._disk(name):
+            self._lock.check()
+            yield
 
     @contextmanager
     def _disk(self, name: str) -> Iterator[None]:

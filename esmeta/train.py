@@ -367,6 +367,15 @@ def learn(
     from esmeta.record import NullRun, RunDir
 
     folder = RunDir.create(out, config, resume=resume) if comm.rank == 0 else NullRun()
+    try:
+        return _learn(parts, out, folder, comm, stop, node)
+    finally:
+        folder.close()  # others may go on with it, whatever ended it here
+
+
+def _learn(
+    parts: Parts, out: Path, folder: RunDir | NullRun, comm: Any, stop: Stop, node: Node | None
+) -> int:
     memory = parts.objective.explain(parts.optimizer.gradient)
     if comm.rank == 0:
         where = "" if node is None else f"\nenvironments: {node.ranks} ranks of this machine"

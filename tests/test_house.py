@@ -21,7 +21,7 @@ LAYERS = [
     {"rollout"},
     {"evaluator", "lives", "learners", "scoring"},
     {"objectives", "optimizers"},
-    {"record", "progress", "analysis", "watch", "cli", "provenance", "hosts"},
+    {"lock", "record", "progress", "analysis", "watch", "cli", "provenance", "hosts"},
     {"train", "evaluate", "report", "launch", "learn"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -24,6 +24,7 @@ from esmeta.record import load_checkpoint, read_metrics
 # Stands for mpirun: notes how it was called, and ends as the next line of a file says.
 FAKE = """
 echo "$@" >> calls
+echo $ESMETA_LAUNCH_START >> starts
 code=$(head -1 codes); sed -i 1d codes
 [ -e make ] && mkdir -p run && cp tiny.toml run/config.toml
 exit $code
@@ -75,6 +76,7 @@ def test_it_goes_on_until_it_is_done(tmp_path: Path, fake: Fake) -> None:
     (tmp_path / "make").touch()
     found, calls, err = fake([9, 0], "-n", "3")
     assert found == 0 and [call[0] for call in calls] == ["3", "3"]
+    assert (tmp_path / "starts").read_text() == "0\n1\n"  # later ones take over the lock
     first, second = (call[2:] for call in calls)
     assert second == [*first, "--resume"]
     assert err == (

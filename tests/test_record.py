@@ -191,6 +191,7 @@ def test_a_crash_between_any_two_file_operations_leaves_a_good_checkpoint(
     found = load_checkpoint(tmp_path)
     assert found and found.step in (2, 3) and equal(found.theta, theta(found.step))
     assert found.step == 3 or not finished
+    run.close()
     resumed = RunDir.create(tmp_path, make_config(), resume=True)
     resumed.save_checkpoint(4, theta(4), {})
     assert load_checkpoint(tmp_path).step == 4  # type: ignore[union-attr]
@@ -200,6 +201,9 @@ def test_kill_at_a_random_moment_leaves_a_good_checkpoint(tmp_path: Path) -> Non
     rng = random.Random(0)
     last = 0
     saved_run(tmp_path, 1).close()
+    start = time.monotonic()
+    saved_run(tmp_path / "other", 1).close()
+    pace = time.monotonic() - start  # of this machine, now
     for _ in range(15):
         child = os.fork()
         if child == 0:
@@ -212,7 +216,7 @@ def test_kill_at_a_random_moment_leaves_a_good_checkpoint(tmp_path: Path) -> Non
                     run.save_checkpoint(step, theta(step), {"filler": bytes(200_000)})
             finally:
                 os._exit(9)
-        time.sleep(rng.uniform(0.05, 0.3))
+        time.sleep(rng.uniform(0.25, 2.5) * pace)
         assert os.waitpid(child, os.WNOHANG) == (0, 0), "the writer failed before it was killed"
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
@@ -346,6 +350,7 @@ def test_seconds_add_up_over_resumes(tmp_path: Path) -> None:
     run._start -= 100
     assert 100 <= run.seconds < 110
     run.save_checkpoint(1, theta(), {})
+    run.close()
     again = RunDir.create(tmp_path, make_config(), resume=True)
     assert 100 <= again.seconds < 110
 

@@ -1,0 +1,366 @@
+"""A run directory has one writer: who comes second is told, and who is dead is followed."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import environment
+from test_record import make_config, saved_run, theta
+from tiny_runs import files, overrides, run_here, write_preset
+
+from esmeta import lock as locks
+from esmeta.errors import UserError
+from esmeta.lock import Holder, RunLock
+from esmeta.record import RunDir, read_metrics
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from esmeta.lock import RunLock
+lock = RunLock(Path(sys.argv[1]))
+print("taken", flush=True)
+{}
+"""
+
+
+def holder(folder: Path, then: str = "time.sleep(60)") -> subprocess.Popen[str]:
+    """Another process that has taken the lock of ``folder``."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD.format(then), str(folder)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment(None),
+    )
+    assert process.stdout is not None and process.stdout.readline() == "taken\n"
+    return process
+
+
+def left(folder: Path, name: str = "run.lock", **changes: Any) -> bytes:
+    """A lock like one of this process, with changes, that nobody lets go of."""
+    data = json.dumps(dataclasses.asdict(dataclasses.replace(Holder.own(), **changes))).encode()
+    (folder / name).write_bytes(data)
+    return data
+
+
+def refused(folder: Path) -> str:
+    before = files(folder)
+    with pytest.raises(UserError) as caught:
+        RunLock(folder)
+    assert files(folder) == before
+    return str(caught.value)
+
+
+def taken(folder: Path) -> None:
+    """The lock can be taken, is ours then, and leaves nothing."""
+    lock = RunLock(folder)
+    assert json.loads((folder / "run.lock").read_bytes())["pid"] == os.getpid()
+    assert os.listdir(folder) == ["run.lock"]
+    lock.check()
+    lock.release()
+    assert os.listdir(folder) == []
+
+
+def test_the_second_comer_is_told_who_is_there(tmp_path: Path) -> None:
+    lock = RunLock(tmp_path)
+    message = refused(tmp_path)
+    assert re.search(rf"in use by process {os.getpid()} on \S+; .*another --out", message)
+    lock.release()
+    taken(tmp_path)
+
+
+def test_others_may_read_who_is_there_whatever_the_umask(tmp_path: Path) -> None:
+    before = os.umask(0o077)
+    try:
+        lock = RunLock(tmp_path)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "run.lock").stat().st_mode & 0o777 == 0o644
+    lock.release()
+
+
+def test_a_killed_process_is_followed_as_a_living_one_is_not(tmp_path: Path) -> None:
+    process = holder(tmp_path)
+    assert f"process {process.pid} on" in refused(tmp_path)
+    process.kill()
+    while Path(f"/proc/{process.pid}/stat").read_text().split()[2] != "Z":
+        time.sleep(0.01)
+    lock = RunLock(tmp_path)  # although the dead one has a number still
+    lock.release()
+    process.wait()
+    taken(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"began": "1"}, {"boot": "another", "space": "another"}, {"pid": 2**22 + 1}]
+)
+def test_a_number_that_was_given_to_another_process_is_free(
+    tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    left(tmp_path, **changes)
+    taken(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"host": "node7"}, {"machine": "another"}, {"space": "pid:[1]"}]
+)
+def test_what_cannot_be_known_from_here_is_not_stolen(
+    tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    left(tmp_path, pid=2**22 + 1, **changes)
+    message = refused(tmp_path)
+    where = changes.get("host", Holder.own().host)
+    assert f"process {2**22 + 1} on {where}" in message
+    assert f"if that job is dead, delete {tmp_path / 'run.lock'}" in message
+    (tmp_path / "run.lock").unlink()
+    taken(tmp_path)
+
+
+def test_another_users_process_lives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def not_ours(*_: int) -> None:
+        raise PermissionError
+
+    left(tmp_path, pid=1, began="")
+    monkeypatch.setattr(os, "kill", not_ours)
+    assert "process 1 on" in refused(tmp_path)
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"[]", b'{"pid": 3}', b"\xff"])
+def test_a_lock_that_cannot_be_read_is_not_stolen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: bytes
+) -> None:
+    monkeypatch.setattr(locks, "_WRITE_S", 0.01)
+    (tmp_path / "run.lock").write_bytes(data)
+    assert f"delete {tmp_path / 'run.lock'}" in refused(tmp_path)
+
+
+def test_a_file_system_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_links(*_: Any) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", no_links)
+    lock = RunLock(tmp_path)
+    assert "in use by" in refused(tmp_path)
+    lock.release()
+    left(tmp_path, began="1")
+    taken(tmp_path)
+
+
+def test_a_network_that_loses_the_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    link = os.link
+
+    def sent_twice(source: Any, target: Any) -> None:
+        link(source, target)
+        raise FileExistsError
+
+    monkeypatch.setattr(os, "link", sent_twice)
+    taken(tmp_path)
+
+
+def test_one_of_many_takes_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where everybody has seen the dead one's lock before anybody replaces it."""
+    alive = Holder.is_alive
+    takers = 6
+
+    def slowly(self: Holder, me: Holder) -> bool:
+        found = alive(self, me)
+        time.sleep(0.002 * (os.getpid() % takers))
+        return found
+
+    monkeypatch.setattr(Holder, "is_alive", slowly)
+    for attempt in range(4):
+        folder = tmp_path / str(attempt)
+        folder.mkdir()
+        left(folder, began="1")
+        if attempt % 2:
+            left(folder, "run.lock.next", began="1")  # died while it took over
+        children = [fork(lambda folder=folder: try_to_take(folder, takers)) for _ in range(takers)]
+        codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        assert sorted(codes) == [0] + [2] * (takers - 1)
+        assert os.listdir(folder) == []
+
+
+def fork(body: Callable[[], int]) -> int:
+    child = os.fork()
+    if child == 0:
+        code = 3
+        try:
+            code = body()
+        finally:
+            os._exit(code)
+    return child
+
+
+def try_to_take(folder: Path, takers: int) -> int:
+    tried = folder.with_name(f"{folder.name}-tried")
+    tried.mkdir(exist_ok=True)
+    try:
+        lock = RunLock(folder)
+    except UserError:
+        (tried / str(os.getpid())).touch()
+        return 2
+    end = time.monotonic() + 60
+    while len(os.listdir(tried)) < takers - 1 and time.monotonic() < end:
+        time.sleep(0.01)  # others may take what it has let go
+    lock.check()
+    return 0
+
+
+@pytest.mark.parametrize(
+    "then", ["", "sys.exit(3)", "raise RuntimeError", "del lock; time.sleep(60)"]
+)
+def test_it_is_let_go_at_every_way_out(tmp_path: Path, then: str) -> None:
+    process = holder(tmp_path, then)
+    if "sleep" in then:
+        end = time.monotonic() + 20
+        while os.listdir(tmp_path) and time.monotonic() < end:
+            time.sleep(0.01)
+        assert process.poll() is None
+        process.kill()
+    process.wait()
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_forked_child_does_not_let_go(tmp_path: Path) -> None:
+    process = holder(
+        tmp_path, "import os\nif os.fork() == 0: sys.exit()\nos.wait(); lock.check(); os._exit(0)"
+    )
+    assert process.wait() == 0
+    assert os.listdir(tmp_path) == ["run.lock"]
+
+
+# --- starts of esmeta.launch -------------------------------------------------------------------
+
+
+def test_a_later_start_follows_on_an_earlier_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ESMETA_LAUNCH", "abc")
+    monkeypatch.setenv("ESMETA_LAUNCH_START", "1")
+    left(tmp_path, host="node7", start=0)
+    taken(tmp_path)
+    others: list[dict[str, Any]] = [{"start": 1}, {"start": 2}, {"start": 0, "launch": "xyz"}]
+    for other in others:
+        left(tmp_path, host="node7", **other)
+        assert "node7" in refused(tmp_path)
+
+
+def test_a_later_start_waits_for_ranks_that_are_dying(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ESMETA_LAUNCH", "abc")
+    process = holder(tmp_path, "time.sleep(0.5); import os, signal; os.kill(os.getpid(), 9)")
+    monkeypatch.setenv("ESMETA_LAUNCH_START", "1")
+    monkeypatch.setattr(locks, "_GRACE_S", 0.01)
+    assert f"process {process.pid} on" in refused(tmp_path)
+    monkeypatch.setattr(locks, "_GRACE_S", 60)
+    lock = RunLock(tmp_path)
+    assert process.wait() == -signal.SIGKILL
+    lock.release()
+
+
+# --- runs --------------------------------------------------------------------------------------
+
+
+def test_a_run_in_use_is_not_touched(tmp_path: Path) -> None:
+    run = saved_run(tmp_path / "run")
+    before = files(tmp_path)
+    with pytest.raises(UserError, match="run is in use by process"):
+        run_here("--resume", tmp_path / "run")
+    assert files(tmp_path) == before
+    run.log(3, {"x": 1})
+    run.close()
+    assert [record["step"] for record in read_metrics(tmp_path / "run")][-1] == 3
+    RunDir.create(tmp_path / "run", make_config(), resume=True).close()
+
+
+def test_a_new_run_in_a_folder_that_another_one_has_just_made(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    lock = RunLock(tmp_path / "run")
+    before = files(tmp_path)
+    with pytest.raises(UserError, match="run is in use by process"):
+        run_here(write_preset(tmp_path), "--out", tmp_path / "run")
+    assert files(tmp_path) == before | files(tmp_path)
+    assert set(files(tmp_path / "run")) == {"run.lock"}
+    lock.release()
+    assert run_here(tmp_path / "tiny.toml", "--out", tmp_path / "run") == 0
+    assert not (tmp_path / "run" / "run.lock").exists()
+
+
+def test_the_lock_is_held_until_all_is_written_and_gone_after_a_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = []
+
+    def fails(*_: Any) -> None:
+        held.append((tmp_path / "run" / "run.lock").exists())
+        raise RuntimeError("in the middle")
+
+    preset = write_preset(tmp_path)
+    for name in ("report", "Trainer._step"):
+        with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="in the middle"):
+            patch.setattr(f"esmeta.train.{name}", fails)
+            run_here(preset, "--out", tmp_path / "run")
+        assert held[-1] and not (tmp_path / "run" / "run.lock").exists()
+        shutil.rmtree(tmp_path / "run")
+    assert len(held) == 2
+
+
+@pytest.mark.parametrize("how", ["removed", "moved", "replaced"])
+@pytest.mark.parametrize("what", ["log", "save_checkpoint", "save_best", "finish"])
+def test_a_writer_whose_folder_is_gone_says_so(tmp_path: Path, how: str, what: str) -> None:
+    run = saved_run(tmp_path / "run")
+    if how == "moved":
+        (tmp_path / "run").rename(tmp_path / "elsewhere")
+    else:
+        shutil.rmtree(tmp_path / "run")
+    new = saved_run(tmp_path / "run") if how == "replaced" else None
+    before = files(tmp_path)
+    writes: dict[str, Callable[[], None]] = {
+        "log": lambda: run.log(3, {"x": 1}),
+        "save_checkpoint": lambda: run.save_checkpoint(3, theta(3), {}),
+        "save_best": lambda: run.save_best(3, theta(3), 1.0),
+        "finish": lambda: run.finish(3, theta(3), env_steps=1, ranks=1, stopped_by="steps"),
+    }
+    with pytest.raises(UserError, match=r"run was removed, moved or given .*--resume"):
+        writes[what]()
+    run.close()
+    assert files(tmp_path) == before
+    if new is not None:
+        new.log(3, {"x": 1})
+        new.close()
+
+
+def test_two_processes_resume_at_once(tmp_path: Path, run_cli: Any) -> None:
+    less = overrides("run.tensorboard=false", "budget.generations=1000000")
+    words = [sys.executable, "-m", "esmeta.train", str(write_preset(tmp_path)), "--out", "run"]
+    first = subprocess.Popen(
+        [*words, *less],
+        cwd=tmp_path,
+        env=environment(None),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    end = time.monotonic() + 120
+    while len(read_metrics(tmp_path / "run")) < 3 and time.monotonic() < end:
+        time.sleep(0.05)
+    second = run_cli("--resume", "run", *less)
+    assert second.returncode == 2 and second.stdout == ""
+    assert re.fullmatch(rf"esmeta: error: run is in use by process {first.pid} .*\n", second.stderr)
+    first.send_signal(signal.SIGTERM)
+    assert first.wait(60) == 75
+    steps = [record["step"] for record in read_metrics(tmp_path / "run")]
+    assert steps == list(range(len(steps)))
+    assert not (tmp_path / "run" / "run.lock").exists()
