@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import mmap
 import os
 import signal
@@ -33,17 +34,34 @@ def fenced(tensor: Tensor, at_end: bool) -> Tensor:
     return flat.view(tensor.shape).copy_(tensor)
 
 
-def stays_inside(code: str, *words: object) -> None:
+# Torch is loaded once, and every case runs in a process that is forked from there.
+_EACH = """
+import json, os, sys
+import torch, test_kernels
+code = compile(sys.argv[1], "fenced", "exec")
+ends = []
+for words in json.loads(sys.argv[2]):
+    child = os.fork()
+    if child == 0:
+        sys.argv = ["fenced", *words]
+        exec(code, {"__name__": "__main__"})
+        os._exit(0)
+    ends.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+print(json.dumps(ends))
+"""
+
+
+def stay_inside(code: str, *cases: tuple[object, ...]) -> None:
     """Assert that a script ends by itself, and that a fence ends it when it does one block more.
 
-    Its last word is how many blocks (programs) too many it is to run.
+    It is run for each of ``cases``, its arguments, and then how many blocks (programs) too many it
+    is to run.
     """
     env = environment({"PYTHONPATH": os.pathsep.join(sys.path)})
-
-    def run(more: int) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-c", code, *map(str, words), str(more)]
-        return subprocess.run(command, env=env, capture_output=True, text=True)
-
-    done = run(0)
-    assert done.stdout == "inside\n", done.stderr
-    assert run(1).returncode == -signal.SIGSEGV
+    words = [[*map(str, case), str(more)] for case in cases for more in (0, 1)]
+    command = [sys.executable, "-c", _EACH, code, json.dumps(words)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    ends = dict(zip(map(tuple, words), json.loads(done.stdout), strict=True))
+    expected = {case: 0 if case[-1] == "0" else -signal.SIGSEGV for case in ends}
+    assert ends == expected, done.stderr

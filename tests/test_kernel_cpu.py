@@ -10,7 +10,7 @@ import llvmlite.binding as llvm
 import pytest
 import torch
 from conftest import environment
-from fences import stays_inside
+from fences import stay_inside
 from test_kernels import Case, backward, relative_error
 
 from esmeta.kernels import (
@@ -335,7 +335,6 @@ for at_end in (True, False):
     got = results()
     torch.empty, torch.empty_like, _cpu_build.function = empty, empty_like, function
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
-print("inside")
 """
 
 
@@ -374,13 +373,9 @@ for at_end in (True, False):
     _cpu.back = fenced_back
     got = backward(case.scan(store_every=3), case.inputs)
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
-print("inside")
 """
 
 
 @pytest.mark.parametrize("code", [FENCED, FENCED_BACK], ids=["forward", "backward"])
-@pytest.mark.parametrize(
-    ("variant", "n", "S"), [("base", 5, 2), ("linear", 9, 3), ("no-alpha", 20, 1), ("base", 64, 2)]
-)
-def test_nothing_is_read_or_written_out_of_bounds(variant, n, S, code):
-    stays_inside(code, variant, n, S)
+def test_nothing_is_read_or_written_out_of_bounds(code):
+    stay_inside(code, ("base", 5, 2), ("linear", 9, 3), ("no-alpha", 20, 1), ("base", 64, 2))

@@ -149,13 +149,17 @@ def test_a_trial_that_begins_anew_has_its_first_weights(w0: str) -> None:
 def test_weights_that_a_gradient_is_asked_for_are_kept(asked: str) -> None:
     draw = torch.Generator().manual_seed(0)
     given = {
-        "W": torch.randn(2, 3, 6, 6, generator=draw),
         "v": torch.randn(2, 3, 6, generator=draw),
         "alpha": torch.randn(2, 6, 6, generator=draw),
         "kappa": torch.randn(2, 2, 3, generator=draw),
         "beta": torch.randn(2, 2, 3, generator=draw),
     }
+    # As a step leaves it, so that the next one may write into it.
+    rule = prepare(given["alpha"], given["kappa"], given["beta"])
+    given["W"] = step_prepared(rule, torch.randn(2, 3, 6, 6, generator=draw), given["v"])[1]
     kept = given["W"].clone()
+    free = step_prepared(rule, given["W"], given["v"])[1]
+    assert step_prepared(rule, free, given["v"], in_place=True)[1].data_ptr() == free.data_ptr()
     gradients = []
     for in_place in (False, True):
         given[asked] = given[asked].detach().requires_grad_()
