@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 
 import numpy as np
@@ -95,6 +96,43 @@ def test_a_trial_ends_once_and_then_nothing_happens(task: Task) -> None:
     for name, score in at_end.items():
         assert score.shape == (2, 8)
         assert torch.equal(score.nan_to_num(-7), later[name].nan_to_num(-7)), name
+
+
+EPISODIC = [
+    name
+    for name in task_names()
+    if any(
+        field.name == "episodes"
+        for field in dataclasses.fields(make_task(name, **CHEAP.get(name, {})))
+    )
+]
+
+
+@pytest.mark.parametrize("name", EPISODIC)
+def test_the_return_of_every_episode_is_told(name: str) -> None:
+    """``return_k`` is the sum of its rewards so far, NaN for an episode that did not begin."""
+    task = make_task(name, **{**CHEAP.get(name, {}), "episodes": 3, "horizon": 60})
+    steps = 62
+    env = task.make_env("cpu")
+    state, ts = env.reset(task.sample(5, "train", Rng(0)), Rng(1), 2)
+    sums = torch.zeros(2, 5, 3, dtype=torch.float64)
+    number = torch.zeros(2, 5, dtype=torch.int64)
+    over = torch.zeros(2, 5, dtype=torch.bool)
+    waited = 0
+    for action in actions_for(task, steps, 2, 5):
+        scores = env.metrics(state)
+        for k in range(3):
+            begun = number >= k
+            waited += int((~begun).sum())
+            told = scores[f"return_{k + 1}"].double()
+            assert torch.equal(told.isnan(), ~begun), k
+            assert torch.allclose(told[begun], sums[..., k][begun], rtol=1e-4, atol=1e-4), k
+        assert "return_4" not in scores
+        state, ts = env.step(state, action)
+        sums.scatter_add_(-1, number.unsqueeze(-1), ts.reward.double().unsqueeze(-1))
+        over |= ts.new_trial
+        number = (number + (ts.new_episode & ~over)).clamp(max=2)
+    assert waited > 0 and int(number.max()) == 2 and float(sums.abs().max()) > 0
 
 
 def test_a_trial_does_not_depend_on_batch_mates_or_population(task: Task) -> None:

@@ -23,7 +23,8 @@ class State(NamedTuple):
     phase, ``starts`` float64 ``[Q, B, episodes, nq + nv]``, ``data`` and ``changes`` the tasks'
     ``[Q, B, ...]``. In trials of so many steps ``starts`` are without their noise, which
     ``address`` int64 ``[Q, B]`` and the episode's number tell; ``noise`` ``[.., n, nq + nv]`` is
-    that of the n episodes from the last multiple of n on (else n = 0).
+    that of the n episodes from the last multiple of n on (else n = 0). ``earned`` float64
+    ``[.., E]`` are the returns of the E episodes of a trial that has several, else E = 0.
     """
 
     rows: Tensor
@@ -41,6 +42,7 @@ class State(NamedTuple):
     noise: Tensor
     data: Data
     changes: Data
+    earned: Tensor
 
 
 class Going:

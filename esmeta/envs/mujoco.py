@@ -85,6 +85,8 @@ class MujocoEnv(MadeAgain):
         self._body, self._definition = body, definition
         self._horizon, self._episodes, self._continual = horizon, episodes, continual
         self._steps = steps
+        # Episodes whose returns are told apart.
+        self._told = episodes if episodes > 1 and not steps else 0
         # On a GPU they are drawn in every step, as nobody looks whether they have to be.
         self._ahead = 0 if steps == 0 else 1 if self._engine == "warp" else _AHEAD
         self._threads = threads
@@ -141,7 +143,7 @@ class MujocoEnv(MadeAgain):
         state = State(
             rows, place, time=zero, episode=zero, elapsed=zero, over=no, unstable=zero, success=no,
             paid=paid, spent=paid, starts=starts, address=address, noise=noise, data=data,
-            changes=changes,
+            changes=changes, earned=none.new_zeros(*shape, self._told),
         )  # fmt: skip
         action = none.unsqueeze(-1).expand(*shape, model.nu)
         begun = torch.ones_like(no)
@@ -178,6 +180,9 @@ class MujocoEnv(MadeAgain):
         common = None if common is None else min(common + 1, self._horizon)
         paid, spent = self._counted(state, time, reward, going, common)
         later = state._replace(time=time, paid=paid, spent=spent)
+        if self._told:
+            present = _numbers(state.earned) == state.episode.unsqueeze(-1)
+            later = later._replace(earned=state.earned + present * reward.unsqueeze(-1))
         if self._steps:
             later = later._replace(elapsed=state.elapsed + one)
         terminated, truncated, ended = self._ends(later, now, bad, no, going, common)
@@ -330,7 +335,8 @@ class MujocoEnv(MadeAgain):
 
         ``unstable``: how often MuJoCo lost the world. ``success``, where the definition has it: 1
         where the goal was reached at any step. The definition's phases: mean reward per step in
-        that span of the episodes; NaN where no episode came so far.
+        that span of the episodes; NaN where no episode came so far. ``return_k`` of each episode
+        where a trial has a number of them, NaN for those that did not begin.
         """
         for worlds in self._worlds.values():
             worlds.check()
@@ -339,6 +345,9 @@ class MujocoEnv(MadeAgain):
             scores["success"] = state.success
         means = state.paid / state.spent
         scores |= dict(zip(self._definition.phases, means.unbind(-1), strict=True))
+        begun = _numbers(state.earned) < (state.episode + ~state.over).unsqueeze(-1)
+        earned = state.earned.masked_fill(~begun, torch.nan)
+        scores |= {f"return_{k + 1}": column for k, column in enumerate(earned.unbind(-1))}
         return {name: score.to(self._like) for name, score in scores.items()}
 
     def _at(self, shape: torch.Size, changes: Data) -> Worlds:
@@ -392,3 +401,8 @@ class MujocoEnv(MadeAgain):
         obs, action, flags = seen.split(sizes, dim=-1)
         reward, *rest = flags.unbind(-1)
         return TimeStep(obs, action, reward, *(mark.bool() for mark in rest))
+
+
+def _numbers(earned: Tensor) -> Tensor:
+    """The numbers of the episodes that returns ``[P, B, E]`` are of."""
+    return torch.arange(earned.shape[-1], device=earned.device)
