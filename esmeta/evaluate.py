@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
     from esmeta.policy import Policy
     from esmeta.rollout import Intervention
-    from esmeta.types import Fitness, Params, Reference, Task
+    from esmeta.types import Fitness, Params, Reference, State, Task, TimeStep
 
-LESIONS = ("none", "reset-memory", "zero-reward")
+LESIONS = ("none", "reset-memory", "reset-memory-each-step", "zero-reward")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -49,15 +49,16 @@ def parser() -> argparse.ArgumentParser:
         "--set",
         action="append",
         default=[],
-        metavar="task.KEY=VALUE",
-        help="another task of the same family, e.g. task.size=10; may be repeated",
+        metavar="SECTION.KEY=VALUE",
+        help="another task of the same family, e.g. task.size=10, or other options of an objective "
+        "that trains agents, e.g. objective.saturation=0; may be repeated",
     )
     p.add_argument(
         "--lesion",
         default="none",
         choices=LESIONS,
-        help="control: memory reset at the start of every episode inside the trial, or the reward "
-        "input held at zero (%(default)s)",
+        help="control: memory reset at the start of every episode inside the trial or before every "
+        "step, or the reward input held at zero (%(default)s)",
     )
     p.add_argument(
         "--greedy", action="store_true", help="the most likely action instead of a sampled one"
@@ -80,7 +81,8 @@ def load(
 ) -> tuple[Policy, Params, Task]:
     """Policy, theta (leaves ``[1, ...]``) and task of a run directory.
 
-    ``overrides`` (``task.key=value``) give another task of the same family with the same spec.
+    ``overrides`` (``task.key=value``) give another task of the same family with the same spec, or
+    (``objective.key=value``) other options of the objective with the same theta.
     ``best``: theta of the best score of validation during the run instead of the last.
     The task is the published one, without training aids (:func:`esmeta.tasks.aid`) that are not
     among the overrides; ``as_trained`` keeps them.
@@ -116,8 +118,12 @@ def open_run(
             f"{path}: not a run directory (no config.toml); give one that esmeta.train wrote"
         )
     for text in overrides:
-        if not text.startswith("task."):
-            raise errors.UserError(f"--set {text!r}: only task.KEY=VALUE can change here")
+        key = text.partition("=")[0].strip()
+        if not key.startswith(("task.", "objective.")) or key == "objective.name":
+            raise errors.UserError(
+                f"--set {text!r}: only options of the task and of the objective can change here: "
+                "write task.KEY=VALUE or objective.KEY=VALUE"
+            )
     config = configs.resolve(configs.load(path / "config.toml"), list(overrides))
     if not as_trained:
         told = [configs.parse_override(text)[1] for text in overrides]
@@ -134,8 +140,8 @@ def open_run(
     found = {name: tuple(leaf.shape[1:]) for name, leaf in params.items()}
     if found != objective.shapes:
         raise errors.UserError(
-            f"{path}: theta has other shapes than the policy for this task needs; "
-            "--set may not change the sizes of observations or actions"
+            f"{path}: theta has other shapes than the policy for this task, or this objective, "
+            "needs; --set may not change the sizes of observations, actions or networks"
         )
     return objective, params, config
 
@@ -146,10 +152,34 @@ def lesion(name: str, policy: Policy, params: Params) -> Intervention | None:
 
     if name == "zero-reward":
         return lambda state, ts: (state, ts._replace(reward=torch.zeros_like(ts.reward)))
-    if name == "reset-memory":
-        prepared = policy.bind(params).memory
-        return lambda state, ts: (policy.memory.reset(prepared, state, ts.new_episode), ts)
-    return None
+    if name == "none":
+        return None
+    prepared, each = policy.bind(params).memory, name == "reset-memory-each-step"
+
+    def reset(state: State, ts: TimeStep) -> tuple[State, TimeStep]:
+        now = torch.ones_like(ts.new_episode) if each else ts.new_episode
+        return policy.memory.reset(prepared, state, now), ts
+
+    return reset
+
+
+def check_lesion(name: str, policy: Policy, params: Params, task: Task) -> None:
+    """Refuse a lesion that changes nothing of this policy in this task."""
+    from esmeta.tasks import single
+
+    spec, changes, instead = task.spec, "", "leave --lesion out"
+    if name == "zero-reward" and policy.config.reward_input_scale == 0:
+        changes = "the policy is not shown the reward (policy.reward_input_scale = 0)"
+    elif name.startswith("reset-memory") and not policy.initial_state(params, 1):
+        changes = "the policy has no memory"
+    elif name != "none" and spec.horizon == 1:
+        changes = "a trial is one step (task.horizon = 1)"
+    elif name == "reset-memory" and spec.episodes_per_trial == 1:
+        if single(task, spec.horizon) is task:  # else episodes begin anew until the trial is over
+            changes = "a trial of this task is one episode"
+            instead = "write --lesion reset-memory-each-step, or give trials several episodes"
+    if changes:
+        raise errors.UserError(f"--lesion {name} would change nothing: {changes}; {instead}")
 
 
 def table(
@@ -221,6 +251,7 @@ def _scores(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
         fitness = objective.heldout(params, args.trials, seed, split=args.split)
         return table(fitness, groups, reference, about)
     policy = objective.policy
+    check_lesion(args.lesion, policy, params, task)
     evaluator = PopulationEvaluator(policy, task, trials=args.trials)
     fitness = evaluator(
         params,

@@ -250,7 +250,8 @@ def test_evaluate_refuses_in_one_line(finished: Path, capsys: pytest.CaptureFixt
     for args, words in (
         (["--trials", "0"], "--trials = 0: must be an integer >= 1"),
         (["--seed", "-1"], "--seed = -1: must be an integer >= 0"),
-        (["--set", "policy.neurons=3"], "only task.KEY=VALUE"),
+        (["--set", "policy.neurons=3"], "write task.KEY=VALUE or objective.KEY=VALUE"),
+        (["--set", "objective.name=epg"], "write task.KEY=VALUE or objective.KEY=VALUE"),
         (["--set", "task.name=harlow"], "other shapes"),
         (["--set", "task.horizn=3"], "did you mean 'horizon'"),
     ):

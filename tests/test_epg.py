@@ -330,6 +330,7 @@ def test_evaluate_and_report_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixt
     assert evaluate.main([str(run), "--trials", "5", "--set", "task.test=right", "--json"]) == 0
     right = json.loads(capsys.readouterr().out)
     assert right["return"]["mean"] != scores["return"]["mean"]
+    check_other_objective(run, capsys, scores["return"]["mean"])
     assert evaluate.main([str(run), "--greedy"]) == 2
     assert_says(capsys.readouterr().err, "--greedy and --lesion", "'epg'", "leave them out")
     with pytest.raises(UserError, match="not a policy.*esmeta.evaluate"):
@@ -338,6 +339,22 @@ def test_evaluate_and_report_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixt
     text = page.read_text(encoding="utf-8")
     assert "The learned loss" in text and "displacement epg openes" in text
     assert len(list(page.parent.glob("l*.png"))) == 2
+
+
+def check_other_objective(run: Path, capsys: pytest.CaptureFixture[str], plain: float) -> None:
+    """Options of the objective can change, as long as theta is the same; a penalty is told."""
+    found, fast = [], "learning_rate=0.1"  # with which means leave the range of the actions
+    for changes in (("saturation=0",), ("ppo_generations=0",), (fast,), (fast, "saturation=50")):
+        args = [str(run), "--trials", "5", *overrides(*(f"objective.{x}" for x in changes))]
+        assert evaluate.main([*args, "--json"]) == 0
+        found.append(json.loads(capsys.readouterr().out)["return"])
+        told = "with objective.saturation = 50.0 in the agents' loss"
+        assert (told in found[-1]["variant"]) == ("saturation=50" in changes)
+        assert ("saturation" in found[-1]["variant"]) == ("saturation=50" in changes)
+    means = [row["mean"] for row in found]
+    assert means[0] == means[1] == plain and len(set(means)) == 3
+    assert evaluate.main([str(run), "--set", "objective.evolve_init=true"]) == 2
+    assert_says(capsys.readouterr().err, "theta has other shapes", "--set may not change")
 
 
 def test_curves_and_surfaces_are_of_the_given_loss() -> None:
