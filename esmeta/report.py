@@ -158,7 +158,7 @@ class Pictures:
 
 def _pictures(group: Group, where: Destination, wanted: Pictures) -> list[str]:
     """Trials of a group's first run, of the test split; a warning where they cannot be drawn."""
-    from esmeta.analysis import page, pictures, sheets
+    from esmeta.analysis import page, pictures, trials
     from esmeta.evaluate import load
 
     run = group.runs[0]
@@ -173,9 +173,9 @@ def _pictures(group: Group, where: Destination, wanted: Pictures) -> list[str]:
         print(f"esmeta: warning: no picture of {group.label}: {error}", file=sys.stderr)
         return [page.paragraph(f"No picture: {error}", note=True)]
     parts = []
-    if sheets.has_sheet(task):
+    if trials.can_draw(task):
         out = where.figure(f"trials-{group.slug}.png")
-        sheets.trial_sheet(policy, params, task, out, seed=run.seed)
+        trials.draw_trials(policy, params, task, out, seed=run.seed)
         parts.append(page.image(out, f"Test trials of theta, seed {run.seed}."))
     name, fps = f"trial-{group.slug}", rate / every
     if wanted.film == "png":

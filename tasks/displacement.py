@@ -1,6 +1,6 @@
 """Displacement: a point in the plane that is paid for moving in a direction it is not told.
 
-The smallest task on which a learned loss can show what it has learned (EPG sheet 5.7 a): each task
+The smallest task on which a learned loss can show what it has learned: each task
 is a hidden unit vector u, the reward of a step is its displacement along u. Directions of the two
 splits may lie in different half-planes, so that an agent that has memorised directions fails
 where a loss that reads rewards does not.

@@ -1,7 +1,7 @@
 """Double integrator: push a point of unknown mass to the middle of a square and keep it there.
 
 The textbook's linear system with a quadratic cost in two dimensions, with limited force and walls:
-an environment that is unlike a pendulum for a learned objective to meet (MetaGenRL sheet 6.5 a).
+an environment that is unlike a pendulum for a learned objective to meet.
 """
 
 from __future__ import annotations

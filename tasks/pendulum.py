@@ -1,7 +1,7 @@
 """Pendulum: swing a pendulum up and hold it, Gymnasium's Pendulum-v1 in torch.
 
 The dynamics are those of https://gymnasium.farama.org/environments/classic_control/pendulum/ to
-float32. Gravity and length may be drawn per task (MetaGenRL sheet 6.5 a: 7 to 13 and 0.7 to 1.3).
+float32. Gravity and length may be drawn per task (for example 7 to 13 and 0.7 to 1.3).
 """
 
 from __future__ import annotations

@@ -425,7 +425,7 @@ def test_annealing_goes_from_the_critic_to_the_learned_loss() -> None:
 
 
 def test_meta_steps_make_learning_worth_it() -> None:
-    """Sheet 6.5: on a fixed batch and critic, Q after the update rises from about Q before it."""
+    """On a fixed batch and critic, Q after the update rises from about Q before it."""
     agent, params = an_agent()
     network = ObjectiveNetwork(STEPS)
     alpha = {k: v.double().expand(AGENTS, *v.shape[1:]) for k, v in network.init(Rng(2)).items()}

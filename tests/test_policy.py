@@ -239,7 +239,7 @@ def test_sizes_of_the_published_policies() -> None:
     assert (policy.input_size, policy.size, used_scalars(policy)) == (12, 2626, 2624)
     policy = make_policy("metods", maze, value=True, neurons=200, depth=4, w0="learned")
     assert (policy.input_size, policy.size, used_scalars(policy)) == (15, 100_181, 100_169)
-    for h in (16, 156):  # rl2 sheet 2.2 (A)
+    for h in (16, 156):  # 156: 99,645, nearly MetODS's 100,169
         policy = make_policy("rl2", maze, value=True, neurons=h)
         gru = 512 + 3 * (32 * h + h * h + 2 * h) + (32 * h + 32 + 132) + (32 * h + 32 + 33)
         assert policy.size == gru
@@ -327,7 +327,7 @@ def test_initial_values_of_plastic_parameters() -> None:
     assert normal_error(paper["memory.write.A"] - torch.eye(8), 1e-2) < 4
     identity = small("metods", variant="mlp", init="identity", **options).init(0, 100)
     kappa, beta = torch.zeros(depth, depth + 1), torch.zeros(depth, depth + 1)
-    for s in range(depth):  # the sheet's round s + 1: entries l = 0 .. s + 1
+    for s in range(depth):  # the paper's round s + 1: entries l = 0 .. s + 1
         kappa[s, 0] += 0.5
         kappa[s, s + 1] += 1.0
         beta[s, s] += 1.0

@@ -20,7 +20,7 @@ from PIL import Image
 
 import esmeta
 from esmeta import report, train
-from esmeta.analysis import groups, page, pictures, plots, series, sheets
+from esmeta.analysis import groups, page, pictures, plots, series, trials
 from esmeta.errors import UserError
 from esmeta.types import Reference
 
@@ -321,20 +321,20 @@ def test_large_gifs_lose_frames_not_their_length(tmp_path, monkeypatch):
     assert gif.info["duration"] * gif.n_frames == 16 * 100
 
 
-def test_harlow_sheet_shows_where_the_good_object_is(harlow, tmp_path):
+def test_harlow_trials_show_where_the_good_object_is(harlow, tmp_path):
     policy, params, task = harlow
     seen = 0
     for index in range(12):
         trial = pictures.run_trial(policy, params, task, index, "test", 0)
-        picture, places, _ = sheets._harlow_rows(trial, task)
+        picture, places, _ = trials._harlow_rows(trial, task)
         assert (np.abs(np.diff(places)) <= 1).all()
         for t in np.flatnonzero(np.abs(trial.rewards) > 0.5):
-            colour = sheets._GOOD if trial.rewards[t] > 0 else sheets._BAD
+            colour = trials._GOOD if trial.rewards[t] > 0 else trials._BAD
             assert tuple(picture[t, places[t + 1]]) == colour
             seen += 1
     assert seen > 0
-    sheet = sheets.contact_sheet(policy, params, task, tmp_path / "sheet.png", (0, 1))
-    Image.open(sheet).verify()
+    drawn = trials.draw_harlow(policy, params, task, tmp_path / "harlow.png", (0, 1))
+    Image.open(drawn).verify()
 
 
 def test_maze_paths_move_cell_by_cell_and_end_on_the_target(tmp_path):
@@ -345,7 +345,7 @@ def test_maze_paths_move_cell_by_cell_and_end_on_the_target(tmp_path):
     for index in range(4):
         trial = pictures.run_trial(policy, params, task, index)
         side, target = trial.data["walls"].shape[0], int(trial.data["target"])
-        paths, complete = sheets._maze_paths(trial)
+        paths, complete = trials._maze_paths(trial)
         done = paths if complete else paths[:-1]
         assert len(done) == int((trial.rewards > 0).sum())
         assert sum(len(path) - 1 for path in paths) == len(trial.rewards)
@@ -356,9 +356,9 @@ def test_maze_paths_move_cell_by_cell_and_end_on_the_target(tmp_path):
         assert all(path[-1] == target for path in done)
         hits += len(done)
     assert hits > 0
-    Image.open(sheets.trial_sheet(policy, params, task, tmp_path / "paths.png")).verify()
+    Image.open(trials.draw_trials(policy, params, task, tmp_path / "paths.png")).verify()
     with pytest.raises(UserError, match="harlow"):
-        sheets.contact_sheet(policy, params, task, tmp_path / "x.png")
+        trials.draw_harlow(policy, params, task, tmp_path / "x.png")
 
 
 def test_pictures_leave_the_global_generator_alone(harlow):

@@ -1,4 +1,4 @@
-"""MAESN's tasks: rewards by hand, goals as published, models that have the sheet's numbers."""
+"""MAESN's tasks: rewards by hand, goals as published, models with the numbers of the release."""
 
 from __future__ import annotations
 

@@ -165,7 +165,8 @@ def test_best_and_random_without_drawing() -> None:
     assert task.reference.best == pytest.approx(-float(best.norm(dim=0).mean()), abs=2e-3)
 
 
-def test_navigation_starts_as_far_away_as_the_sheet_says() -> None:
+def test_navigation_starts_as_far_away_as_goals_of_a_square_are() -> None:
+    # The mean distance of a square of side 1 from its middle: (sqrt(2) + asinh(1)) / 6.
     goal = make_task("navigation").sample(20_000, "train", Rng(0)).data["goal"]
     assert float(goal.norm(dim=-1).mean()) == pytest.approx(0.3826, abs=4e-3)
     assert float(goal.abs().max()) <= 0.5

@@ -2,8 +2,8 @@
 
 Defaults are EPG's: V is learned in the same minibatches with a coefficient, nothing stops a pass
 early, networks are tanh, separate for policy and V, inputs normalised. ``value_epochs``,
-``kl_stop`` and ``log_std`` make the recipe of Spinning Up, MetaGenRL's baseline (baselines sheet
-9.1).
+``kl_stop`` and ``log_std`` make the recipe of Spinning Up, MetaGenRL's baseline
+(https://github.com/openai/spinningup, ``algos/pytorch/ppo``).
 """
 
 from __future__ import annotations

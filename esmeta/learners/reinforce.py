@@ -1,7 +1,7 @@
 """On-policy REINFORCE with GAE (Schulman et al. 2016, https://arxiv.org/abs/1506.02438).
 
 One full-batch policy step per period, then V alone for some passes, as in the "VPG" that MetaGenRL
-compares with (baselines sheet 9.1); networks are EPG's (tanh, inputs normalised).
+compares with (Spinning Up's ``algos/pytorch/vpg``); networks are EPG's (tanh, inputs normalised).
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ class GradientConfig:
     ``max_grad_norm`` of the global gradient (0: no clipping); ``normalize_advantage`` over all
     steps of the update; ``reward_scale`` multiplies rewards in the loss only;
     ``bootstrap``: add the value of what follows a trial that was cut by its horizon (off: the
-    horizon is part of the task, metods sheet 1.6); ``schedule`` of learning rate and entropy
+    horizon is part of the task); ``schedule`` of learning rate and entropy
     weight, which reach ``learning_rate_final`` and ``entropy_final`` after ``schedule_updates``.
     """
 

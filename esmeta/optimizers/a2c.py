@@ -1,6 +1,7 @@
 """Advantage actor-critic over whole trials (Mnih et al. 2016, arXiv 1602.01783), one step a batch.
 
-The loss is the metods sheet's 1.6: policy gradient with GAE, squared value error, entropy bonus.
+The loss is the one MetODS is trained with (arXiv 2202.02363): policy gradient with GAE, squared
+value error, entropy bonus; a mean over the steps of each.
 The rollout is recorded without a graph and re-evaluated, so that memory costs one scan.
 """
 

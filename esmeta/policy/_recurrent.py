@@ -19,7 +19,7 @@ from esmeta.types import Params, State
 class RecurrentConfig(PolicyConfig):
     """Options that every policy shares; ``neurons`` is the width of the memory.
 
-    Its input weights follow the ``hidden`` tanh layers directly (rl2 sheet 2.2 A).
+    Its input weights follow the ``hidden`` tanh layers directly, with no linear layer between.
     """
 
     def __post_init__(self) -> None:

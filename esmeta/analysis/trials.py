@@ -1,7 +1,7 @@
 """Whole trials on one page: what an agent does before and after it has learned.
 
-``contact_sheet`` draws Harlow trials as space-time diagrams; ``path_sheet`` draws maze trials as
-the search for the target and the ways back to it.
+``draw_harlow`` draws trials as space-time diagrams; ``draw_maze`` as the search for the target and
+the ways back to it.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ _GOOD, _BAD, _FIXATION, _EMPTY = (178, 212, 240), (250, 211, 180), (214, 214, 21
 _WALL, _FLOOR = (85, 85, 85), (250, 250, 250)
 
 
-def has_sheet(task: Task) -> bool:
-    """Whether :func:`trial_sheet` can draw this task."""
+def can_draw(task: Task) -> bool:
+    """Whether :func:`draw_trials` can draw this task."""
     return isinstance(task, Harlow | Maze)
 
 
-def trial_sheet(
+def draw_trials(
     policy: Policy, params: Params, task: Task, out: Path, *, split: str = "test", seed: int = 0
 ) -> Path:
-    """The contact sheet or path sheet of the first trials of a split, as the task has it."""
+    """The first trials of a split on one page, as the task has them."""
     if isinstance(task, Maze):
-        return path_sheet(policy, params, task, out, split=split, seed=seed)
-    return contact_sheet(policy, params, task, out, split=split, seed=seed)
+        return draw_maze(policy, params, task, out, split=split, seed=seed)
+    return draw_harlow(policy, params, task, out, split=split, seed=seed)
 
 
 # --- Harlow ------------------------------------------------------------------------------------
@@ -104,7 +104,7 @@ def _space_time(axes: Axes, trial: Trial, task: Harlow, number: int) -> None:
     axes.set_xticks([])
 
 
-def contact_sheet(
+def draw_harlow(
     policy: Policy,
     params: Params,
     task: Harlow | Any,
@@ -122,7 +122,7 @@ def contact_sheet(
     into blue after its first choice.
     """
     if not isinstance(task, Harlow):
-        raise UserError(f"task {task!r}: a contact sheet shows a harlow task; give one of those")
+        raise UserError(f"task {task!r}: this draws trials of harlow; give one of its tasks")
     trials = [run_trial(policy, params, task, index, split, seed) for index in indices]
     figure, panels = new_figure(len(trials), width=2.1, height=5.4)
     longest = max(len(trial.rewards) for trial in trials)
@@ -227,7 +227,7 @@ def _before_and_after(before: Axes, after: Axes, trial: Trial, number: int) -> N
     after.set_title(again + mean if found else "nothing to return to", fontsize=10)
 
 
-def path_sheet(
+def draw_maze(
     policy: Policy,
     params: Params,
     task: Maze | Any,
@@ -244,7 +244,7 @@ def path_sheet(
     the agent cannot see.
     """
     if not isinstance(task, Maze):
-        raise UserError(f"task {task!r}: a path sheet shows a maze task; give one of those")
+        raise UserError(f"task {task!r}: this draws trials of maze; give one of its tasks")
     from matplotlib.figure import Figure
 
     from esmeta.analysis.plots import DPI
