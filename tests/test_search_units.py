@@ -70,6 +70,7 @@ CASES += [
     for kind in ("sgd", "clipup")
 ]
 CASES += [("openes", {"sigma_decay": 0.8, "sigma_min": 0.05}), ("nres", {"sigma_decay": 0.8})]
+CASES += [("pgpe", {"stdev_max_change": 0.01})]
 
 
 @pytest.mark.parametrize(("name", "options"), CASES, ids=lambda value: str(value))
