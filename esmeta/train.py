@@ -160,13 +160,16 @@ class Trainer:
         with progress(budget.steps, label, rank=self.comm.rank) as bar:
             bar.update(self.count.step, self._fraction())
             reason = self._reason()
+            if self._begins_anew(reason):  # another limit ended the run where a restart was due
+                self._restart()
+                reason = ""
             while not reason:
                 metrics = self._step()
                 if self._due(run.metrics_every):
                     metrics |= self.idle.metrics()
                 scores = self._scores() if self._due(run.evaluate_every) else {}
                 reason = self._reason()
-                again = reason == "plateau" and self.count.restarts < budget.restarts
+                again = self._begins_anew(reason)
                 reason = "" if again else reason
                 if run.evaluate_every and not scores and reason not in ("", "signal"):
                     scores = self._scores()
@@ -179,6 +182,10 @@ class Trainer:
                     self._save()
         self._save()
         return reason
+
+    def _begins_anew(self, reason: str) -> bool:
+        """Whether a restart follows instead of the end."""
+        return reason == "plateau" and self.count.restarts < self.parts.config.budget.restarts
 
     def _restart(self) -> None:
         """Begin anew from other parameters; counters, best theta and clock go on."""

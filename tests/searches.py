@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import threading
 from collections.abc import Callable
@@ -84,6 +85,7 @@ class Ranks:
 class RankComm:
     def __init__(self, ranks: Ranks, rank: int) -> None:
         self.ranks, self.rank, self.size = ranks, rank, ranks.size
+        self.timeout_s, self.label, self.waited_s = 0.0, "", 0.0
 
     def _all(self, value: Any) -> list[Any]:
         self.ranks.slots[self.rank] = value
@@ -99,6 +101,12 @@ class RankComm:
     def sum_exact(self, value: Tensor) -> Tensor:
         assert value.dtype == torch.int64
         return torch.stack(self._all(value)).sum(dim=0)
+
+    def sum_ordered(self, value: Tensor) -> Tensor:
+        return functools.reduce(torch.add, [v.clone() for v in self._all(value)])
+
+    def barrier(self) -> None:
+        self._all(None)
 
     def bcast(self, value: Tensor) -> Tensor:
         values = self._all(value.clone())

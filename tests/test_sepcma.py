@@ -17,7 +17,8 @@ from esmeta.optimizers import sepcma
 from esmeta.optimizers._noise import pair_noise
 from esmeta.rng import Rng
 
-POPSIZE, SIZE, SIGMA = 12, 7, 0.3
+# Three blocks of members: two ranks get them out of order.
+POPSIZE, SIZE, SIGMA = 40, 7, 0.3
 
 
 def by_all_orders(fitness: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -119,7 +120,7 @@ def coarse(x: Tensor) -> Tensor:
     return (x[:, 0] * 3).floor().clamp(min=-3.0)
 
 
-@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("value", [steep, coarse, sphere])
 def test_updates_are_those_of_the_equations(value: Callable[[Tensor], Tensor], ranks: int) -> None:
     optimizer: Any = sepcma.Optimizer(popsize=POPSIZE, sigma=SIGMA)
