@@ -12,7 +12,6 @@ from torch import Tensor
 
 from esmeta import make_policy
 from esmeta import rollout as loop
-from esmeta.evaluator import PopulationEvaluator
 from esmeta.kernels import prepare, step_prepared
 from esmeta.learners._agent import Agent
 from esmeta.learners._replay import ReplayLearner
@@ -21,7 +20,7 @@ from esmeta.objectives.epg import EpgObjective
 from esmeta.objectives.return_ import ReturnObjective
 from esmeta.rng import Rng
 from esmeta.tree import leaves_of
-from esmeta.types import Continuous, Discrete, Params, Spec, TimeStep
+from esmeta.types import Continuous, Discrete, Params, Spec, State, TimeStep
 
 
 def aimed(objective: ReturnObjective, *means: float) -> Params:
@@ -171,28 +170,31 @@ def test_weights_that_a_gradient_is_asked_for_are_kept(asked: str) -> None:
 
 
 def test_a_rollout_overwrites_nothing_that_others_hold() -> None:
-    task = Probe(horizon=5)
+    task = Probe(horizon=6)
     policy = make_policy("metods", task.spec, neurons=4, alpha_std=0.5, w0_std=0.5)
-    evaluator = PopulationEvaluator(policy, task, trials=2)
-    params, tasks = policy.init(0, 2), task.sample(2, "train", Rng(0))
-    begin = loop.start(policy, params, evaluator.env, tasks, Rng(1))
-    held = [leaf.clone() for leaf in leaves_of([begin.state, begin.ts, begin.noise])]
-    kept = loop.Returns(2, 2, "cpu")
-    with torch.no_grad():
-        loop.rollout(policy, evaluator.env, begin, kept)
-    after = leaves_of([begin.state, begin.ts, begin.noise])
+    env, params = task.make_env("cpu"), policy.init(0, 2)
+    begin = loop.start(policy, params, env, task.sample(8, "train", Rng(0)), Rng(1))
+
+    def lived(begin: loop.Start, **how: Any) -> tuple[loop.End, Tensor]:
+        kept = loop.Returns(2, 8, "cpu")
+        with torch.no_grad():
+            return loop.rollout(policy, env, begin, kept, **how), kept.returns
+
+    # Left as a step leaves it, so that the next one may write into it.
+    left, _ = lived(begin, until=2)
+    held = [leaf.clone() for leaf in leaves_of([begin.state, left.state, left.ts])]
+    going = loop.go_on(policy, params, left, begin.noise)
+    (_, first), (_, again) = lived(going), lived(going)
+    assert torch.equal(first, again)
+
+    # A memory that is put back before every step is that of the first one for ever.
+    def lesion(state: State, ts: TimeStep) -> tuple[State, TimeStep]:
+        return left.state, ts
+
+    lesioned = lived(going, intervene=lesion)[1]
+    assert not torch.equal(lesioned, first)
+    after = leaves_of([begin.state, left.state, left.ts])
     assert all(torch.equal(a, b) for a, b in zip(after, held, strict=True))
-
-    # A memory that is put back before every step is that of the first step for ever.
-    def lesion(state: dict[str, Tensor], ts: TimeStep) -> tuple[dict[str, Tensor], TimeStep]:
-        return begin.state, ts
-
-    with torch.no_grad():
-        for _ in range(2):
-            again = loop.Returns(2, 2, "cpu")
-            end = loop.rollout(policy, evaluator.env, begin, again, intervene=lesion)
-            assert torch.equal(begin.state["W"], held[0])
-    assert not torch.equal(again.returns, kept.returns) and not torch.equal(end.state["W"], held[0])
 
 
 # --- floors ------------------------------------------------------------------------------------
