@@ -2,7 +2,8 @@
 
 Gymnasium: Towers et al. 2024, https://arxiv.org/abs/2407.17032. An environment of its own becomes
 a task for meta-learning by drawing what differs between tasks from ``options[task_key]`` in its
-``reset``: all episodes of a trial are given the same number there.
+``reset``: all episodes of a trial are given the same number there, and ``options["split"]`` says
+whether it is one of ``"train"``, ``"validation"`` or ``"test"``.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from esmeta.envs._worlds import Interface, interface
 from esmeta.envs.gym import GymEnv
 from esmeta.options import options_class
 from esmeta.rng import Rng
-from esmeta.tasks import check_int, check_split, episode_steps, task_numbers
+from esmeta.tasks import SPLITS, check_int, check_split, episode_steps, task_numbers
 from esmeta.types import Discrete, Reference, Spec, Tasks
 
 # Random play is measured until it is known to 2 % or so many steps were taken.
@@ -45,8 +46,8 @@ class Task:
         episodes: per trial. The trial is over when all have ended, early or not.
         episode_steps: steps of an episode at most in trials that last exactly ``horizon`` steps:
             episodes begin anew for as long. For agents that learn within a trial; 0: as above.
-        task_key: name of the option of ``reset`` that gets the number of the task; empty: tasks
-            are nothing but seeds.
+        task_key: name of the option of ``reset`` that gets the number of the task, beside the
+            option ``"split"``; empty: tasks are nothing but seeds.
         most_worlds: simulators that may be open at a time in a process; populations and held-out
             trials are evaluated in batches of as many, with the same scores.
     """
@@ -75,6 +76,11 @@ class Task:
         check_int("horizon", self.horizon, 0, 10_000_000)
         check_int("most_worlds", self.most_worlds, 2, 1_000_000)
         check_int("episode_steps", self.episode_steps, 0, 1_000_000)
+        if self.task_key == "split":
+            raise errors.UserError(
+                "task_key is 'split', the option that says which split a task is of: write for "
+                "example task_key='task'"
+            )
         if self.episode_steps:
             self._check_trial()
         elif self.horizon:
@@ -140,12 +146,15 @@ class Task:
     def sample(self, batch: int | Tensor, split: str, rng: Rng) -> Tasks:
         """Tasks by number. Data: ``seed`` int64 ``[1, B]``, the number given to ``reset``.
 
-        Seeds of ``train`` and ``test`` are different streams of 31 bits.
+        Seeds of the splits are different streams of 31 bits. With ``task_key`` also ``split`` int64
+        ``[1, B]``, its place in :data:`esmeta.tasks.SPLITS`.
         """
         check_split(split)
         index = task_numbers(batch)
         seed = rng.fold("gym", split).integers(index, 1, 2**31).squeeze(-1)
-        return Tasks(index, {"seed": seed})
+        if not self.task_key:
+            return Tasks(index, {"seed": seed})
+        return Tasks(index, {"seed": seed, "split": torch.full_like(seed, SPLITS.index(split))})
 
     def make_env(self, device: torch.device | str) -> GymEnv:
         """Simulators in this process, tensors on ``device``."""

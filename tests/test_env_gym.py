@@ -25,7 +25,7 @@ from esmeta.errors import EnvFailure, UserError
 from esmeta.objectives.return_ import Objective
 from esmeta.optimizers.nres import Optimizer as Nres
 from esmeta.rng import Rng
-from esmeta.tasks import make_task
+from esmeta.tasks import SPLITS, make_task
 from esmeta.types import Discrete, Hosted, Tasks
 
 needs_box2d = pytest.mark.skipif(
@@ -193,6 +193,54 @@ def test_spaces_tasks_and_episodes_of_an_environment_of_ones_own() -> None:
         "return_1": [1, 0],
         "return_2": [0, 0],
     }
+
+
+TOLD: list[dict[str, Any]] = []
+
+
+class Told(Probe):
+    """Notes what its resets are told."""
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
+        TOLD.append(dict(options or {}))
+        return super().reset(seed=seed)
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("split", SPLITS)
+def test_an_environment_is_told_the_split_of_its_task(split: str, mixed: bool) -> None:
+    gymnasium.register("Told-v0", functools.partial(Told, wide=True), max_episode_steps=4)
+    try:
+        task: Any = make_task("gym", id="Told-v0", task_key="which", episodes=2)
+        if mixed:
+            part = {"name": "gym", "id": "Told-v0", "task_key": "which", "episodes": 2}
+            task = make_task("mixed", parts=({"name": "double_integrator"}, part), horizon=8)
+        policy, params = policy_and_params(task, 2)
+        evaluator = esmeta.PopulationEvaluator(policy, task, trials=4)
+        TOLD.clear()
+        evaluator(params, split=split)
+    finally:
+        del gymnasium.registry["Told-v0"]
+    assert all(set(told) == {"which", "split"} for told in TOLD)
+    assert {told["split"] for told in TOLD} == {split}
+    count = 2 if mixed else 4  # trials, each by 2 members in 2 episodes
+    numbers = [told["which"] for told in TOLD]
+    assert len(set(numbers)) == count and min(map(numbers.count, set(numbers))) >= 4
+
+
+def test_an_environment_keeps_finite_sets_of_tasks_apart() -> None:
+    """Tasks of our own through Gymnasium, which play trials of the split that they are told."""
+    name = "esmeta.envs.gymnasium_api:esmeta/DoubleIntegrator-v0"
+    task = make_task("gym", id=name, horizon=3, task_key="trial")
+    inside, env = make_task("double_integrator"), task.make_env("cpu")
+    for split in SPLITS:
+        tasks = task.sample(2, split, Rng(0))
+        _, ts = env.reset(tasks, Rng(1))
+        for b, number in enumerate(tasks.data["seed"][0].tolist()):
+            root = Rng(int(env._worlds[b].env.unwrapped.np_random_seed))  # type: ignore[union-attr]
+            its = inside.sample(torch.tensor([number]), split, root.fold("tasks"))
+            first = inside.make_env("cpu").reset(its, root.fold("trials", split))[1]
+            assert torch.equal(ts.obs[0, b], first.obs[0, 0])
 
 
 def test_trials_that_are_over_are_not_simulated() -> None:

@@ -23,7 +23,7 @@ SCRIPT = ROOT / "tests" / "mpi" / "remote.py"
 PATHS = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
 
 
-@pytest.mark.parametrize(("ranks", "names"), [(2, ""), (4, "gym harlow point cheetah_dir")])
+@pytest.mark.parametrize(("ranks", "names"), [(2, ""), (4, "gym told harlow point cheetah_dir")])
 def test_every_task_has_the_same_bits(mpirun: Any, ranks: int, names: str) -> None:
     done = mpirun(ranks, SCRIPT, *names.split())
     assert done.returncode == 0, done.stderr

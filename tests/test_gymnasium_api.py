@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import subprocess
 import sys
 import warnings
@@ -34,6 +36,55 @@ def test_gymnasiums_checker_is_content(name: str) -> None:
     taste = ("infinity", "symmetric and normalized")
     told = [str(w.message) for w in caught if not any(word in str(w.message) for word in taste)]
     assert not told, told
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_every_field_of_a_task_can_be_set(name: str) -> None:
+    """A value that no field takes comes back in an error that names the field."""
+    made = type(esmeta.make_task(name))
+    theirs = {*inspect.signature(gymnasium.make).parameters}
+    theirs |= {*inspect.signature(gymnasium.make_vec).parameters}
+    theirs |= {*inspect.signature(api.TaskVectorEnv).parameters, "self"}
+    makes: list[Any] = [gymnasium.make, gymnasium.make_vec]
+    for make in makes:
+        for field in (field.name for field in dataclasses.fields(made)):
+            tables = [{"options": {field: Ellipsis}}]
+            tables += [] if field in theirs else [{field: Ellipsis}]
+            for table in tables:
+                with pytest.raises(ValueError, match=rf"\b{field}\b.*Ellipsis"):
+                    make(api.environment_id(name), **table)
+        for table in ({"nonsense": 1}, {"options": {"nonsense": 1}}):
+            with pytest.raises(ValueError, match="has no option 'nonsense'.*it takes"):
+                make(api.environment_id(name), **table)
+
+
+def test_options_in_a_table() -> None:
+    table = {"id": "Pendulum-v1", "kwargs": {"g": 9.0}}
+    env = gymnasium.make("esmeta/Gym-v0", options=table, horizon=7)
+    assert env.unwrapped._task == esmeta.make_task("gym", **table, horizon=7)  # type: ignore[attr-defined]
+    for mode in (None, "sync"):
+        envs = gymnasium.make_vec(
+            "esmeta/Gym-v0", num_envs=2, vectorization_mode=mode, options=table, horizon=7
+        )
+        assert envs.reset(seed=0)[0].shape == (2, 3)
+        envs.close()
+    with pytest.raises(ValueError, match="'horizon' is given twice, as 7 and in options"):
+        gymnasium.make("esmeta/Gym-v0", options={"horizon": 8}, horizon=7)
+    with pytest.raises(ValueError, match="must be a table of the task's fields"):
+        gymnasium.make("esmeta/Gym-v0", options=["id"])
+
+
+def test_a_trial_of_another_split() -> None:
+    envs = {split: gymnasium.make("esmeta/Maze-v0", split=split) for split in ("train", "test")}
+    seen = {split: env.reset(seed=3, options={"trial": 5})[0] for split, env in envs.items()}
+    told = {"trial": 5, "split": "test"}
+    assert np.array_equal(envs["train"].reset(seed=3, options=told)[0], seen["test"])
+    walls = [env.unwrapped._state.tables.views for env in envs.values()]  # type: ignore[attr-defined]
+    assert torch.equal(*walls)
+    envs["train"].reset(seed=3, options={"trial": 5})
+    assert not torch.equal(envs["train"].unwrapped._state.tables.views, walls[1])  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match="'train', 'validation' or 'test'"):
+        envs["train"].reset(options={"split": "valid"})
 
 
 @pytest.mark.parametrize("name", TASKS)

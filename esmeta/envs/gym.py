@@ -22,6 +22,7 @@ from esmeta.envs._worlds import Pool, World, interface, pool
 from esmeta.errors import EnvFailure, warn
 from esmeta.rng import Rng
 from esmeta.sharing import HostedState, MadeAgain, check_newest, one_at_a_time
+from esmeta.tasks import SPLITS
 from esmeta.types import Discrete, Tasks, TimeStep
 
 _SEEDS = 2**31
@@ -48,8 +49,8 @@ class GymEnv(MadeAgain):
         limit: steps per episode; then it is truncated.
         steps: of a trial, where episodes begin anew for as long as it lasts; its last episode is
             truncated. 0: a trial is over when its ``episodes`` are.
-        task_key: under this name each reset is given the number of the task as an option, for
-            environments with tasks; empty: none.
+        task_key: under this name each reset is given the number of the task as an option, and
+            under ``"split"`` the split that it is of, for environments with tasks; empty: none.
         most_worlds: how many simulators of this kind may be open at a time, of all environments.
         device: where tensors are put.
     """
@@ -96,6 +97,8 @@ class GymEnv(MadeAgain):
         self._worlds += self._pool.take(count, self._most)
         self._shape = shape
         self._number = _rows(tasks.data["seed"].expand(shape), 2)
+        told = tasks.data.get("split")
+        self._split = None if told is None else _rows(told.expand(shape), 2)
         self._rng, self._tasks = rng.fold("dynamics"), tasks
         self._seeds = self._draw_seeds(self._episodes)
         self._obs = np.zeros((count, self._obs_size), dtype=np.float32)
@@ -142,8 +145,14 @@ class GymEnv(MadeAgain):
     def _reset_world(self, k: int) -> np.ndarray:
         world = self._worlds[k]
         assert world is not None, "of a trial that is over"
-        options = {self._task_key: int(self._number[k])} if self._task_key else None
-        return world.reset(int(self._seeds[k, self._episode[k]]), options)
+        return world.reset(int(self._seeds[k, self._episode[k]]), self._options(k))
+
+    def _options(self, k: int) -> dict[str, Any] | None:
+        """What ``reset`` is told of the task of trial ``k``."""
+        if not self._task_key:
+            return None
+        split = {} if self._split is None else {"split": SPLITS[self._split[k]]}
+        return {self._task_key: int(self._number[k]), **split}
 
     @one_at_a_time
     def step(self, state: HostedState, action: Tensor) -> tuple[HostedState, TimeStep]:

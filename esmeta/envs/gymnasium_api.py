@@ -5,7 +5,9 @@
     envs = gymnasium.make_vec("esmeta/Maze-v0", num_envs=64, size=8)
 
 ``gymnasium.make("esmeta.envs.gymnasium_api:esmeta/Maze-v0")`` imports it by itself. Options are the
-fields of the task; ``split`` is ``"train"``, ``"validation"`` or ``"test"``.
+fields of the task, by name or in a table: ``gymnasium.make("esmeta/Gym-v0", options={"id":
+"Acrobot-v1"})``, where ``gymnasium.make`` has an ``id`` of its own; ``split`` is ``"train"``,
+``"validation"`` or ``"test"``.
 
 One episode of Gymnasium's is one trial. Trial number k after ``reset(seed=s)`` is the trial number
 k that a :class:`esmeta.PopulationEvaluator` runs with ``seed=s``.
@@ -75,15 +77,29 @@ def _metrics(env: BatchedEnv, state: Any) -> dict[str, np.ndarray]:
     return {name: values[0].double().numpy() for name, values in env.metrics(state).items()}
 
 
-def _only(options: Mapping[str, Any] | None, allowed: str) -> dict[str, Any]:
+def _only(options: Mapping[str, Any] | None, *allowed: str) -> dict[str, Any]:
     """The options of a reset, all of them known."""
-    unknown = set(options or {}) - {allowed}
+    unknown = set(options or {}) - set(allowed)
     if unknown:
         raise ValueError(
             f"options has {sorted(unknown)}; this environment knows "
-            f"{repr(allowed) if allowed else 'no options'}"
+            f"{' and '.join(map(repr, allowed)) or 'no options'}"
         )
     return plain(dict(options or {}))
+
+
+def _make(task: str, options: Mapping[str, Any] | None, more: Mapping[str, Any]) -> Task:
+    """The task with the fields in ``options`` and ``more``; one that is given twice is refused."""
+    if options is not None and not isinstance(options, Mapping):
+        raise ValueError(
+            f"options is {options!r}; it must be a table of the task's fields: write for example "
+            'options={"horizon": 100}'
+        )
+    for name in set(options or {}) & set(more):
+        raise ValueError(
+            f"{name!r} is given twice, as {more[name]!r} and in options; write it once"
+        )
+    return make_task(task, **{**(options or {}), **more})
 
 
 class TaskEnv(gymnasium.Env[np.ndarray, Any]):
@@ -91,22 +107,30 @@ class TaskEnv(gymnasium.Env[np.ndarray, Any]):
 
     The trial's end is ``terminated`` or ``truncated``. ``info["new_episode"]`` marks the first
     observation of each episode inside the trial; the info of its last step has ``"metrics"``, the
-    task's own scores. ``reset(options={"trial": k})`` plays trial number k, else the next one.
+    task's own scores. ``reset(options={"trial": k})`` plays trial number k, else the next one; with
+    ``"split"`` in the options, that one is of another split.
 
     Args:
         task: name of the task.
         split: ``"train"``, ``"validation"`` or ``"test"``.
         render_mode: ``"rgb_array"``, for tasks that can be drawn, or None.
-        options: fields of the task.
+        options: a table with fields of the task, any of them.
+        more: fields of the task by name, but for the names that ``gymnasium.make`` takes itself.
     """
 
     metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 10}
 
     def __init__(
-        self, task: str, *, split: str = "train", render_mode: str | None = None, **options: Any
+        self,
+        task: str,
+        *,
+        split: str = "train",
+        render_mode: str | None = None,
+        options: Mapping[str, Any] | None = None,
+        **more: Any,
     ) -> None:
         check_split(split)
-        self._task, self._split = make_task(task, **options), split
+        self._task, self._split = _make(task, options, more), split
         self._env = self._task.make_env("cpu")
         self._state: Any = None
         self._number = -1
@@ -128,11 +152,13 @@ class TaskEnv(gymnasium.Env[np.ndarray, Any]):
         seed = plain(seed)
         super().reset(seed=seed)
         self._number = 0 if seed is not None else self._number + 1
-        known = _only(options, "trial")
+        known = _only(options, "trial", "split")
+        split = known.get("split", self._split)
+        check_split(split)
         if "trial" in known:
             check_int("trial", known["trial"], 0, 2**40)
             self._number = known["trial"]
-        source = _Source(self._task, self._split, self.np_random_seed or 0)
+        source = _Source(self._task, split, self.np_random_seed or 0)
         self._state, ts = source.begin(self._env, np.array([self._number]))
         return ts.obs[0, 0].numpy().copy(), {"new_episode": True}
 
@@ -187,14 +213,15 @@ class TaskVectorEnv(VectorEnv):
         *,
         split: str = "train",
         render_mode: str | None = None,
-        **options: Any,
+        options: Mapping[str, Any] | None = None,
+        **more: Any,
     ) -> None:
         num_envs = plain(num_envs)
         check_int("num_envs", num_envs, 1, 1_000_000)
         check_split(split)
         if render_mode is not None:
             raise ValueError(f"render_mode is {render_mode!r}; vectors are not drawn: leave it out")
-        self._task, self._split = make_task(task, **options), split
+        self._task, self._split = _make(task, options, more), split
         self.num_envs = num_envs
         self.single_observation_space, self.single_action_space = _spaces(self._task.spec)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
@@ -212,7 +239,7 @@ class TaskVectorEnv(VectorEnv):
         if seed is not None and not isinstance(seed, int):
             raise ValueError(f"seed is {seed!r}; trials have numbers under one seed: write seed=0")
         super().reset(seed=seed)
-        _only(options, "")
+        _only(options)
         if seed is not None:
             self._begun[:] = 0
         self._source = _Source(self._task, self._split, self.np_random_seed or 0)
