@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from test_bad_input import assert_says
+from torch import Tensor
 
 from esmeta.errors import UserError
 from esmeta.learners import ppo, reinforce
@@ -27,12 +28,115 @@ def experience() -> Experience:
     )
 
 
-def learned(kind: Any = ppo, **options: Any) -> tuple[Segments, Segments]:
+def learned(
+    kind: Any = ppo, steps: Experience | None = None, **options: Any
+) -> tuple[Segments, Segments]:
     """Fresh agents, and what one update makes of them."""
     full = {"period": PERIOD, "minibatch": PERIOD, "hidden": (6,), "learning_rate": 0.02, **options}
     learner, loss = kind.Learner(**full).make(SPEC, 64)
     before = learner.init(Rng(3), torch.arange(AGENTS))
-    return before, learner.update(before, experience(), loss, Rng(4))
+    return before, learner.update(before, steps or experience(), loss, Rng(4))
+
+
+def reward_to_go(reward: Tensor, over: Tensor, after: float, gamma: float) -> Tensor:
+    """Discounted sums of rewards ``[T]`` to the end of each episode; ``after`` follows the last."""
+    sums, running = torch.zeros_like(reward), after
+    for t in reversed(range(len(reward))):
+        running = float(reward[t]) + gamma * (0.0 if over[t] else running)
+        sums[t] = running
+    return sums
+
+
+@pytest.mark.parametrize("kind", [ppo, reinforce])
+def test_an_update_is_that_of_spinning_up(kind: Any) -> None:
+    """``update`` of its ``ppo.py`` and ``vpg.py``, on torch's own modules and Adam, per agent.
+
+    Observations as they are; V learns rewards-to-go, which begin with V where the batch ends.
+    """
+    recipe: dict[str, Any] = {
+        "normalize": False, "value_target": "reward_to_go", "gae_lambda": 0.9, "gamma": 0.95,
+        "value_epochs": 7, "value_learning_rate": 0.01, "log_std": -0.5,
+    }  # fmt: skip
+    policy_steps = 1
+    if kind is ppo:
+        policy_steps = 12
+        recipe |= {"epochs": policy_steps, "kl_stop": 0.02}
+    steps = experience()
+    ended = steps.ended.clone()
+    ended[:, -1] = False  # the last episode is cut by the update
+    steps = steps._replace(ended=ended, terminated=ended, obs=3 * steps.obs + 5)
+    before, after = learned(kind, steps=steps, **recipe)
+    stopped = []
+    for p in range(AGENTS):
+        policy, value = (module(before.params, name, p) for name in ("policy", "value"))
+        log_std = torch.nn.Parameter(before.params["log_std"][p].clone())
+        obs, act, reward, _, over, _ = (leaf[p] for leaf in steps)
+        with torch.no_grad():
+            v = value(obs)[:, 0]
+            last = float(value(steps.next_obs[p, -1]))
+            following = torch.cat([v[1:], torch.tensor([last])]) * ~over
+            delta = reward + 0.95 * following - v
+            advantage = reward_to_go(delta, over, 0.0, 0.95 * 0.9)
+            target = reward_to_go(reward, over, last, 0.95)
+            advantage = (advantage - advantage.mean()) / advantage.std(correction=0)
+
+        def log_prob(mean: Tensor, act: Tensor = act, log_std: Tensor = log_std) -> Tensor:
+            return torch.distributions.Normal(mean, log_std.exp()).log_prob(act).sum(-1)
+
+        old = log_prob(policy(obs)).detach()
+        adam = torch.optim.Adam([*policy.parameters(), log_std], lr=0.02)
+        count = 0
+        for _ in range(policy_steps):
+            new = log_prob(policy(obs))
+            if kind is ppo and float((old - new.detach()).mean()) > 0.02:
+                break
+            ratio = torch.exp(new - old)
+            clipped = ratio.clamp(0.8, 1.2) * advantage
+            loss = torch.min(ratio * advantage, clipped) if kind is ppo else new * advantage
+            adam.zero_grad()
+            (-loss.mean()).backward()
+            adam.step()
+            count += 1
+        stopped.append(count)
+        adam = torch.optim.Adam(value.parameters(), lr=0.01)
+        for _ in range(7):
+            adam.zero_grad()
+            (value(obs)[:, 0] - target).square().mean().backward()
+            adam.step()
+        for name, net in (("policy", policy), ("value", value)):
+            learnt = module(after.params, name, p).parameters()
+            for got, want in zip(learnt, net.parameters(), strict=True):
+                torch.testing.assert_close(got, want, rtol=1e-4, atol=2e-5)
+        torch.testing.assert_close(after.params["log_std"][p], log_std.data, rtol=1e-4, atol=2e-5)
+    assert kind is reinforce or min(stopped) < policy_steps, stopped
+
+
+def module(params: dict[str, Tensor], name: str, p: int) -> torch.nn.Sequential:
+    """Network ``name`` of agent ``p`` as a module of torch."""
+    layers: list[torch.nn.Module] = []
+    for i in range(2):
+        weight, bias = params[f"{name}.{i}.weight"][p], params[f"{name}.{i}.bias"][p]
+        layer = torch.nn.Linear(weight.shape[0], weight.shape[1])
+        layer.weight.data, layer.bias.data = weight.T.clone(), bias.clone()
+        layers += [layer, torch.nn.Tanh()]
+    return torch.nn.Sequential(*layers[:-1])
+
+
+def test_what_v_learns_and_what_networks_see_is_told() -> None:
+    """The options have an effect of their own, and other words are refused."""
+    steps = experience()
+    steps = steps._replace(obs=3 * steps.obs + 5)
+    for kind in (ppo, reinforce):
+        more = {"value_epochs": 3}
+        found = [
+            learned(kind, steps=steps, **more, **options)[1].params
+            for options in ({}, {"value_target": "reward_to_go"}, {"normalize": False})
+        ]
+        assert torch.equal(found[0]["policy.0.weight"], found[1]["policy.0.weight"])
+        assert not torch.equal(found[0]["value.0.weight"], found[1]["value.0.weight"])
+        assert not torch.equal(found[0]["policy.0.weight"], found[2]["policy.0.weight"])
+        with pytest.raises(UserError, match="value_target = 'td'.*gae, reward_to_go"):
+            kind.Learner(value_target="td")
 
 
 def passes(state: Segments) -> list[int]:
@@ -86,7 +190,7 @@ def test_v_learns_by_itself_at_its_own_rate() -> None:
 
 @pytest.mark.parametrize("kind", [ppo, reinforce])
 def test_the_first_spread_of_actions(kind: Any) -> None:
-    options = {} if kind is ppo else {"value_epochs": 1}
+    options: dict[str, Any] = {} if kind is ppo else {"value_epochs": 1}
     before, _ = learned(kind, log_std=-0.5, **options)
     assert before.params["log_std"].eq(-0.5).all()
     assert learned(kind, **options)[0].params["log_std"].eq(0).all()

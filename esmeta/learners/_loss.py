@@ -8,7 +8,7 @@ the parameters of P agents and their batch, one number per agent. Whatever must 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -131,6 +131,9 @@ def standardised(x: Tensor) -> Tensor:
     return (x - mean) / ((x - mean).square().mean(dim=1, keepdim=True).sqrt() + 1e-8)
 
 
+ValueTarget = Literal["gae", "reward_to_go"]
+
+
 @options_class
 class PolicyGradient:
     """REINFORCE with GAE and PPO: hand-written losses on the newest steps.
@@ -140,6 +143,8 @@ class PolicyGradient:
     ``-log pi A``. ``value_coef`` times the squared error of V is added (``policy = False``: that
     alone). Rewards are multiplied by ``reward_scale``. Advantages are GAE
     (``gamma``, ``gae_lambda``), standardised over the newest steps; ``A`` and ``old`` are constant.
+    V's targets are ``A + V`` (``gae``), or the discounted rewards to the end of the episode, with V
+    of what follows where it was cut (``reward_to_go``: ``gae`` at lambda 1).
     """
 
     clip: float = 0.2
@@ -149,6 +154,7 @@ class PolicyGradient:
     value_coef: float = 1.0
     policy: bool = True
     reward_scale: float = 1.0
+    value_target: ValueTarget = "gae"
 
     @property
     def heads(self) -> frozenset[Head]:
@@ -170,6 +176,8 @@ class PolicyGradient:
         steps = batch.steps.last(batch.newest)
         steps = steps._replace(reward=steps.reward * self.reward_scale)
         raw, target = advantages(agent, params, steps, gamma=self.gamma, lambda_=self.gae_lambda)
+        if self.value_target == "reward_to_go":
+            _, target = advantages(agent, params, steps, gamma=self.gamma, lambda_=1.0)
         out = agent.policy(params, steps.obs)
         first, second = (out.logits, out.logits) if out.mean is None else (out.mean, out.std)
         assert first is not None and second is not None

@@ -8,9 +8,11 @@ early, networks are tanh, separate for policy and V, inputs normalised. ``value_
 
 from __future__ import annotations
 
+from typing import get_args
+
 from esmeta import errors
 from esmeta.learners._agent import Agent
-from esmeta.learners._loss import Loss, PolicyGradient
+from esmeta.learners._loss import Loss, PolicyGradient, ValueTarget
 from esmeta.learners._segments import SegmentLearner
 from esmeta.options import options_class
 from esmeta.types import Spec
@@ -36,6 +38,8 @@ class Learner:
         value_learning_rate: of V's Adam in these.
         kl_stop: passes end before one that begins with a KL(old || new) above it (0: never).
         log_std: logarithm of the spread of actions at first.
+        value_target: what V learns: ``gae``, the advantages plus V, or ``reward_to_go``.
+        normalize: observations are measured in units of what the agent has seen.
         reward_scale: factor on rewards; that of V's errors is its square.
     """
 
@@ -53,6 +57,8 @@ class Learner:
     value_learning_rate: float = 1e-3
     kl_stop: float = 0.0
     log_std: float = 0.0
+    value_target: ValueTarget = "gae"
+    normalize: bool = True
     reward_scale: float = 1.0
 
     def __post_init__(self) -> None:
@@ -66,6 +72,7 @@ class Learner:
         errors.finite_positive("value_learning_rate", self.value_learning_rate, example=0.001)
         errors.non_negative("kl_stop", self.kl_stop, example=0.015)
         errors.finite("log_std", self.log_std, example=-0.5)
+        errors.one_of("value_target", self.value_target, get_args(ValueTarget))
         errors.finite_positive("reward_scale", self.reward_scale, example=1.0)
 
     def make(self, spec: Spec, horizon: int) -> tuple[SegmentLearner, Loss]:
@@ -77,6 +84,7 @@ class Learner:
             self.kl_coef,
             0.0 if self.value_epochs else self.value_coef,
             reward_scale=self.reward_scale,
+            value_target=self.value_target,
         )
         agent = Agent(spec, self.hidden, heads=loss.heads, log_std=self.log_std)
         learner = SegmentLearner(
@@ -86,6 +94,7 @@ class Learner:
             epochs=self.epochs,
             minibatch=self.minibatch,
             learning_rate=self.learning_rate,
+            normalize=self.normalize,
             kl_stop=self.kl_stop,
             value_epochs=self.value_epochs,
             value_minibatch=self.minibatch,

@@ -6,9 +6,11 @@ compares with (Spinning Up's ``algos/pytorch/vpg``); networks are EPG's (tanh, i
 
 from __future__ import annotations
 
+from typing import get_args
+
 from esmeta import errors
 from esmeta.learners._agent import Agent
-from esmeta.learners._loss import Loss, PolicyGradient
+from esmeta.learners._loss import Loss, PolicyGradient, ValueTarget
 from esmeta.learners._segments import SegmentLearner
 from esmeta.learners.ppo import check_segments
 from esmeta.options import options_class
@@ -29,6 +31,8 @@ class Learner:
         gamma: discount.
         gae_lambda: of the advantages.
         log_std: logarithm of the spread of actions at first.
+        value_target: what V learns: ``gae``, the advantages plus V, or ``reward_to_go``.
+        normalize: observations are measured in units of what the agent has seen.
         reward_scale: factor on rewards.
     """
 
@@ -41,6 +45,8 @@ class Learner:
     gamma: float = 0.99
     gae_lambda: float = 0.97
     log_std: float = 0.0
+    value_target: ValueTarget = "gae"
+    normalize: bool = True
     reward_scale: float = 1.0
 
     def __post_init__(self) -> None:
@@ -51,6 +57,7 @@ class Learner:
         errors.fraction("gamma", self.gamma)
         errors.fraction("gae_lambda", self.gae_lambda)
         errors.finite("log_std", self.log_std, example=-0.5)
+        errors.one_of("value_target", self.value_target, get_args(ValueTarget))
         errors.finite_positive("reward_scale", self.reward_scale, example=1.0)
 
     def make(self, spec: Spec, horizon: int) -> tuple[SegmentLearner, Loss]:
@@ -61,6 +68,7 @@ class Learner:
             self.gae_lambda,
             value_coef=0.0,
             reward_scale=self.reward_scale,
+            value_target=self.value_target,
         )
         agent = Agent(spec, self.hidden, heads=loss.heads, log_std=self.log_std)
         learner = SegmentLearner(
@@ -69,6 +77,7 @@ class Learner:
             context=self.period,
             minibatch=self.period,
             learning_rate=self.learning_rate,
+            normalize=self.normalize,
             value_epochs=self.value_epochs,
             value_minibatch=self.minibatch,
             value_learning_rate=self.value_learning_rate,
