@@ -153,7 +153,7 @@ class MPIComm:
         """Concatenate float64 blocks ``[counts[r], ...]`` of all ranks in rank order."""
         _check_rows(local, counts, self.rank, self.size)
         self._operation = "gather_rows"
-        out = torch.empty((sum(counts), *local.shape[1:]), dtype=torch.float64)
+        out = torch.empty((sum(counts), *local.shape[1:]), dtype=torch.float64, device="cpu")
         width = out.element_size() * local.shape[1:].numel()
         self._transport.gather(_bytes(local), [width * count for count in counts], _bytes(out))
         return _like(out, local)
@@ -162,7 +162,7 @@ class MPIComm:
         """Elementwise int64 sum over ranks: exact, whatever the number of ranks."""
         assert value.dtype == torch.int64, f"sum_exact wants int64, got {value.dtype}"
         self._operation = "sum_exact"
-        out = torch.empty(value.shape, dtype=torch.int64)
+        out = torch.empty(value.shape, dtype=torch.int64, device="cpu")
         self._transport.sum_int64(_flat(value), _flat(out))
         return _like(out, value)
 
@@ -172,7 +172,7 @@ class MPIComm:
         The bits do depend on the number of ranks; :meth:`sum_exact` is for what must not.
         """
         self._operation = "sum_ordered"
-        out = torch.empty(value.shape, dtype=value.dtype)
+        out = torch.empty(value.shape, dtype=value.dtype, device="cpu")
         self._transport.sum_in_order(_flat(value), _flat(out))
         return _like(out, value)
 

@@ -241,7 +241,7 @@ def _scores(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     reference = config.objective.instance.reference(task)
     seed = config.run.seed if args.seed is None else args.seed
     errors.non_negative_int("--seed", seed)
-    groups = objective.groups(torch.arange(args.trials), args.split)
+    groups = objective.groups(torch.arange(args.trials, device="cpu"), args.split)
     if config.objective.name != "return":
         if args.greedy or args.lesion != "none":
             raise errors.UserError(
@@ -257,7 +257,7 @@ def _scores(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
         params,
         seed=seed,
         split=args.split,
-        index=torch.arange(args.trials),
+        index=torch.arange(args.trials, device="cpu"),
         act=(lambda out, noise: heads.mode(out)) if args.greedy else heads.sample,
         intervene=lesion(args.lesion, policy, params),
         mark_failed=True,

@@ -141,7 +141,7 @@ class PopulationEvaluator(OwnEnv):
         # Batches of one size: a short last one would be filled up with copies.
         own = -(-population // count)
         return [
-            torch.arange(first, first + max(2, own))
+            torch.arange(first, first + max(2, own), device="cpu")
             .clamp(max=min(first + own, population) - 1)
             .to(self.device)
             for first in range(0, population, own)
@@ -152,7 +152,7 @@ class PopulationEvaluator(OwnEnv):
         most = max(1, self.env.most_worlds) if isinstance(self.env, Hosted) else batch
         if batch > most >= _TRIAL_TILE:
             most -= most % _TRIAL_TILE
-        return list(torch.arange(batch).split(most))
+        return list(torch.arange(batch, device="cpu").split(most))
 
     def members(self, params: Params | Tensor) -> Params:
         """A tree or flat vectors ``[P, D]`` as a tree on this evaluator's device."""
@@ -199,7 +199,7 @@ class PopulationEvaluator(OwnEnv):
         """
         tree = self.members(params)
         population = next(iter(tree.values())).shape[0]
-        index = torch.arange(self.trials) if index is None else numbers_of(index)
+        index = torch.arange(self.trials, device="cpu") if index is None else numbers_of(index)
         shared = index.ndim == 1
         if population == 0 or index.numel() == 0 or not (shared or len(index) == population):
             raise ValueError(

@@ -126,7 +126,7 @@ def learn(lives: Lives, loss: Loss, agents: int, split: str) -> tuple[Diary, Ten
     from esmeta.progress import progress
 
     # A batch of one rounds differently; its twin is left out.
-    index = torch.arange(max(2, agents))
+    index = torch.arange(max(2, agents), device="cpu")
     diary, life = Diary(), lives.begin(index, split)
     with progress(lives.updates, "learning") as bar:
         for update in range(lives.updates):

@@ -114,8 +114,11 @@ class TrialLives:
         saved = [self._save_part(part, lives.life) for part in lives.parts]
         whole = {name: torch.cat([part[name] for part in saved]) for name in saved[0]}
         chosen = {name: leaf[: lives.population].cpu() for name, leaf in whole.items()}
-        where = torch.tensor([[lives.life, lives.t]]).expand(lives.population, 2)
-        return {"life": where[:, 0].clone(), "t": where[:, 1].clone(), **chosen}
+        life, t = (
+            torch.full((lives.population,), number, dtype=torch.int64, device="cpu")
+            for number in (lives.life, lives.t)
+        )
+        return {"life": life, "t": t, **chosen}
 
     def restore(self, saved: State) -> Lives:
         """The inverse of :meth:`save`; goes on bit for bit as if never stored.
@@ -140,7 +143,7 @@ class TrialLives:
 
     def _trials(self, life: int) -> Any:
         first = life * self.evaluator.trials
-        index = torch.arange(first, first + self.evaluator.trials)
+        index = torch.arange(first, first + self.evaluator.trials, device="cpu")
         return self.evaluator.trial_set(index, self.seed, "train")
 
     def _save_part(self, part: _Part, life: int) -> State:
@@ -148,7 +151,8 @@ class TrialLives:
         tasks, rng = self._trials(life)
         # A leaf that is as long for one member more is not the members'.
         other, _ = self.evaluator.env.reset(tasks, rng, rows + 1)
-        saved = {"steps": torch.full((rows,), end.t), "active": end.active}
+        steps = torch.full((rows,), end.t, dtype=torch.int64, device="cpu")
+        saved = {"steps": steps, "active": end.active}
         saved |= {f"memory.{name}": leaf for name, leaf in end.state.items()}
         saved |= {f"ts.{name}": leaf for name, leaf in end.ts._asdict().items()}
         pairs = zip(leaves_of(end.env_state), leaves_of(other), strict=True)

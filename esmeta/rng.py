@@ -68,7 +68,7 @@ class Rng:
 
     def bits(self, index: Tensor, count: int) -> Tensor:
         """64 random bits as int64, shape ``[*index.shape, count]``, one row per address."""
-        counter = torch.arange(1, count + 1, device=index.device, dtype=torch.int64)
+        counter = torch.arange(1, count + 1, dtype=torch.int64, device=index.device)
         row = _mix(index.to(torch.int64) * _signed(_GAMMA) + _signed(_mix_int(self.key & _MASK)))
         return _mix(_mix(row.unsqueeze(-1) + counter * _signed(_GAMMA)))
 

@@ -69,7 +69,8 @@ def summary(values: Tensor, groups: Tensor | None = None) -> Summary:
     if not kept.numel():
         return Summary(math.nan, math.nan, math.nan, 0, 0)
     mean, count = float(kept.mean()), kept.numel()
-    labels = torch.arange(count) if groups is None else groups.to(values.device)[known]
+    numbers = torch.arange(count, device=values.device)
+    labels = numbers if groups is None else groups.to(values.device)[known]
     names, place = labels.unique(return_inverse=True)
     independent = len(names)
     if count < 2 or independent < 2:
@@ -81,7 +82,7 @@ def summary(values: Tensor, groups: Tensor | None = None) -> Summary:
 
 def linked(*labels: Tensor) -> Tensor:
     """One number for all that any of the labellings int64 ``[N]`` puts together, int64 ``[N]``."""
-    found = torch.arange(len(labels[0]))
+    found = torch.arange(len(labels[0]), device="cpu")
     while True:
         before = found
         for each in labels:

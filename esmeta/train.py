@@ -283,7 +283,9 @@ class Trainer:
             and self.count.step - self.count.peak_step >= budget.plateau,
             "signal": self.stop.wanted,
         }
-        flags = torch.tensor([int(flag) for flag in reasons.values()], dtype=torch.int64)
+        flags = torch.tensor(
+            [int(flag) for flag in reasons.values()], dtype=torch.int64, device="cpu"
+        )
         self.comm.timeout_s = self.limit.between_steps()
         total = self.comm.sum_exact(flags).tolist()
         return next((name for name, flag in zip(reasons, total, strict=True) if flag), "")
@@ -309,7 +311,7 @@ def heldout(
     rows = torch.stack([values.double().flatten() for values in columns.values()], dim=1)
     if comm is not None and shared:
         rows = comm.gather_rows(rows, [b - a for a, b in itertools.pairwise(bounds)])
-    groups = objective.groups(torch.arange(trials), split)
+    groups = objective.groups(torch.arange(trials, device="cpu"), split)
     found = [summary(values, groups) for values in rows.unbind(1)]
     scores = {f"{split}_{name}": each.mean for name, each in zip(columns, found, strict=True)}
     return scores | {f"{split}_se": found[0].se, f"{split}_sd": found[0].sd}

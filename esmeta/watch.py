@@ -96,7 +96,7 @@ class Idle:
         now = self._now()
         share = (now[1] - since[1]) / max(now[0] - since[0], 1e-9)
         self._last = now
-        own = torch.tensor([[share]], dtype=torch.float64)
+        own = torch.tensor([[share]], dtype=torch.float64, device="cpu")
         return self._comm.gather_rows(own, [1] * self._comm.size).flatten()
 
     def metrics(self) -> Metrics:

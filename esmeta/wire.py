@@ -63,7 +63,7 @@ def decode(block: bytes) -> dict[str, Any]:
 def share(comm: Comm, payload: Mapping[str, Any] | None) -> dict[str, Any] | None:
     """Rank 0's plain data (or None) on every rank; the other ranks' argument is ignored."""
     block = encode(payload) if comm.rank == 0 and payload is not None else b""
-    size = int(comm.bcast(torch.tensor([len(block)], dtype=torch.int64)))
+    size = int(comm.bcast(torch.tensor([len(block)], dtype=torch.int64, device="cpu")))
     if size == 0:
         return None
     data = bytearray(block) if comm.rank == 0 else bytearray(size)

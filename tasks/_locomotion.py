@@ -158,12 +158,13 @@ class Simulated(ABC):
     def _working(self, index: Tensor, split: str, rng: Rng) -> Tensor:
         motors = models.motors(self.body().xml)
         episodes = self.impaired_from if self.episode_steps else self.episodes
-        episode = torch.arange(1, episodes + 1)
+        episode = torch.arange(1, episodes + 1, device=index.device)
         if self.impaired == "random":
             failed = rng.fold("impaired", split).integers(index, self.draws(), len(motors))
             fails = torch.nn.functional.one_hot(failed, len(motors)).bool()
         else:
-            fails = torch.tensor([name in self.impaired.split(",") for name in motors])
+            named = [name in self.impaired.split(",") for name in motors]
+            fails = torch.tensor(named, dtype=torch.bool, device=index.device)
         fails = fails & (episode >= self.impaired_from).unsqueeze(-1)
         return (~fails).double().expand(*index.shape, episodes, len(motors))
 
@@ -238,7 +239,7 @@ def random_return(task: Simulated) -> float:
     env, batch = task.make_env("cpu"), _RANDOM_TRIALS
     state, _ = env.reset(task.sample(batch, "train", Rng(0)), Rng(1))
     size, horizon = task.spec.action.size, task.spec.horizon
-    draws = Rng(2).uniform(torch.arange(batch).unsqueeze(0), horizon * size)
+    draws = Rng(2).uniform(torch.arange(batch, device="cpu").unsqueeze(0), horizon * size)
     total = 0.0
     for action in (2.0 * draws - 1.0).unflatten(-1, (horizon, size)).unbind(2):
         state, ts = env.step(state, action)

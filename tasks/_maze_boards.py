@@ -31,10 +31,10 @@ def side_of(size: int, generator: str) -> int:
 @functools.lru_cache(maxsize=_CACHED_BLOCKS)
 def boards(size: int, generator: str, split: str, key: int, block: int) -> Boards:
     """Walls bool ``[BLOCK, cells]`` and target cells int64 ``[BLOCK]`` of one block of tasks."""
-    numbers = torch.arange(block * BLOCK, (block + 1) * BLOCK)
+    numbers = torch.arange(block * BLOCK, (block + 1) * BLOCK, device="cpu")
     rng = Rng(key).fold("maze", size, generator, split)
     side = side_of(size, generator)
-    weights = Rng(0).fold("maze split", _SPLIT).bits(torch.tensor(0), 2 * side * side).numpy()
+    weights = Rng(0).fold("maze split", _SPLIT).bits(numbers[0] * 0, 2 * side * side).numpy()
     walls = np.empty((BLOCK, side * side), dtype=bool)
     target = np.empty(BLOCK, dtype=np.int64)
     wanted = np.arange(BLOCK)

@@ -145,11 +145,12 @@ def reference(rules: Rules, goals: Tensor) -> Reference:
     """
     goals = goals.double()
     count = goals.shape[0]
-    draws = Rng(0).fold("reference").uniform(torch.arange(count), 2 * (rules.steps + 1))
+    numbers = torch.arange(count, device="cpu")
+    draws = Rng(0).fold("reference").uniform(numbers, 2 * (rules.steps + 1))
     draws = (2.0 * draws - 1.0).unflatten(-1, (rules.steps + 1, 2))
     start = (draws[:, 0] * rules.start_width - goals).unsqueeze(1)
     walk = start + rules.step_size * draws[:, 1:].cumsum(1)
-    time = torch.arange(1, rules.steps + 1).unsqueeze(-1)
+    time = torch.arange(1, rules.steps + 1, device="cpu").unsqueeze(-1)
     straight = (start.abs() - rules.step_size * time).clamp_min(0.0)
     scores = []
     for offset in (walk, straight):

@@ -51,7 +51,7 @@ def epg(
     friction[..., 0, :] = 1.0
     size = torch.ones_like(friction)
     size[..., 1:, 0] = uniform(rng.fold("radius"), index, (counts.geoms - 1,), *scale)
-    down = torch.zeros(*index.shape, 3, dtype=torch.float64)
+    down = torch.zeros(*index.shape, 3, dtype=torch.float64, device=index.device)
     down[..., 2] = -uniform(rng.fold("gravity"), index, (1,), *gravity).squeeze(-1)
     mass = uniform(rng.fold("mass"), index, (counts.bodies,), *scale)
     return {"mass": mass, "friction": friction, "size": size, "gravity": down}

@@ -128,7 +128,7 @@ class BanditEnv:
 
     def __init__(self, task: Task, device: torch.device | str) -> None:
         self._task = task
-        self._eye = torch.eye(task.arms, device=device)
+        self._eye = torch.eye(task.arms, dtype=torch.float32, device=device)
 
     def reset(self, tasks: Tasks, rng: Rng, population: int = 1) -> tuple[State, TimeStep]:
         """Start the trials; all members meet the same luck."""

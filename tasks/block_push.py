@@ -81,7 +81,7 @@ class Task(walk.Simulated):
         u, v = stream.fold("places").uniform(index, 2 * BLOCKS).chunk(2, -1)
         x = NEAR_X[0] + (NEAR_X[1] - NEAR_X[0]) * u
         places = torch.stack([x, LOWEST + BAND * (band + v)], dim=-1)
-        gripper = torch.zeros(*index.shape, GRIPPER, dtype=torch.float64)
+        gripper = torch.zeros(*index.shape, GRIPPER, dtype=torch.float64, device=index.device)
         number = stream.fold("chosen").integers(index, 1, BLOCKS)
         u, v = stream.fold("goal").uniform(index, 2).unbind(-1)
         row = band.gather(-1, number).squeeze(-1)

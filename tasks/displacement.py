@@ -168,7 +168,9 @@ class DisplacementEnv:
     def reset(self, tasks: Tasks, rng: Rng, population: int = 1) -> tuple[State, TimeStep]:
         """Put every point to the origin."""
         direction = tasks.data["direction"]
-        position = torch.zeros(population, *direction.shape[1:], device=direction.device)
+        position = torch.zeros(
+            population, *direction.shape[1:], dtype=torch.float32, device=direction.device
+        )
         none = position[..., 0]
         time = torch.zeros((), dtype=torch.int64, device=direction.device)
         state = State(position, none, time, direction)

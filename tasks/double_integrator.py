@@ -145,10 +145,10 @@ class DoubleIntegratorEnv:
 
 def best_cost(mass: float, steps: int) -> float:
     """Expected cost of an episode under the best linear control (Riccati's recursion), exact."""
-    a = torch.tensor([[1.0, DT], [0.0, 1.0]], dtype=torch.float64)
-    b = torch.tensor([[DT * DT / mass], [DT / mass]], dtype=torch.float64)
-    now = torch.diag(torch.tensor([1.0, SPEED_COST], dtype=torch.float64))
-    worth = torch.zeros(2, 2, dtype=torch.float64)
+    a = torch.tensor([[1.0, DT], [0.0, 1.0]], dtype=torch.float64, device="cpu")
+    b = torch.tensor([[DT * DT / mass], [DT / mass]], dtype=torch.float64, device="cpu")
+    now = torch.diag(torch.tensor([1.0, SPEED_COST], dtype=torch.float64, device="cpu"))
+    worth = torch.zeros(2, 2, dtype=torch.float64, device="cpu")
     for _ in range(steps):
         gain = (b.T @ worth @ a) / (FORCE_COST + b.T @ worth @ b)
         worth = now + a.T @ worth @ (a - b @ gain)
@@ -161,7 +161,7 @@ def _reference(task: Task) -> Reference:
     once = Task(steps, steps, task.mass)
     env = once.make_env("cpu")
     state, _ = env.reset(once.sample(_RANDOM_EPISODES, "train", Rng(0)), Rng(1))
-    index, total = torch.arange(_RANDOM_EPISODES).unsqueeze(0), 0.0
+    index, total = torch.arange(_RANDOM_EPISODES, device="cpu").unsqueeze(0), 0.0
     for t in range(steps):
         action = 2.0 * Rng(2).fold(t).uniform(index, 2) - 1.0
         state, ts = env.step(state, action.float())

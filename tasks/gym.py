@@ -174,10 +174,10 @@ class Task:
 def _reference(key: str) -> Reference:
     task = Task(**json.loads(key))
     env = task.make_env("cpu")
-    returns = torch.empty(0, dtype=torch.float64)
+    returns = torch.empty(0, dtype=torch.float64, device="cpu")
     steps, error = 0, math.inf
     while steps < _MEASURED_STEPS and not 0 < error <= _PRECISION * abs(float(returns.mean())):
-        index = len(returns) + torch.arange(_MEASURED_TRIALS)
+        index = len(returns) + torch.arange(_MEASURED_TRIALS, device="cpu")
         for part in index.split(max(1, env.most_worlds)):
             earned, taken = _random_play(task, env, part)
             returns, steps = torch.cat([returns, earned]), steps + taken
@@ -196,7 +196,7 @@ def _random_play(task: Task, env: GymEnv, index: Tensor) -> tuple[Tensor, int]:
     """Returns of training trials ``index [B]`` by random actions, float64 ``[B]``; their steps."""
     spec, rng = task.spec, Rng(0).fold("reference")
     state, ts = env.reset(task.sample(index, "train", rng), rng)
-    total = torch.zeros(len(index), dtype=torch.float64)
+    total = torch.zeros(len(index), dtype=torch.float64, device="cpu")
     for t in range(spec.horizon):
         draw = rng.fold("action", t)
         if isinstance(spec.action, Discrete):

@@ -153,12 +153,14 @@ class HarlowEnv:
         self._place = phase * (task.cells + _VIEW - 1) + position
         unmade = task.presentations - code // (2 * task.cells)
         self._forfeit = task.forfeit * unmade.to(torch.float32)
-        after = torch.tensor(moves, device=device)
+        after = torch.tensor(moves, dtype=torch.int64, device=device)
         # One look-up by (action, code) for three numbers that go together.
-        packed = torch.stack([after, torch.tensor(events, device=device), self._place[after]])
+        packed = torch.stack(
+            [after, torch.tensor(events, dtype=torch.int64, device=device), self._place[after]]
+        )
         shifts = _FIELD_BITS * torch.arange(3, device=device)
         self._moves = (packed << shifts[:, None, None]).sum(0).flatten()
-        self._eye = torch.eye(2, device=device)
+        self._eye = torch.eye(2, dtype=torch.float32, device=device)
 
     def reset(self, tasks: Tasks, rng: Rng, population: int = 1) -> tuple[State, TimeStep]:
         """Start on a uniformly random cell; the sides of all presentations are drawn here."""
@@ -223,7 +225,7 @@ class HarlowEnv:
         good_left = (first_left == (tasks.data["good"] == 0).unsqueeze(-1)).flatten(0, 1)
         rows, count = good_left.shape
         correct = torch.stack([good_left, ~good_left], dim=-1).flatten(1)
-        reward = torch.zeros(rows, self._events, device=correct.device)
+        reward = torch.zeros(rows, self._events, dtype=torch.float32, device=correct.device)
         reward[:, 2] = _FIXATION_REWARD
         reward[:, 3:] = torch.where(correct, 1.0, -1.0)
         shift = torch.arange(0, 2 * count, 2, device=correct.device).repeat_interleave(2)

@@ -146,8 +146,10 @@ class Task:
             walls[here] = made[numbers[here] % maker.BLOCK]
             target[here] = goals[numbers[here] % maker.BLOCK]
         data = {
-            "walls": torch.as_tensor(walls.reshape(1, -1, side, side), device=index.device),
-            "target": torch.as_tensor(target[None], device=index.device),
+            "walls": torch.as_tensor(
+                walls.reshape(1, -1, side, side), dtype=torch.bool, device=index.device
+            ),
+            "target": torch.as_tensor(target[None], dtype=torch.int64, device=index.device),
         }
         return Tasks(index, data)
 
@@ -161,7 +163,7 @@ class MazeEnv:
 
     def __init__(self, task: Task, device: torch.device | str) -> None:
         self._task = task
-        self._eye = torch.eye(4, device=device)
+        self._eye = torch.eye(4, dtype=torch.float32, device=device)
 
     def reset(self, tasks: Tasks, rng: Rng, population: int = 1) -> tuple[State, TimeStep]:
         """Start on a random free cell; all teleports are drawn here.

@@ -178,7 +178,7 @@ class Task:
         """
         check_split(split)
         index = task_numbers(batch)
-        chosen = torch.tensor(self._numbers(split), device=index.device)
+        chosen = torch.tensor(self._numbers(split), dtype=torch.int64, device=index.device)
         data = {"part": chosen[index % len(chosen)]}
         for number, part in enumerate(self._all):
             own = part.task.sample(index[0] // len(chosen), split, rng.fold("part", number))

@@ -119,7 +119,7 @@ class PendulumEnv:
         where = index + tasks.data["seed"]
         u = 2.0 * rng.fold("dynamics").uniform(where, 2 * episodes) - 1.0
         starts = u.reshape(*index.shape, episodes, 2).permute(2, 0, 1, 3).float()
-        scale = torch.tensor([math.pi, 1.0], device=index.device)
+        scale = torch.tensor([math.pi, 1.0], dtype=torch.float32, device=index.device)
         starts = (starts * scale).contiguous()
         first = starts[0].expand(population, -1, -1)
         time = torch.zeros((), dtype=torch.int64, device=index.device)

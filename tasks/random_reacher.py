@@ -75,7 +75,7 @@ class Task(walk.Simulated):
         draw = rng.fold("target", split).uniform(index, 2 * episodes)
         u, v = draw.unflatten(-1, (episodes, 2)).unbind(-1)
         radius, angle = DISC * u.sqrt(), 2.0 * math.pi * v
-        pose = torch.zeros(*u.shape, 4, dtype=torch.float64)
+        pose = torch.zeros(*u.shape, 4, dtype=torch.float64, device=u.device)
         pose[..., 2], pose[..., 3] = radius * angle.cos(), radius * angle.sin()
         return Tasks(index, {**links(factors), "pose": pose})
 
@@ -91,9 +91,9 @@ class Task(walk.Simulated):
 
 def links(factors: Tensor) -> dict[str, Tensor]:
     """Changes of the model for links that are ``factors [.., 2]`` as long; the tip stays a tip."""
-    ones = torch.ones(*factors.shape[:-1], BODIES, 3, dtype=torch.float64)
+    ones = torch.ones(*factors.shape[:-1], BODIES, 3, dtype=torch.float64, device=factors.device)
     body_pos, centre, inertia, mass = ones, ones.clone(), ones.clone(), ones[..., 0].clone()
-    geom_pos = torch.ones(*factors.shape[:-1], GEOMS, 3, dtype=torch.float64)
+    geom_pos = torch.ones(*factors.shape[:-1], GEOMS, 3, dtype=torch.float64, device=factors.device)
     size = geom_pos.clone()
     weight, across, along = _capsule(factors * LENGTH)
     weight_1, across_1, along_1 = _capsule(torch.full_like(factors, LENGTH))

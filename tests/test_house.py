@@ -14,7 +14,7 @@ MAX_FUNCTION_LINES = 60
 
 # A module may import from its own row and from the rows above it.
 LAYERS = [
-    {"types", "rng", "tree", "config", "errors", "options", "sharing", "capture"},
+    {"types", "rng", "tree", "config", "errors", "options", "modes", "sharing", "capture"},
     {"kernels"},
     {"policy", "comm", "transport", "wire"},
     {"envs", "tasks", "returns"},
@@ -44,6 +44,12 @@ GLOBAL_SEEDING = {
     "numpy.random.seed",
     "random.seed",
 }
+# Floats of the default dtype, on the default device, unless they are told.
+FACTORIES = set(
+    "zeros ones empty full eye tensor as_tensor linspace logspace rand randn normal".split()
+)
+FACTORIES |= {"arange", "randint", "randperm", "scalar_tensor", "asarray", "empty_strided"}
+INTEGERS = {"arange", "randint", "randperm"}
 FOLDERS = "home|work|root|tmp|Users|mnt|usr|opt|var|etc"
 ABSOLUTE = re.compile(rf"(?<![\w.:/~}}*])/({FOLDERS})/|\b[A-Z]:\\\\")
 
@@ -180,6 +186,35 @@ def test_devices_are_chosen_in_few_places():
             if to_device or call.func.attr == "cuda" and dotted(call.func) != "torch.cuda":
                 wrong.append(f"{name_of(path)}:{call.lineno} {ast.unparse(call)}")
     assert not wrong, "\n".join(wrong)
+
+
+def without_kind(tree: ast.AST) -> list[str]:
+    """Calls that make a tensor of torch's default dtype or device, whatever those are."""
+    wrong = []
+    for call in calls(tree):
+        name = dotted(call.func).removeprefix("torch.")
+        words = {word.arg for word in call.keywords}
+        needed = {"device"} if name in INTEGERS else {"device", "dtype"}
+        numbers = [arg.value for arg in call.args if isinstance(arg, ast.Constant)]
+        needed |= {"dtype"} if any(isinstance(number, float) for number in numbers) else set()
+        made = dotted(call.func).startswith("torch.") and name in FACTORIES
+        if (
+            made
+            and not needed <= words
+            or dotted(call.func) in {"torch.Tensor", "torch.FloatTensor"}
+        ):
+            wrong.append(f"{call.lineno} {ast.unparse(call)}")
+    return wrong
+
+
+def test_tensors_are_made_with_dtype_and_device():
+    wrong = [f"{name_of(path)}:{text}" for path in PACKAGE for text in without_kind(parse(path))]
+    assert not wrong, "name dtype and device, which a user's defaults may change:\n" + "\n".join(
+        wrong
+    )
+    code = "torch.zeros(2, device=d); torch.arange(3); torch.arange(0.0, device=d); torch.Tensor(2)"
+    assert len(without_kind(ast.parse(code))) == 4
+    assert not without_kind(ast.parse("torch.arange(3, device=d); torch.eye(2, dtype=t, device=d)"))
 
 
 def test_every_module_has_a_docstring():

@@ -326,14 +326,14 @@ for at_end in (True, False):
     _cpu._room = lambda like, shape: fenced(whole(room(like, shape)), at_end)[..., :n]
     _cpu.plain = lambda t: fenced(plain(t), at_end)
     _cpu._padded = lambda t: fenced(whole(padded(t)), at_end)[..., :n]
-    empty, torch.empty = torch.empty, lambda *shape: fenced(empty(*shape), at_end)
+    blank, _cpu.blank = _cpu.blank, lambda *shape: fenced(blank(*shape), at_end)
     empty_like, torch.empty_like = torch.empty_like, lambda t: fenced(empty_like(t), at_end)
     call = _cpu_build.function("plastic", n, S, variant != "no-alpha", variant == "linear")
     function, _cpu_build.function = (
         _cpu_build.function, lambda *size: lambda table, low, high: call(table, low, high + more)
     )
     got = results()
-    torch.empty, torch.empty_like, _cpu_build.function = empty, empty_like, function
+    _cpu.blank, torch.empty_like, _cpu_build.function = blank, empty_like, function
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 """
 

@@ -37,7 +37,7 @@ class LifeCurve(NamedTuple):
 
 def life_curve(lives: Lives, loss: Loss, split: str, count: int = LIVES) -> LifeCurve:
     """Let ``count`` agents learn by one loss, each on a task of its own."""
-    diary, life = Diary(), lives.begin(torch.arange(count), split)
+    diary, life = Diary(), lives.begin(torch.arange(count, device="cpu"), split)
     for _ in range(lives.updates):
         life, new = lives.advance(life, loss, split)
         diary.add(new)
@@ -53,7 +53,7 @@ def life_curves(objective: EpgObjective, eta: Params) -> dict[str, dict[str, Lif
 
     All on the same tasks, from the same first networks, with the same number of updates.
     """
-    agents = torch.zeros(LIVES, dtype=torch.int64)
+    agents = torch.zeros(LIVES, dtype=torch.int64, device="cpu")
     learned, first = (
         objective.network.loss({k: leaf[agents] for k, leaf in tree.items() if "loss." in k})
         for tree in (eta, objective.init(objective.seed))
@@ -103,7 +103,7 @@ def loss_surface(
     """
     lives, learner = objective.lives, objective.learner
     loss = objective.network.loss({k: v for k, v in eta.items() if "loss." in k})
-    life = lives.begin(torch.tensor([agent, agent]), split)
+    life = lives.begin(torch.tensor([agent, agent], dtype=torch.int64, device="cpu"), split)
     for _ in range(updates):
         life, _ = lives.advance(life, loss, split)
     state: Any = life.state
@@ -113,9 +113,9 @@ def loss_surface(
     size = learner.agent.spec.obs_size
     out = learner.agent.policy(state.params, batch.steps.obs[:, -1:])
     assert out.mean is not None and out.std is not None
-    move = torch.linspace(-2.0, 2.0, _GRID) * out.std[0, 0, 0]
+    move = torch.linspace(-2.0, 2.0, _GRID, dtype=torch.float32, device="cpu") * out.std[0, 0, 0]
     most = batch.steps.reward[0].abs().max()
-    reward = torch.linspace(-1.0, 1.0, _GRID) * most
+    reward = torch.linspace(-1.0, 1.0, _GRID, dtype=torch.float32, device="cpu") * most
     action = state.buffer.action[:1].expand(cells, -1, -1).clone()
     action[:, -1] = out.mean[0, 0]
     action[:, -1, 0] += move.repeat(_GRID)
@@ -130,7 +130,7 @@ def loss_surface(
         batch.inside[:1].expand(cells, -1), batch.newest,
     )  # fmt: skip
     params = {k: v[:1].expand(cells, *v.shape[1:]) for k, v in state.params.items()}
-    rows = torch.full((cells, 1), batch.newest - 1)
+    rows = torch.full((cells, 1), batch.newest - 1, dtype=torch.int64, device="cpu")
     with torch.no_grad():
         prepared = loss.prepare(learner.agent, params, grid)
         value = loss(learner.agent, params, grid, prepared, rows).reshape(_GRID, _GRID)

@@ -32,9 +32,9 @@ def life_curve(
     training = objective.training(task, split, objective.seed)
     period, means = training.learner.period, []
     agents = None
-    for agents in objective.lives(loss, torch.arange(count), training):
+    for agents in objective.lives(loss, torch.arange(count, device="cpu"), training):
         replay = agents.state.replay
-        newest = torch.arange(replay.count - period, replay.count) % replay.capacity
+        newest = torch.arange(replay.count - period, replay.count, device="cpu") % replay.capacity
         # Not by the scores: they know nothing of an episode that a new trial cut.
         means.append(replay.steps.reward[:, newest].double().mean(dim=1) / training.reward_scale)
     assert agents is not None
@@ -77,9 +77,9 @@ def loss_surface(objective: MetaGenRLObjective, alpha: Params, value: float, tol
     """
     network, agent = objective.network, objective.trainings[0].learner.agent
     length, spec = network.length, agent.spec.action
-    axis = torch.linspace(-1.0, 1.0, _GRID)
-    action = torch.zeros(1, _GRID * _GRID, length, spec.size)
-    now, inside = action.clone(), torch.ones(1, _GRID * _GRID, length, dtype=torch.bool)
+    axis = torch.linspace(-1.0, 1.0, _GRID, dtype=torch.float32, device="cpu")
+    action = torch.zeros(1, _GRID * _GRID, length, spec.size, dtype=torch.float32, device="cpu")
+    now, inside = action.clone(), torch.ones_like(action[..., 0], dtype=torch.bool)
     middle = length // 2
     low, high = getattr(spec, "low", -1.0), getattr(spec, "high", 1.0)
     action[:, :, middle, 0], now[:, :, middle, 0] = (
@@ -87,8 +87,9 @@ def loss_surface(objective: MetaGenRLObjective, alpha: Params, value: float, tol
         axis.repeat_interleave(_GRID),
     )
     action, now = ((high + low) / 2 + (high - low) / 2 * x for x in (action, now))
-    inputs = torch.zeros(1, _GRID * _GRID, length, 4)
-    inputs[..., 1] = torch.arange(length) / length if network.time == "snippet" else 0.0
+    inputs = torch.zeros(1, _GRID * _GRID, length, 4, dtype=torch.float32, device="cpu")
+    if network.time == "snippet":
+        inputs[..., 1] = torch.arange(length, dtype=torch.float32, device="cpu") / length
     inputs[:, :, middle, 0], inputs[:, :, middle, 2] = told, value
     with torch.no_grad():
         each = network.loss(alpha).steps(agent, action, now, inputs, inside)

@@ -75,7 +75,7 @@ def run_trial(
     errors.non_negative_int("index", index)
     first = {name: leaf[:1].cpu() for name, leaf in params.items()}
     members = {name: leaf.expand(_MEMBERS, *leaf.shape[1:]) for name, leaf in first.items()}
-    numbers = torch.full((_TRIALS,), index, dtype=torch.int64)
+    numbers = torch.full((_TRIALS,), index, dtype=torch.int64, device="cpu")
     tasks = task.sample(numbers, split, Rng(seed).fold("tasks"))
     env: BatchedEnv = task.make_env("cpu")
     if isinstance(env, Hosted):  # one simulator is enough for copies of one trial

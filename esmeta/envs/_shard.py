@@ -114,7 +114,7 @@ class Shard:
     def gather_scores(self, names: list[str]) -> dict[str, Tensor]:
         """The scores of all ranks' worlds, ``[P, B]``; all ranks must call this."""
         other = self._shape[1 - self.axis]
-        mine = torch.empty(0, other * len(names), dtype=torch.float64)
+        mine = torch.empty(0, other * len(names), dtype=torch.float64, device="cpu")
         if not self._empty:
             leaves = [self.scores[name].double().movedim(self.axis, 0) for name in names]
             mine = torch.cat(leaves, dim=1)

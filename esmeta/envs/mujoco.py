@@ -93,7 +93,8 @@ class MujocoEnv(MadeAgain):
         self.seconds = float(model.opt.timestep) * body.frame_skip
         self._like = torch.empty(0, dtype=torch.float32, device=device)
         # What has physics' precision and place.
-        self._physics = self._like if self._engine == "warp" else torch.empty(0).double()
+        on_cpu = torch.empty(0, dtype=torch.float64, device="cpu")
+        self._physics = self._like if self._engine == "warp" else on_cpu
         data = mujoco.MjData(model)
         self._pose = torch.from_numpy(np.concatenate([data.qpos, data.qvel]))
         limits = torch.from_numpy(model.actuator_ctrlrange.copy()).to(self._physics)

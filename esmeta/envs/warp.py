@@ -87,7 +87,8 @@ class WarpWorlds:
         self._outputs = {name: see(getattr(d, name)) for name in outputs}
         if "xmat" in outputs:
             self._outputs["xmat"] = self._outputs["xmat"].flatten(-2)
-        blank = torch.zeros(sum(part.shape[1] for part in self._state), device=device)
+        width = sum(part.shape[1] for part in self._state)
+        blank = torch.zeros(width, dtype=torch.float32, device=device)
         blank[1 : 1 + model.nq] = torch.from_numpy(model.qpos0)
         self._blank = self._before = blank.expand(worlds, -1)
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from esmeta.kernels import _cpu_build
 from esmeta.kernels._adjoint import Adjoints, Carried, Segment
-from esmeta.kernels._cpu_run import CONSTANTS, LANES, TOGETHER, address, plain, run_blocks
+from esmeta.kernels._cpu_run import CONSTANTS, LANES, TOGETHER, address, blank, plain, run_blocks
 from esmeta.kernels._segments import pack, unpack
 
 
@@ -42,7 +42,8 @@ class Result(NamedTuple):
     """``y`` ``[T, P, B, n]``, transposed fast weights ``[P, B, n, n]``, and what a gradient needs.
 
     ``reads`` ``[T, S, P, B, n]`` are the values of tanh, ``checkpoints`` ``[K, P, B, n, n]`` every
-    k-th fast weights before their reset; both are None unless asked for.
+    k-th fast weights before their reset, not those that came in; both are None
+    unless asked for.
     """
 
     y: Tensor
@@ -89,8 +90,8 @@ def run(
     y, last = torch.empty_like(x), first if in_place else _room(x, first.shape)
     reads = checkpoints = None
     if every:
-        reads = torch.empty(steps, depth, population, batch, neurons)
-        checkpoints = _room(x, (-(-steps // every), *first.shape))
+        reads = blank(steps, depth, population, batch, neurons)
+        checkpoints = _room(x, ((steps - 1) // every, *first.shape))
     start = None if start_t is None or reset is None else _padded(start_t)
     mask = None if start is None or reset is None else plain(reset)
     inputs, outputs = (first, x, start, mask), (y, last, reads, checkpoints, CONSTANTS)

@@ -11,6 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
+from esmeta.errors import UserError
+
 # Rows of matrices are padded to a multiple of LANES columns: then all of them begin where a vector
 # register's worth of memory does. TOGETHER as in what is compiled, _compiler/block.py.
 LANES = 16 if torch.backends.cpu.get_cpu_capability().startswith("AVX512") else 8
@@ -20,19 +22,33 @@ TOGETHER = 4
 # from the highest power on; the last 1 is also the upper bound of tanh.
 _P = (1.331889531996922e-08, 2.058343306998722e-05, 0.003494035685434937, 0.1337971985340118, 1.0)
 _Q = (7.761969982311712e-07, 0.000328309164615348, 0.02587108127772808, 0.4671303629875183, 1.0)
-CONSTANTS = torch.tensor([-9.02, 9.02, -1.0, *_P, *_Q])
+CONSTANTS = torch.tensor([-9.02, 9.02, -1.0, *_P, *_Q], dtype=torch.float32, device="cpu")
+_CPU = torch.device("cpu")
 # Fewer multiply-adds than this are not worth handing to another thread.
 _THREAD_WORK = 500_000
 
 
 def address(tensor: Tensor | None) -> int:
     """Where a tensor lies; 0 for none."""
-    return 0 if tensor is None else tensor.data_ptr()
+    if tensor is None:
+        return 0
+    place = tensor.data_ptr()
+    if not place and tensor.numel():
+        raise UserError(
+            f"a {type(tensor).__name__} of shape {tuple(tensor.shape)} holds no numbers that "
+            "compiled code could read; pass an ordinary torch.Tensor"
+        )
+    return place
+
+
+def blank(*shape: int) -> Tensor:
+    """New float32 memory on the CPU, whatever a caller's defaults are."""
+    return torch.empty(shape, dtype=torch.float32, device=_CPU)
 
 
 def plain(tensor: Tensor) -> Tensor:
-    """Contiguous, without history."""
-    return tensor.detach().contiguous()
+    """Contiguous, without history, in memory as its values are."""
+    return tensor.detach().resolve_neg().contiguous()
 
 
 def run_blocks(

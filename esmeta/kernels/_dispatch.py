@@ -10,10 +10,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from esmeta.errors import UserError
 from esmeta.kernels._adjoint import back
 from esmeta.kernels._recurrence import Folded, constants, fold
 from esmeta.kernels._scan import CheckpointedScan, Code, Forward, Kept, Plan, run
-from esmeta.kernels._shapes import VARIANTS, Rule, as_rule, check_state
+from esmeta.kernels._shapes import VARIANTS, Rule, as_rule, check_kinds, check_state
+from esmeta.modes import followed
 
 _MOST_ON_GPU = 256
 LOOKS = ("cpu",)
@@ -48,6 +50,9 @@ def step_prepared(
 ) -> tuple[Tensor, Tensor]:
     """One plastic step, ``plastic_step`` with the result of ``prepare``.
 
+    Differentiable as ``plastic_scan``; by parameters only if ``prepare`` was not called inside
+    ``torch.no_grad``.
+
     Args:
         prepared: result of ``prepare``.
         W: fast weights ``[P, B, n, n]``.
@@ -60,6 +65,15 @@ def step_prepared(
         is fastest when it gets it as it is; call ``contiguous`` where a row-major matrix is needed.
     """
     plan = _STEP_IN_PLACE if in_place else _STEP
+    kappa, alpha_t = prepared.folded.kappa, prepared.folded.alpha_t
+    fits = W.shape == (*v.shape, v.shape[-1]) and len(v) == len(kappa)
+    if not (fits and (alpha_t is None or alpha_t.shape[-1] == v.shape[-1])):
+        raise UserError(
+            f"W has shape {tuple(W.shape)} and v {tuple(v.shape)}, but [P, B, n, n] and [P, B, n] "
+            f"with the P = {len(kappa)} and n of what was prepared are needed"
+        )
+    if not (W.dtype == v.dtype == kappa.dtype and W.device == v.device == kappa.device):
+        check_kinds(kappa, {"W": W, "v": v})
     y, w_t = _steps(prepared, plan, W.mT, v.unsqueeze(0), None)
     return y[0], w_t.mT
 
@@ -76,8 +90,8 @@ def plastic_step(
     """One environment step of S rounds, exactly, without building intermediate matrices.
 
     ``W^(S) = b_S W + alpha * sum_{j<S} c_{S,j} V_j U_j^T`` with coefficients that depend on beta
-    alone. Arguments and results as ``plastic_reference``; differentiable once, as
-    ``plastic_scan``. W^(S) is a transposed view, in which the next step is fastest.
+    alone. Arguments and results as ``plastic_reference``; differentiable as ``plastic_scan``.
+    W^(S) is a transposed view, in which the next step is fastest.
 
     Source: MetODS, Algorithm 1; the shortcut is an identity, not an approximation.
     """
@@ -117,8 +131,10 @@ def plastic_scan(
         y ``[T, P, B, n]``, the v^(S) of each step, and W after the last step ``[P, B, n, n]``
         (a transposed view).
 
-    Differentiable once in every float input, by a hand-written adjoint that keeps
-    ``T S n + (T / store_every) n^2`` numbers per trial.
+    Differentiable in every float input, by a hand-written adjoint that keeps
+    ``T S n + (T / store_every) n^2`` numbers per trial. A gradient that is to be differentiated
+    again (``create_graph=True``), forward-mode derivatives and the transforms of ``torch.func``
+    are torch's own, over plain operations: they keep ``O(T S n^2)``.
 
     Source: MetODS, Algorithm 1 and supplement 9.2, whose printed recursion lacks the Jacobian of
     the step; here it is complete.
@@ -135,6 +151,9 @@ def _prepare(rule: Rule) -> Prepared:
 
 
 def _ready(folded: Folded) -> Prepared:
+    if not torch.is_grad_enabled():
+        # Else some would bring their history, and some not: a gradient that is only half there.
+        folded = _without_graph(folded)
     return Prepared(folded, _code(_without_graph(folded)))
 
 
@@ -152,7 +171,7 @@ def _code(folded: Folded) -> Code:
     variant = VARIANTS[len(folded.write)]
     device, dtype = folded.kappa.device, folded.kappa.dtype
     neurons = next((m.shape[-1] for m in (folded.alpha_t, *folded.write) if m is not None), 1)
-    if _why_not_fused(device, dtype, variant, neurons):
+    if followed() or _why_not_fused(device, dtype, variant, neurons):
         return Code(functools.partial(run, constants(folded)), back)
     # Imported here, because who never runs it need not pay for the compiler.
     if device.type == "cuda":
@@ -187,14 +206,21 @@ def _steps(
     prepared: Prepared, plan: Plan, w_t: Tensor, x: Tensor, start_t: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Steps from transposed fast weights, through the adjoint where a gradient is asked for."""
-    if not torch.is_grad_enabled():
-        return prepared.code.forward(plan, w_t, x, start_t, False)[:2]
+    w_t, x = w_t.resolve_neg(), x.resolve_neg()
+    start_t = None if start_t is None else start_t.resolve_neg()
     folded = prepared.folded
+    if followed():
+        return run(constants(folded), plan, w_t, x, start_t, False)[:2]
+    if not torch.is_grad_enabled():
+        if plan.in_place:
+            # For what has kept W for a gradient of its own: it is told that W is no more.
+            torch.autograd.graph.increment_version(w_t)
+        return prepared.code.forward(plan, w_t, x, start_t, False)[:2]
     arguments = (folded.kappa, folded.composite, folded.alpha_t, *folded.write)
     if any(f is not None and f.requires_grad for f in (w_t, x, start_t, *arguments)):
         return CheckpointedScan.apply(prepared.code, plan, w_t, x, start_t, *arguments)
     with torch.no_grad():
-        return prepared.code.forward(plan, w_t, x, start_t, False)[:2]
+        return _steps(prepared, plan, w_t, x, start_t)
 
 
 @functools.cache
@@ -265,7 +291,7 @@ def _check_sequence(
                 f"new_trial is {new_trial.dtype} {tuple(new_trial.shape)}, but bool [T, P, B] = "
                 f"{tuple(x.shape[:3])} is needed"
             )
-        look = new_trial.device.type in LOOKS or W0 is None
+        look = W0 is None or (new_trial.device.type in LOOKS and not followed())
         resets = new_trial.flatten(1).any(1).tolist() if look else [True] * steps
     if W0 is None and any(resets):
         raise ValueError(
@@ -274,6 +300,11 @@ def _check_sequence(
         )
     if W0 is None or new_trial is None:
         return Plan(every, None, resets), None
+    check_kinds(W, {"W0": W0}, "W")
+    if new_trial.device != W.device:
+        raise UserError(
+            f"new_trial is on {new_trial.device} and W on {W.device}: write new_trial.to(W.device)"
+        )
     start = W0.unsqueeze(1) if W0.dim() == 3 else W0
     if start.shape not in (W.shape, (W.shape[0], 1, *W.shape[2:])):
         raise ValueError(

@@ -36,7 +36,7 @@ def forward(folded: Folded) -> Forward:
         reads = checkpoints = y
         if keep:
             reads = x.new_empty(steps, depth, population, batch, neurons)
-            checkpoints = first.new_empty(-(-steps // plan.every), *first.shape)
+            checkpoints = first.new_empty((steps - 1) // plan.every, *first.shape)
         start, mask = _restarts(plan.mask, start_t, first)
         _KERNELS.forward[(population * batch,)](
             first, x, start, mask, _or(alpha, first), kappa, composite, _or(write, first),

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from esmeta.kernels._shapes import Rule
+from esmeta.modes import followed
 
 # Below 16 rows, and below 400 multiplications, CPU libraries switch to other code, whose sums run
 # in another order; so do the last rows in float64, if their number is not a multiple of 4. Padding
@@ -112,7 +113,7 @@ def advance(k: Constants, w_t: Tensor, v: Tensor) -> tuple[Tensor, Tensor, list[
     y = posts.pop()
     stacked = torch.stack(posts, 2)
     change = outer(torch.stack(pres, 2) if k.write else stacked, k.gain * stacked)
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() or followed():
         change = change if k.alpha_t is None else change * k.alpha_t
         return y, torch.addcmul(change, k.decay_out, w_t), reads
     if k.alpha_t is not None:

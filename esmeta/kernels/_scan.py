@@ -12,10 +12,11 @@ from typing import NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import FunctionCtx
 
 from esmeta.kernels._adjoint import Back, Sweep
-from esmeta.kernels._recurrence import Constants, Folded, advance
+from esmeta.kernels._recurrence import Constants, Folded, advance, constants
+from esmeta.modes import exact, followed
 
 
 class Plan(NamedTuple):
@@ -63,19 +64,21 @@ class _Context(FunctionCtx):
     saved_tensors: tuple[Tensor, ...]
 
 
+@exact
 def run(
     k: Constants, plan: Plan, w_t: Tensor, x: Tensor, start_t: Tensor | None, keep: bool
 ) -> tuple[Tensor, Tensor, Kept]:
     """Step through x ``[T, P, B, n]`` from transposed fast weights ``[P, B, n, n]``.
 
     ``start_t`` is ``[P, 1 or B, n, n]``, transposed. Returns y, the last fast weights and, if they
-    are to be kept, every ``plan.every``-th fast weights and the T S values of tanh in order.
+    are to be kept, every ``plan.every``-th fast weights behind the first and the T S values of tanh
+    in order.
     """
     w_t = w_t.contiguous()
     start_t = None if start_t is None else start_t.contiguous()
     outputs, checkpoints, reads = [], [], []
     for t, v in enumerate(x.contiguous().unbind(0)):
-        if keep and t % plan.every == 0:
+        if keep and t > 0 and t % plan.every == 0:
             checkpoints.append(w_t)
         if start_t is not None and plan.mask is not None and plan.resets[t]:
             w_t = torch.where(plan.mask[t], start_t, w_t)
@@ -86,7 +89,10 @@ def run(
 
 
 class CheckpointedScan(torch.autograd.Function):
-    """``run`` with O(T S n + (T / every) n^2) numbers per trial kept for the backward pass."""
+    """``run`` with O(T S n + (T / every) n^2) numbers per trial kept for the backward pass.
+
+    Where that pass is itself to be differentiated, or followed by torch, it is torch's own.
+    """
 
     @staticmethod
     def forward(
@@ -99,25 +105,29 @@ class CheckpointedScan(torch.autograd.Function):
         *folded: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """``folded`` is kappa, composite, alpha_t and then the write tensors of ``Folded``."""
-        y, w_t, (checkpoints, reads) = code.forward(plan, w_t, x, start_t, True)
+        y, last, (checkpoints, reads) = code.forward(plan, w_t, x, start_t, True)
         ctx.back, ctx.plan = code.back, plan
-        ctx.inputs = 2 + len(folded)
+        ctx.inputs = 3 + len(folded)
         # Torch keeps None as it is; its annotation forgets to say so.
-        kept = cast("tuple[Tensor, ...]", (x, start_t, *folded, *checkpoints, *reads))
+        kept = cast("tuple[Tensor, ...]", (w_t, x, start_t, *folded, *checkpoints, *reads))
         ctx.save_for_backward(*kept)
-        return y, w_t
+        return y, last
 
     @staticmethod
-    @once_differentiable
+    @exact
     def backward(ctx: _Context, grad_y: Tensor, grad_w: Tensor) -> tuple[Tensor | None, ...]:
         """Sweep the segments from the last to the first."""
+        in_memory = torch._C._has_storage(grad_y) and torch._C._has_storage(grad_w)
+        if torch.is_grad_enabled() or followed() or not in_memory:
+            return None, None, *_plainly(ctx, grad_y, grad_w)
+        grad_y = grad_y.resolve_neg()
         every, mask, resets, _ = ctx.plan
         inputs = ctx.inputs
-        x, start_t, *folded = ctx.saved_tensors[:inputs]
+        w_t, x, start_t, *folded = ctx.saved_tensors[:inputs]
         depth = folded[0].shape[1]
         count = -(-len(x) // every)
-        checkpoints = ctx.saved_tensors[inputs : inputs + count]
-        reads = ctx.saved_tensors[inputs + count :]
+        checkpoints = (w_t, *ctx.saved_tensors[inputs : inputs + count - 1])
+        reads = ctx.saved_tensors[inputs + count - 1 :]
         sweep = Sweep(
             _unpack(tuple(folded)),
             start_t,
@@ -136,6 +146,22 @@ class CheckpointedScan(torch.autograd.Function):
         grad_start = None if start_t is None else sweep.carried.start.sum_to_size(start_t.shape)
         grads = sweep.parameter_gradients()
         return None, None, sweep.carried.w, torch.cat(grad_x[::-1]), grad_start, *grads
+
+
+def _plainly(ctx: _Context, grad_y: Tensor, grad_w: Tensor) -> list[Tensor | None]:
+    """The gradient by plain automatic differentiation, as a function of all that it depends on."""
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Views, because one input may have been made of another one.
+        inputs = [None if t is None else t.view_as(t) for t in ctx.saved_tensors[: ctx.inputs]]
+        w_t, x, start_t, *folded = inputs
+        assert w_t is not None and x is not None, "only what resets and alpha_t may be missing"
+        y, last, _ = run(constants(_unpack(tuple(folded))), ctx.plan, w_t, x, start_t, False)
+    wanted = [t for t in inputs if t is not None and t.requires_grad]
+    pairs = [(y, grad_y), (last, grad_w)]
+    known, grads = zip(*(pair for pair in pairs if pair[0].requires_grad), strict=True)
+    found = iter(torch.autograd.grad(known, wanted, grads, create_graph=again, allow_unused=True))
+    return [next(found) if t is not None and t.requires_grad else None for t in inputs]
 
 
 def _unpack(folded: tuple[Tensor | None, ...]) -> Folded:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from torch import Tensor
+
+from esmeta.errors import UserError
 
 VARIANTS = {0: "base", 1: "linear", 4: "mlp"}
 """Write variant by the number of tensors in ``write``."""
@@ -48,6 +51,10 @@ def as_rule(
             f"beta has shape {tuple(beta.shape)} and kappa {shape}, but they must be equal "
             "([P, S, S+1]): initialise both with the same depth and population"
         )
+    if not kappa.is_floating_point():
+        raise UserError(
+            f"kappa is {kappa.dtype}, but a floating-point type is needed: write kappa.float()"
+        )
     if len(write) not in VARIANTS:
         raise ValueError(
             f"write has {len(write)} tensors, but () (base), (A,) (linear) and (W1, b1, W2, b2) "
@@ -60,11 +67,31 @@ def as_rule(
         _matrix(name, tensor, dims, population)
         for (name, dims), tensor in zip(_WRITE_SHAPES[len(write)], write, strict=True)
     )
-    return Rule(alpha, kappa, beta, tensors)
+    check_kinds(kappa, {"beta": beta, "alpha": alpha} | _named(tensors))
+    # What reads memory knows no values that are stored with the other sign.
+    tensors = tuple(tensor.resolve_neg() for tensor in tensors)
+    alpha = None if alpha is None else alpha.resolve_neg()
+    return Rule(alpha, kappa.resolve_neg(), beta.resolve_neg(), tensors)
+
+
+def check_kinds(like: Tensor, named: Mapping[str, Tensor | None], base: str = "kappa") -> None:
+    """Refuse tensors whose dtype or device is not that of ``like``."""
+    for name, tensor in named.items():
+        if tensor is None or (tensor.dtype == like.dtype and tensor.device == like.device):
+            continue
+        raise UserError(
+            f"{name} is {tensor.dtype} on {tensor.device} and {base} {like.dtype} on "
+            f"{like.device}, but one dtype and device are needed: write {name}.to({base})"
+        )
+
+
+def _named(write: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    return {f"write[{number}]": tensor for number, tensor in enumerate(write)}
 
 
 def check_state(rule: Rule, W: Tensor, v: Tensor, name: str = "v") -> None:
     """Check fast weights ``[P, B, n, n]`` and activations ``[P, B, n]`` against the parameters."""
+    check_kinds(rule.kappa, {"W": W, name: v})
     if W.dim() != 4 or W.shape[-1] != W.shape[-2]:
         raise ValueError(
             f"W has shape {tuple(W.shape)}, but [P, B, n, n] is needed (rows post-synaptic); "
@@ -81,11 +108,10 @@ def check_state(rule: Rule, W: Tensor, v: Tensor, name: str = "v") -> None:
             f"W has P = {population} and kappa P = {rule.kappa.shape[0]}; share parameters with "
             "kappa.expand(P, -1, -1), or fold the trials of one parameter set into the axis B"
         )
-    for label, tensor in (("alpha", rule.alpha), *zip("1234", rule.write, strict=False)):
+    for label, tensor in {"alpha": rule.alpha, **_named(rule.write)}.items():
         if tensor is not None and tensor.shape[-1] != neurons:
-            what = label if label == "alpha" else f"tensor {label} of write"
             raise ValueError(
-                f"{what} has {tensor.shape[-1]} neurons and W has {neurons}: they must be equal"
+                f"{label} has {tensor.shape[-1]} neurons and W has {neurons}: they must be equal"
             )
 
 

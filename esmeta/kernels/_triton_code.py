@@ -83,8 +83,8 @@ def forward(
     for step in range(steps):
         here = step * trials + trial
         if KEEP:
-            if step % every == 0:
-                tl.store(kept + ((step // every) * trials + trial) * n * n + at, w, inside)
+            if (step > 0) & (step % every == 0):
+                tl.store(kept + ((step // every - 1) * trials + trial) * n * n + at, w, inside)
         if RESETS:
             if tl.load(mask + here) != 0:
                 own = p * starts + tl.minimum(trial % batch, starts - 1)

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.functional import layer_norm
 
 from esmeta.errors import UserError
+from esmeta.modes import affine
 from esmeta.rng import Rng
 from esmeta.types import Continuous, Discrete, Params, PolicyOut, Spec, State, TimeStep
 
@@ -34,7 +35,7 @@ _STD_FLOOR = 1e-3
 
 def linear(x: Tensor, params: Params, name: str) -> Tensor:
     """``x [P, M, K]`` through the layer ``name``, weight ``[P, K, N]`` and bias ``[P, N]``."""
-    return torch.baddbmm(params[f"{name}.bias"].unsqueeze(1), x, params[f"{name}.weight"])
+    return affine(params[f"{name}.bias"].unsqueeze(1), x, params[f"{name}.weight"])
 
 
 def rows_of_norm(rng: Rng, index: Tensor, rows: int, columns: int, norm: float) -> Tensor:
@@ -103,7 +104,8 @@ class Agent:
         params = self._mlp(rng, numbers, "policy", self.spec.obs_size, self.outputs)
         count = len(numbers)
         if "log_std" in self.heads and isinstance(self.spec.action, Continuous):
-            params["log_std"] = torch.full((count, self.outputs), float(self.log_std))
+            shape, start = (count, self.outputs), float(self.log_std)
+            params["log_std"] = torch.full(shape, start, dtype=torch.float32, device="cpu")
         if "value" in self.heads:
             params |= self._mlp(rng, numbers, "value", self.spec.obs_size, 1)
         if "critics" in self.heads:
@@ -113,7 +115,7 @@ class Agent:
         if "memory" in self.heads:
             layer = rng.fold("memory")
             params["memory.weight"] = rows_of_norm(layer, numbers, MEMORY_INPUT, MEMORY, 0.01)
-            params["memory.bias"] = torch.zeros(count, MEMORY)
+            params["memory.bias"] = torch.zeros(count, MEMORY, dtype=torch.float32, device="cpu")
         return {name: leaf[place].to(index.device) for name, leaf in params.items()}
 
     def _mlp(self, rng: Rng, index: Tensor, name: str, inputs: int, outputs: int) -> Params:
@@ -127,10 +129,16 @@ class Agent:
             else:
                 weight = glorot(layer, index, rows, columns)
             params[f"{name}.{i}.weight"] = weight.to(index.device)
-            params[f"{name}.{i}.bias"] = torch.zeros(len(index), columns, device=index.device)
+            params[f"{name}.{i}.bias"] = torch.zeros(
+                len(index), columns, dtype=torch.float32, device=index.device
+            )
             if self.style == "relu" and not last:
-                params[f"{name}.{i}.gain"] = torch.ones(len(index), columns, device=index.device)
-                params[f"{name}.{i}.shift"] = torch.zeros(len(index), columns, device=index.device)
+                params[f"{name}.{i}.gain"] = torch.ones(
+                    len(index), columns, dtype=torch.float32, device=index.device
+                )
+                params[f"{name}.{i}.shift"] = torch.zeros(
+                    len(index), columns, dtype=torch.float32, device=index.device
+                )
         return params
 
     def network(self, params: Params, name: str, x: Tensor) -> Tensor:

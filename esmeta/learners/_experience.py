@@ -41,7 +41,7 @@ class Experience(NamedTuple):
 
 def nothing(agents: int, steps: int, spec: Spec, device: torch.device | str) -> Experience:
     """``steps`` steps of zeros, as in a buffer that is not yet filled."""
-    blank = torch.zeros(agents, steps, device=device)
+    blank = torch.zeros(agents, steps, dtype=torch.float32, device=device)
     obs = blank.unsqueeze(-1).expand(-1, -1, spec.obs_size)
     action = blank.unsqueeze(-1).expand(-1, -1, spec.action.size)
     return Experience(obs, action, blank, obs, blank > 0, blank > 0)

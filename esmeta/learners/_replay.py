@@ -24,6 +24,7 @@ from esmeta.learners._experience import Experience, nothing
 from esmeta.learners._loss import Batch, Loss
 from esmeta.learners._segments import descend
 from esmeta.learners._state import Adam, adam_step
+from esmeta.modes import differentiating
 from esmeta.policy import _heads as heads
 from esmeta.rng import Rng
 from esmeta.rollout import Act
@@ -98,7 +99,7 @@ class Replay(NamedTuple):
     def cut(self) -> None:
         """What comes next does not follow from the newest steps."""
         if self.count:
-            number = torch.tensor([self.count - 1], device=self.time.device)
+            number = torch.tensor([self.count - 1], dtype=torch.int64, device=self.time.device)
             rows = number % self.capacity
             time, open_ = self.time[:, rows], ~self.steps.ended[:, rows]
             self.steps.ended[:, rows] = True
@@ -282,6 +283,7 @@ class ReplayLearner:
                 state = state._replace(target=target)
         return state
 
+    @differentiating
     def critic_step(self, state: OffPolicy, rng: Rng, length: int = 1) -> OffPolicy:
         """One Adam step of the critics towards the targets, on transitions drawn at ``rng``.
 

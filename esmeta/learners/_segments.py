@@ -13,6 +13,7 @@ from esmeta.learners._agent import Agent
 from esmeta.learners._experience import Experience, nothing
 from esmeta.learners._loss import Batch, Loss, PolicyGradient
 from esmeta.learners._state import Adam, Statistics, adam_step, clip_norm
+from esmeta.modes import differentiating
 from esmeta.policy import _heads as heads
 from esmeta.rng import Rng
 from esmeta.rollout import Act
@@ -37,6 +38,7 @@ class Segments(NamedTuple):
     updates: Tensor
 
 
+@differentiating
 def descend(
     agent: Agent,
     loss: Loss,

@@ -187,11 +187,10 @@ class Training(OwnEnv):
         left out: ``restore`` makes it again.
         """
         state = agents.state
-        count = len(state.index)
         numbers = {"index": state.index, "updates": state.updates}
         for name in ("trial", "t"):
-            numbers[name] = torch.full((count,), getattr(agents, name))
-        numbers["count"] = torch.full((count,), state.replay.count)
+            numbers[name] = torch.full_like(state.index, getattr(agents, name))
+        numbers["count"] = torch.full_like(state.index, state.replay.count)
         kept = [leaf[:, : state.replay.size] for leaf in (*state.replay.steps, state.replay.time)]
         learned = leaves_of((state.params, state.target, state.adam))
         parts = {"replay": kept, "learned": learned, "scores": list(agents.scores)}
@@ -207,7 +206,7 @@ class Training(OwnEnv):
         try:
             leaves = leaves_of(agents.env_state)
         except TypeError:  # A simulator that cannot be stored: its agents begin a new trial.
-            return {"t": torch.full((len(index),), self.task.spec.horizon)}
+            return {"t": torch.full_like(index, self.task.spec.horizon)}
         wider = torch.cat([index, index[:1]])
         reference = leaves_of(self._reset(wider, agents.trial)[0])
         saved = {}

@@ -39,7 +39,8 @@ def _tensors(life: Life) -> list[Tensor]:
 def leaves_of_part(part: Part) -> State:
     """Leaves ``[A, ...]`` of a batch: clocks, which all share, are repeated, tables left out."""
     agents = len(part.rows)
-    saved = {"t": torch.full((agents,), part.life.end.t), "score": part.score}
+    t = torch.full((agents,), part.life.end.t, dtype=torch.int64, device="cpu")
+    saved = {"t": t, "score": part.score}
     for number, leaf in enumerate(_tensors(part.life)):
         if leaf.ndim == 0:
             saved[f"leaf.{number}"] = leaf.expand(agents)

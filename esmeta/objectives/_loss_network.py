@@ -23,6 +23,7 @@ from torch.nn.functional import leaky_relu
 from esmeta.errors import UserError
 from esmeta.learners._agent import MEMORY, Agent, Head
 from esmeta.learners._loss import Batch, pick
+from esmeta.modes import affine
 from esmeta.rng import Rng
 from esmeta.types import Discrete, Params, Spec
 
@@ -105,9 +106,10 @@ class LossNetwork:
         params: Params = {}
         for name, shape in self.shapes.items():
             if name.endswith("bias"):
-                params[name] = torch.zeros(1, *shape)
+                params[name] = torch.zeros(1, *shape, dtype=torch.float32, device="cpu")
                 continue
-            draw = rng.fold(name).normal(torch.zeros(1, dtype=torch.int64), math.prod(shape))
+            first = torch.zeros(1, dtype=torch.int64, device="cpu")
+            draw = rng.fold(name).normal(first, math.prod(shape))
             params[name] = (draw / math.sqrt(shape[0])).reshape(1, *shape).float()
         return params
 
@@ -191,4 +193,4 @@ class LearnedLoss:
     def _layer(self, name: str, x: Tensor) -> Tensor:
         weight, bias = self.eta[f"loss.{name}.weight"], self.eta[f"loss.{name}.bias"]
         weight = weight.expand(len(x), -1, -1)
-        return torch.baddbmm(bias.unsqueeze(1), x, weight)
+        return affine(bias.unsqueeze(1), x, weight)

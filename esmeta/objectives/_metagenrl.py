@@ -207,9 +207,9 @@ class MetaGenRLObjective:
 
     def fitness(self, params: Params | Tensor, step: int | Tensor) -> Fitness:
         """Scores of agents trained by frozen alphas on the training tasks of ``step``."""
-        first = torch.as_tensor(step, dtype=torch.int64).unsqueeze(-1) * self.trials
+        first = torch.as_tensor(step, dtype=torch.int64, device="cpu").unsqueeze(-1) * self.trials
         training = self.training(self.task, "train", Rng(self.seed).fold("fitness").key)
-        return self._scores(params, first + torch.arange(self.trials), training)
+        return self._scores(params, first + torch.arange(self.trials, device="cpu"), training)
 
     def heldout(
         self,
@@ -226,7 +226,7 @@ class MetaGenRLObjective:
         ``random`` is long enough), and ``life``, the mean over all episodes.
         """
         training = self.training(self.task, split, self.seed if seed is None else seed)
-        return self._scores(params, torch.arange(first, trials), training)
+        return self._scores(params, torch.arange(first, trials, device="cpu"), training)
 
     def groups(self, index: Tensor, split: str) -> Tensor:
         """Numbers ``[B]``, the same for agents whose tasks share randomness."""

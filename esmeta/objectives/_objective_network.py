@@ -21,6 +21,7 @@ from esmeta.learners._agent import CRITICS, Agent, Head, glorot
 from esmeta.learners._loss import Batch, pick
 from esmeta.learners._off_policy_losses import flat, state_values
 from esmeta.learners._state import clip_norm
+from esmeta.modes import affine, differentiating
 from esmeta.policy import _heads as heads
 from esmeta.rng import Rng
 from esmeta.types import Continuous, Params
@@ -81,13 +82,14 @@ class ObjectiveNetwork:
 
     def init(self, rng: Rng) -> Params:
         """Fresh alpha ``[1, ...]``: Glorot-uniform weights, forget bias and gains 1, else 0."""
-        first = torch.zeros(1, dtype=torch.int64)
+        first = torch.zeros(1, dtype=torch.int64, device="cpu")
         params: Params = {}
         for name, shape in self.shapes.items():
             if name.endswith("weight"):
                 params[name] = glorot(rng.fold(name), first, *shape)
             else:
-                params[name] = torch.full((1, *shape), 1.0 if name.endswith("gain") else 0.0)
+                fill = torch.ones if name.endswith("gain") else torch.zeros
+                params[name] = fill(1, *shape, dtype=torch.float32, device="cpu")
         params["lstm.bias"][:, WIDTH : 2 * WIDTH] = 1.0  # gates: input, forget, cell, output
         return params
 
@@ -211,12 +213,12 @@ class LearnedObjective:
         bias = self.alpha["lstm.bias"].unsqueeze(1)
         # Cut once: a slice per step would have the gradient of each filled up to the whole snippet.
         x = x.transpose(1, 2)
-        driven = torch.baddbmm(bias, flat(x), inputs).reshape(*x.shape[:-1], 4 * WIDTH).unbind(1)
+        driven = affine(bias, flat(x), inputs).reshape(*x.shape[:-1], 4 * WIDTH).unbind(1)
         mask = inside.transpose(1, 2).to(x.dtype).unsqueeze(-1).unbind(1)
         c = torch.zeros_like(driven[0][..., :WIDTH])
         h, states = c, []
         for t in range(x.shape[1] - 1, -1, -1):
-            gates = torch.baddbmm(driven[t], h, own)
+            gates = affine(driven[t], h, own)
             enter, keep, _, leave = torch.sigmoid(gates).chunk(4, dim=-1)
             new = torch.tanh(gates[..., 2 * WIDTH : 3 * WIDTH])
             c = (keep * c + enter * new) * mask[t]
@@ -239,9 +241,9 @@ class LearnedObjective:
         """
         weight, bias = self.alpha[f"{name}.weight"], self.alpha[f"{name}.bias"].unsqueeze(1)
         if after:
-            bias = torch.baddbmm(bias, self.alpha[f"{after}.shift"].unsqueeze(1), weight)
+            bias = affine(bias, self.alpha[f"{after}.shift"].unsqueeze(1), weight)
             weight = self.alpha[f"{after}.gain"].unsqueeze(2) * weight
-        return torch.baddbmm(bias, x, weight.expand(len(x), -1, -1))
+        return affine(bias, x, weight.expand(len(x), -1, -1))
 
     def _scaled(self, name: str, x: Tensor) -> Tensor:
         gain, shift = self.alpha[f"{name}.gain"], self.alpha[f"{name}.shift"]
@@ -269,6 +271,7 @@ def inner_scale(batch: Batch, reduction: Literal["sum", "mean"]) -> Tensor | flo
     return batch.inside.sum(dim=(1, 2)).to(batch.steps.reward.dtype)
 
 
+@differentiating
 def value_after(
     agent: Agent,
     params: Params,

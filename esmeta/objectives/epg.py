@@ -190,7 +190,8 @@ class EpgObjective:
 
     def _init_leaves(self) -> Params:
         agent = self.learner.agent
-        params = agent.init(Rng(self.seed).fold("eta"), torch.zeros(1, dtype=torch.int64))
+        first = torch.zeros(1, dtype=torch.int64, device="cpu")
+        params = agent.init(Rng(self.seed).fold("eta"), first)
         return {k: v for k, v in params.items() if k.partition(".")[0] in ("policy", "log_std")}
 
     def explain(self, gradient: bool) -> str:
@@ -230,8 +231,9 @@ class EpgObjective:
                     )
             share, first, updates = 0.0, step[:, None], self.lives.updates
         else:
-            share, first, updates = self.share(step), torch.tensor([step]), self.updates(step)
-        index = first * self.trials + torch.arange(self.trials)
+            first = torch.full((1,), step, dtype=torch.int64, device="cpu")
+            share, updates = self.share(step), self.updates(step)
+        index = first * self.trials + torch.arange(self.trials, device="cpu")
         return self._scores(self._members(params), index, "train", share, updates=updates)
 
     def heldout(
@@ -248,7 +250,7 @@ class EpgObjective:
         mean reward per step while they did.
         """
         lives = self.lives if seed is None else replace(self.lives, seed=seed)
-        index = torch.arange(first, trials)
+        index = torch.arange(first, trials, device="cpu")
         return self._scores(self._members(params), index, split, 0.0, lives, more=True)
 
     def groups(self, index: Tensor, split: str) -> Tensor:
@@ -369,7 +371,9 @@ class EpgObjective:
         saved = [leaves_of_part(part) for part in lives.parts]
         count = lives.population * self.trials
         shape = (lives.population, self.trials)
-        where = torch.tensor([[lives.life, lives.updates]]).expand(lives.population, 2)
+        where = torch.tensor([[lives.life, lives.updates]], dtype=torch.int64, device="cpu").expand(
+            lives.population, 2
+        )
         out = {"life": where[:, 0].clone(), "updates": where[:, 1].clone()}
         for name in saved[0]:
             whole = torch.cat([part[name] for part in saved])[:count]

@@ -100,8 +100,8 @@ class ReturnObjective(OwnEnv):
 
     def fitness(self, params: Params | Tensor, step: int | Tensor) -> Fitness:
         """Returns of members on the tasks of ``step`` (int64 ``[P]``: of each its own)."""
-        first = torch.as_tensor(step, dtype=torch.int64).unsqueeze(-1) * self.trials
-        index = first + torch.arange(self.trials)
+        first = torch.as_tensor(step, dtype=torch.int64, device="cpu").unsqueeze(-1) * self.trials
+        index = first + torch.arange(self.trials, device="cpu")
         return self.evaluator(params, seed=self.seed, split="train", index=index)
 
     @property
@@ -135,7 +135,7 @@ class ReturnObjective(OwnEnv):
     ) -> Fitness:
         """Returns on the tasks ``first`` .. ``trials`` - 1 of a split, the same for a seed."""
         seed = self.seed if seed is None else seed
-        index = torch.arange(first, trials)
+        index = torch.arange(first, trials, device="cpu")
         return self.evaluator(params, seed=seed, split=split, index=index, mark_failed=True)
 
     def groups(self, index: Tensor, split: str) -> Tensor:
@@ -175,7 +175,7 @@ class ReturnObjective(OwnEnv):
         self, params: Params, step: int, rank: int, size: int
     ) -> tuple[loop.Trajectory, Tensor, Metrics]:
         low, high = self.trials * rank // size, self.trials * (rank + 1) // size
-        index = step * self.trials + torch.arange(low, high)
+        index = step * self.trials + torch.arange(low, high, device="cpu")
         tasks = self.task.sample(index, "train", Rng(self.seed).fold("tasks"))
         tasks = self.evaluator.place(tasks)
         rng = Rng(self.seed).fold("trials", "train")

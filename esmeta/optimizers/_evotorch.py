@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from esmeta.errors import UserError, finite_positive, non_negative, non_negative_int, one_of
+from esmeta.modes import exact, usual_defaults
 from esmeta.optimizers._generation import Scoring, Stopwatch, check_popsize
 from esmeta.optimizers._shaping import tail_share, utilities
 from esmeta.options import options_class, plain
@@ -142,6 +143,7 @@ class EvoTorchOptimizer(ABC):
         """Every objective and any number of ranks will do."""
         return
 
+    @usual_defaults()
     def init(self, theta: Params, rng: Rng) -> EvoTorchState:
         """Start at ``theta`` ``[1, ...]``; nothing is drawn."""
         center = ravel(theta)[0].detach().cpu().float().clone()
@@ -149,6 +151,8 @@ class EvoTorchOptimizer(ABC):
         searcher = self._searcher(problem, center)
         return EvoTorchState(0, searcher.dump(), shapes_of(theta), (problem, searcher))
 
+    @usual_defaults()
+    @exact
     def step(
         self, state: EvoTorchState, objective: Objective, comm: Comm, rng: Rng
     ) -> tuple[EvoTorchState, Metrics]:

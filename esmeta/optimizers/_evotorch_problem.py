@@ -49,8 +49,8 @@ class TrainingTasks:
     def score(self, values: Tensor, step: int | Tensor) -> Fitness:
         """Members float32 ``[P, D]`` on the tasks of ``step`` (int64 ``[P]``: of each its own)."""
         trials = self.evaluator.trials
-        first = torch.as_tensor(step, dtype=torch.int64).unsqueeze(-1) * trials
-        index = first + torch.arange(trials)
+        first = torch.as_tensor(step, dtype=torch.int64, device="cpu").unsqueeze(-1) * trials
+        index = first + torch.arange(trials, device="cpu")
         return self.evaluator(values, seed=self.seed, split="train", index=index)
 
     def draw(self, start: int, count: int) -> Tensor:
@@ -141,7 +141,7 @@ class PopulationProblem(Problem):
         """Initial solutions, float32 ``[num_solutions, D]``."""
         # EvoTorch's own advances the global generator by one draw, to find out whether it runs
         # under vmap.
-        values = torch.empty(num_solutions, self._size, dtype=torch.float32)
+        values = torch.empty(num_solutions, self._size, dtype=torch.float32, device="cpu")
         self._fill(values)
         return values
 
@@ -149,7 +149,7 @@ class PopulationProblem(Problem):
         if self._draw is None:
             super()._fill(values)
         else:
-            start = int(torch.randint(2**31, (), generator=self.generator))
+            start = int(torch.randint(2**31, (), generator=self.generator, device="cpu"))
             values.copy_(self._draw(start, len(values)))
 
     def evaluate(self, x: SolutionBatch | Solution) -> None:
@@ -236,9 +236,9 @@ class PlainAdam:
     """
 
     def __init__(self, *, solution_length: int, dtype: torch.dtype, stepsize: float) -> None:
-        self.mean = torch.zeros(solution_length, dtype=dtype)
-        self.square = torch.zeros(solution_length, dtype=dtype)
-        self.updates = torch.tensor(0.0)
+        self.mean = torch.zeros(solution_length, dtype=dtype, device="cpu")
+        self.square = torch.zeros(solution_length, dtype=dtype, device="cpu")
+        self.updates = torch.tensor(0.0, dtype=torch.float32, device="cpu")
         self._stepsize = stepsize
 
     @torch.no_grad()

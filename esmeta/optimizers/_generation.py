@@ -133,7 +133,7 @@ def score_members(
         numbers: of the members in their generation, for messages.
         generation: for messages.
     """
-    everyone = torch.arange(len(members))
+    everyone = torch.arange(len(members), device="cpu")
     try:
         return _rows(score(members, everyone))
     # Whatever a task or a simulator raises: a run of days is not to end by one bad member.
@@ -195,8 +195,10 @@ def gather_scores(
         counts = [len(members) for members in owned]
         if min(counts) == 0:
             # A rank without members cannot know the number of trials; rank 0 always has some.
-            width = int(comm.bcast(torch.tensor([0 if rows is None else rows.shape[1]])).item())
-            rows = torch.empty(0, width, dtype=torch.float64) if rows is None else rows
+            own = 0 if rows is None else rows.shape[1]
+            width = int(comm.bcast(torch.tensor([own], dtype=torch.int64, device="cpu")).item())
+            if rows is None:
+                rows = torch.empty(0, width, dtype=torch.float64, device="cpu")
         assert rows is not None
         rows = comm.gather_rows(rows, counts)
         watch.wait_s += watch.now() - begin

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from esmeta import errors
+from esmeta.modes import differentiating
 from esmeta.objectives.return_ import ReturnObjective
 from esmeta.options import options_class
 from esmeta.policy import Policy
@@ -231,6 +232,8 @@ def gradient_step(
     return sums / count, norm
 
 
+@differentiating
+@torch.enable_grad()
 def _gradient(
     policy: Policy, loss_fn: Loss, params: Params, batch: Batch, count: Tensor, coef: Tensor
 ) -> Tensor:
@@ -279,7 +282,7 @@ def collect(
         # NaN: none of this rank's trials came so far.
         defined = not math.isnan(task_metrics[name])
         sums += [trials * task_metrics[name], trials] if defined else [0.0, 0.0]
-    total = comm.sum_ordered(torch.tensor(sums, dtype=torch.float64)).tolist()
+    total = comm.sum_ordered(torch.tensor(sums, dtype=torch.float64, device="cpu")).tolist()
     metrics = {"return_mean": total[0] / total[2], "env_steps": total[1]}
     for name, value, count in zip(names, total[3::2], total[4::2], strict=True):
         metrics[name] = value / count if count else math.nan

@@ -76,7 +76,7 @@ def weighed(fitness: Tensor, kind: str, *, drop_pairs: bool) -> Tensor:
     if not drop_pairs:
         return utilities(fitness, kind)
     whole = torch.isfinite(fitness).reshape(-1, 2).all(dim=1).repeat_interleave(2)
-    weights = torch.zeros(len(fitness), dtype=torch.float64)
+    weights = torch.zeros(len(fitness), dtype=torch.float64, device="cpu")
     if whole.any():
         weights[whole] = utilities(fitness[whole], kind)
     return weights
@@ -104,7 +104,7 @@ def utilities(fitness: Tensor, kind: str) -> Tensor:
     values = fitness.detach().cpu().numpy().astype(np.float64)
     finite = np.isfinite(values)
     if not finite.any():
-        return torch.zeros(len(values), dtype=torch.float64)
+        return torch.zeros(len(values), dtype=torch.float64, device="cpu")
     if kind in ("centered", "nes"):
         shaped = _by_rank(np.where(finite, values, -np.inf), kind)
     else:

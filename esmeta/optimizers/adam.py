@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from esmeta import errors
+from esmeta.modes import differentiating
 from esmeta.optimizers import _gradient as pg
 from esmeta.options import options_class
 from esmeta.rng import Rng
@@ -89,6 +90,8 @@ class Optimizer:
         state.saved = saved["agents"] or None
         return state
 
+    @differentiating
+    @torch.enable_grad()
     def step(
         self, state: AdamState, objective: MetaLoss, comm: Comm, rng: Rng
     ) -> tuple[AdamState, Metrics]:
@@ -134,7 +137,7 @@ def _gathered(leaf: Tensor, comm: Comm) -> Tensor:
     """Rows of all ranks in rank order, bit for bit."""
     if comm.size == 1:
         return leaf
-    counts = torch.zeros(comm.size, dtype=torch.int64)
+    counts = torch.zeros(comm.size, dtype=torch.int64, device="cpu")
     counts[comm.rank] = len(leaf)
     counts = comm.sum_exact(counts).tolist()
     flat = leaf.reshape(len(leaf), -1)

@@ -55,13 +55,16 @@ class _Searcher(Searcher):
     def dump(self) -> Tensors:
         """See :class:`Searcher`; every update makes new tensors, so none is copied."""
         tensors = {name: getattr(self.search, key) for name, key in _ATTRIBUTES.items()}
-        return tensors | {"updates": torch.tensor(self.search._steps_count)}
+        count = torch.tensor(self.search._steps_count, dtype=torch.int64, device="cpu")
+        return tensors | {"updates": count}
 
     def sample(self, problem: PopulationProblem) -> None:
         """See :class:`Searcher`."""
         # As EvoTorch's sample_distribution, which advances the global generator by one draw.
         search = self.search
-        zs = torch.empty(search.popsize, len(search.m)).normal_(generator=problem.generator)
+        shape = search.popsize, len(search.m)
+        zs = torch.empty(shape, dtype=torch.float32, device="cpu")
+        zs.normal_(generator=problem.generator)
         ys = search.A * zs if search.separable else (search.A @ zs.T).T
         self.drawn = zs, ys
         search.population.set_values(search.m + search.sigma * ys)

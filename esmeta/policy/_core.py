@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from esmeta.errors import UserError
 from esmeta.options import options_class
 from esmeta.policy._linear import Mlp, apply_mlp, bind_mlp, init_mlp
 from esmeta.rng import Rng
@@ -101,7 +102,10 @@ class Policy:
         width = self.memory.size
         params |= init_mlp("head", [width, config.head_hidden, outputs], 0.01, rng)
         if self._gaussian and config.std == "learned":
-            params["head.log_std"] = torch.full((action.size,), math.log(config.std_value))
+            start = math.log(config.std_value)
+            params["head.log_std"] = torch.full(
+                (action.size,), start, dtype=torch.float32, device="cpu"
+            )
         if self.has_value:
             params |= init_mlp("value", [width, config.head_hidden, 1], 1.0, rng)
         return params
@@ -130,7 +134,20 @@ class Policy:
         return self.memory.initial_state(memory, batch, rng or Rng(0), index)
 
     def bind(self, params: Params) -> Bound:
-        """Prepare parameters for many calls of :meth:`step_bound` or one of :meth:`unroll`."""
+        """Prepare parameters for many calls of :meth:`step_bound` or one of :meth:`unroll`.
+
+        Inside ``torch.no_grad`` the parameters are constants for all of these calls.
+        Raises ``UserError`` where they are not all of one floating-point dtype, on one device.
+        """
+        kinds = {(leaf.dtype, leaf.device) for leaf in params.values()}
+        if len(kinds) > 1 or not next(iter(kinds))[0].is_floating_point:
+            found = ", ".join(sorted(f"{dtype} on {device}" for dtype, device in kinds))
+            raise UserError(
+                f"the parameters are {found}, but one floating-point dtype on one device is "
+                "needed: write {name: leaf.float() for name, leaf in params.items()}"
+            )
+        if not torch.is_grad_enabled():
+            params = {name: leaf.detach() for name, leaf in params.items()}
         memory = {k.removeprefix("memory."): v for k, v in params.items() if k[:7] == "memory."}
         return Bound(
             embed=bind_mlp(params, "embed", self._squash),

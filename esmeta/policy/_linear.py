@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from esmeta import kernels
+from esmeta.modes import affine
 from esmeta.rng import Rng
 from esmeta.types import Params
 
@@ -37,7 +38,7 @@ def init_mlp(name: str, sizes: Sequence[int], last_gain: float, rng: Rng) -> Par
     for i, (rows, columns) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
         gain = last_gain if i == last else math.sqrt(2.0)
         params[f"{name}.{i}.weight"] = orthogonal(rng.fold(name, i), rows, columns, gain)
-        params[f"{name}.{i}.bias"] = torch.zeros(columns)
+        params[f"{name}.{i}.bias"] = torch.zeros(columns, dtype=torch.float32, device="cpu")
     return params
 
 
@@ -72,8 +73,8 @@ def apply_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     short = max(_MIN_ROWS - rows, -rows % _ROW_TILE)
     if short > 0:
         x = pad(x, (0, 0, 0, short))
-        return torch.baddbmm(bias, x, weight)[:, :rows]
-    return torch.baddbmm(bias, x, weight)
+        return affine(bias, x, weight)[:, :rows]
+    return affine(bias, x, weight)
 
 
 def apply_mlp(mlp: Mlp, *parts: Tensor) -> Tensor:

@@ -66,20 +66,20 @@ class Plastic:
         if self.variant != "no-alpha":
             params["alpha"] = normal(self.alpha_std, n, n)
         kappa, beta = normal(1e-2, depth, depth + 1), normal(1e-2, depth, depth + 1)
-        used = torch.ones(depth, depth + 1).tril(diagonal=1)
+        used = torch.ones(depth, depth + 1, dtype=torch.float32, device="cpu").tril(diagonal=1)
         if self.identity:
-            rounds = torch.arange(depth)
+            rounds = torch.arange(depth, device="cpu")
             kappa[:, 0] += self.skip
             kappa[rounds, rounds + 1] += 1.0
             beta[rounds, rounds] += 1.0
             beta[rounds, rounds + 1] += 1.0
         params["kappa"], params["beta"] = kappa * used, beta * used
         if self.variant == "linear":
-            params["write.A"] = torch.eye(n) + normal(1e-2, n, n)
+            params["write.A"] = torch.eye(n, dtype=torch.float32, device="cpu") + normal(1e-2, n, n)
         if self.variant == "mlp":
             for i in range(2):
                 params[f"write.{i}.weight"] = orthogonal(rng.fold("write", i), n, n, 1.0)
-                params[f"write.{i}.bias"] = torch.zeros(n)
+                params[f"write.{i}.bias"] = torch.zeros(n, dtype=torch.float32, device="cpu")
         if self.w0 == "learned":
             params["W0"] = normal(self.w0_std, n, n)
         return params

@@ -47,9 +47,9 @@ def _init(rng: Rng, inputs: int, units: int, gates: int) -> Params:
 
     return {
         "input.weight": blocks("input", inputs),
-        "input.bias": torch.zeros(gates * units),
+        "input.bias": torch.zeros(gates * units, dtype=torch.float32, device="cpu"),
         "hidden.weight": blocks("hidden", units),
-        "hidden.bias": torch.zeros(gates * units),
+        "hidden.bias": torch.zeros(gates * units, dtype=torch.float32, device="cpu"),
     }
 
 

@@ -287,4 +287,4 @@ def task_numbers(batch: int | Tensor) -> Tensor:
             )
         return batch.unsqueeze(0)
     check_int("batch", batch, 1, 2**40)
-    return torch.arange(batch, dtype=torch.int64).unsqueeze(0)
+    return torch.arange(batch, dtype=torch.int64, device="cpu").unsqueeze(0)

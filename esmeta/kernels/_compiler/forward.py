@@ -95,9 +95,11 @@ class Forward:
         w.b.store(w.b.select(fresh, of["first"], of["last"]), self.now)
         keep = w.b.icmp_signed("!=", of["keep"], w.whole(0))
         due = w.b.icmp_signed("==", w.b.srem(step, of["every"]), w.whole(0))
+        due = w.b.and_(due, w.b.not_(fresh))
         with w.b.if_then(w.b.and_(keep, due)), w.loop(0, there) as t:
             trial = w.add(trials[0], t)
-            place = w.add(w.mul(w.b.sdiv(step, of["every"]), total), trial)
+            number = w.b.sub(w.b.sdiv(step, of["every"]), w.whole(1))
+            place = w.add(w.mul(number, total), trial)
             self._copy(self._matrix(self._source(), trial), self._matrix(of["kept"], place))
         with w.b.if_then(w.b.icmp_signed("!=", of["starts"], w.whole(0))):
             self._restart(p, first, there, trials, row)
