@@ -345,26 +345,21 @@ def _marked(score: Callable[[Tensor], Fitness], tiles: list[Tensor]) -> list[Fit
     """
     total, failed = sum(map(len, tiles)), 0
     parts: list[Fitness | None] = []
-
-    def run(trials: Tensor) -> None:
-        nonlocal failed
+    waiting = tiles[::-1]
+    while waiting:
+        trials = waiting.pop()
         try:
             parts.append(score(trials))
-            return
         except EnvFailure as error:
             traceback.clear_frames(error.__traceback__)  # which hold on to simulators
-            if len(trials) == 1:
-                failed += 1
-                if failed in (total, int(max(1, MAX_FAILED * total)) + 1):
-                    raise
-                warn(f"{error}; this trial has no score (nan)")
-                parts.append(None)
-                return
-        for half in trials.chunk(2):
-            run(half)
-
-    for tile in tiles:
-        run(tile)
+            if len(trials) > 1:
+                waiting += trials.chunk(2)[::-1]
+                continue
+            failed += 1
+            if failed == total or failed > max(1, MAX_FAILED * total):
+                raise
+            warn(f"{error}; this trial has no score (nan)")
+            parts.append(None)
     known = next(part for part in parts if part is not None)
     none = _map(known, lambda leaf: leaf[:, :1] * (torch.nan if leaf.is_floating_point() else 0))
     return [none if part is None else part for part in parts]

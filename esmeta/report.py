@@ -191,18 +191,23 @@ def _pictures(group: Group, where: Destination, wanted: Pictures) -> list[str]:
 
 def _loss_figures(group: Group, where: Destination) -> list[str]:
     """What the first run's loss does for agents, and what it looks like."""
+    from esmeta.analysis import page
+
+    if group.runs[0].tables["objective"]["name"] not in ("epg", "metagenrl"):
+        return []
+    try:
+        return _learned_loss(group, where)
+    except UserError as error:  # such as too few simulators for the agents of a figure
+        print(f"esmeta: warning: no figures of the loss of {group.label}: {error}", file=sys.stderr)
+        return [page.paragraph(f"No figures of the loss: {error}", note=True)]
+
+
+def _learned_loss(group: Group, where: Destination) -> list[str]:
     from esmeta.analysis import losses, page
     from esmeta.evaluate import open_run
 
-    run = group.runs[0]
-    kind = run.tables["objective"]["name"]
-    if kind not in ("epg", "metagenrl"):
-        return []
-    try:
-        objective, eta, config = open_run(run.path)
-    except UserError as error:
-        return [page.paragraph(f"No figures of the loss: {error}", note=True)]
-    if kind == "metagenrl":
+    objective, eta, config = open_run(group.runs[0].path)
+    if config.objective.name == "metagenrl":
         return _objective_figures(objective, eta, group, where)
     curves = losses.life_curves(objective, eta)
     best = group.reference.best / min(objective.config.test_steps, config.task.instance.horizon)

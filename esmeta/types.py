@@ -132,11 +132,17 @@ class Hosted(Protocol):
     """A :class:`BatchedEnv` whose worlds live outside the state it returns.
 
     Simulators of another library, or on other ranks, cannot be copied: only the state that was
-    returned last can be stepped, so that trials can neither be stored nor run by turns. An
-    evaluator asks for at most ``most_worlds`` of them at a time, P x B, if it can.
+    returned last can be stepped, so that trials can neither be stored nor run by turns.
     """
 
-    most_worlds: int
+    @property
+    def most_worlds(self) -> int:
+        """How many trials, P x B, may be begun at a time."""
+        ...
+
+    def close(self) -> None:
+        """Close what simulates; a later reset begins anew."""
+        ...
 
 
 class Task(Protocol):

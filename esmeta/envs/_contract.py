@@ -180,7 +180,7 @@ def _numbers(shape: tuple[int, ...], dtype: Any) -> Read:
             kinds == "iu" and values.dtype.kind == "f" and bool((values == np.floor(values)).all())
         )
         if not fits or values.shape != shape:
-            raise _Wrong(_told(seen if values.dtype.kind == "O" else values))
+            raise _Wrong(_told(seen if values.dtype.kind in "OUS" else values))
         return values
 
     return clean

@@ -111,6 +111,11 @@ class Shard:
         """Compute the task's own scores of this rank's worlds."""
         self.scores = {} if self._empty else self._env.metrics(self._state)
 
+    def close(self) -> None:
+        """Close this rank's simulators."""
+        if isinstance(self._env, Hosted):
+            self._env.close()
+
     def gather_scores(self, names: list[str]) -> dict[str, Tensor]:
         """The scores of all ranks' worlds, ``[P, B]``; all ranks must call this."""
         other = self._shape[1 - self.axis]

@@ -130,7 +130,7 @@ def _make(name: str, kwargs: Mapping[str, Any]) -> gymnasium.Env:
                 _specification(name),
                 disable_env_checker=True,
                 max_episode_steps=-1,
-                **copy.deepcopy(dict(kwargs)),
+                **kwargs,
             )
     except gymnasium.error.DependencyNotInstalled as error:
         extra = next((ours for word, ours in _EXTRAS.items() if word in str(error).lower()), "")
@@ -180,7 +180,7 @@ def _specification(name: str) -> Any:
 class Pool:
     """The simulators of one kind in this process: those in use, and those to be used again."""
 
-    def __init__(self, name: str, kwargs: Mapping[str, Any], spec: object) -> None:
+    def __init__(self, name: str, kwargs: str, spec: object) -> None:
         self._name, self._kwargs = name, kwargs
         self._spec = spec  # kept, as its address is part of the pool's key
         self._lock = Turn()
@@ -220,10 +220,10 @@ class Pool:
 
     def _new(self) -> World:
         try:
-            world = World(self._name, self._kwargs)
+            world = World(self._name, json.loads(self._kwargs))
         except EnvFailure as failure:
             warn(f"{failure}; it is made again")
-            world = World(self._name, self._kwargs)
+            world = World(self._name, json.loads(self._kwargs))
         self._open.add(world)
         return world
 
@@ -259,14 +259,14 @@ _LOOKING = Turn()
 _PARENTS: list[World] = []  # kept, as they are not to be closed when they are deleted
 
 
-def pool(name: str, kwargs: Mapping[str, Any]) -> Pool:
-    """The pool of simulators that are made so; it lives as long as somebody holds it."""
+def pool(name: str, kwargs: str) -> Pool:
+    """The pool of simulators made with ``kwargs`` (JSON); it lives as long as somebody holds it."""
     spec = gymnasium.registry.get(name.rpartition(":")[2])
-    key = name, repr(sorted(kwargs.items())), id(spec)
+    key = name, kwargs, id(spec)
     with _LOOKING:
         found = _POOLS.get(key)
         if found is None:
-            found = _POOLS[key] = Pool(name, copy.deepcopy(dict(kwargs)), spec)
+            found = _POOLS[key] = Pool(name, kwargs, spec)
             weakref.finalize(found, _close_worlds, found._open)
     return found
 

@@ -67,8 +67,9 @@ class GymEnv(MadeAgain):
         most_worlds: int = 256,
         device: torch.device | str = "cpu",
     ) -> None:
-        found = interface(name, json.dumps(dict(kwargs), sort_keys=True))
-        self._pool, self._most = pool(name, kwargs), most_worlds
+        text = json.dumps(dict(kwargs), sort_keys=True)
+        found = interface(name, text)
+        self._pool, self._most = pool(name, text), most_worlds
         self._name, self._task_key = name, task_key
         self._episodes, self._limit, self._length = episodes, limit, steps
         self._obs_size, self._action = found.obs_size, found.action

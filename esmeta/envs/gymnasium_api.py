@@ -26,10 +26,11 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
+from esmeta.errors import UserError
 from esmeta.options import plain
 from esmeta.rng import Rng
 from esmeta.tasks import check_int, check_split, make_task, renderer, task_names
-from esmeta.types import BatchedEnv, Discrete, Spec, Task, TimeStep
+from esmeta.types import BatchedEnv, Discrete, Hosted, Spec, Task, TimeStep
 
 
 def _spaces(spec: Spec) -> tuple[spaces.Box, spaces.Discrete | spaces.Box]:
@@ -75,6 +76,11 @@ def _action(spec: Spec, given: Any, count: int) -> Tensor:
 
 def _metrics(env: BatchedEnv, state: Any) -> dict[str, np.ndarray]:
     return {name: values[0].double().numpy() for name, values in env.metrics(state).items()}
+
+
+def _close(env: BatchedEnv) -> None:
+    if isinstance(env, Hosted):
+        env.close()
 
 
 def _only(options: Mapping[str, Any] | None, *allowed: str) -> dict[str, Any]:
@@ -176,6 +182,11 @@ class TaskEnv(gymnasium.Env[np.ndarray, Any]):
         ends = (over and bool(ts.terminated), over and bool(ts.truncated))
         return ts.obs[0, 0].numpy().copy(), float(ts.reward), *ends, info
 
+    def close(self) -> None:
+        """Close the simulators of the task, where it has some."""
+        self._state = None
+        _close(self._env)
+
     def render(self) -> np.ndarray | None:  # type: ignore[override]
         """The trial as it stands, uint8 ``[height, width, 3]``."""
         if self.render_mode is None or self._draw is None:
@@ -222,12 +233,18 @@ class TaskVectorEnv(VectorEnv):
         if render_mode is not None:
             raise ValueError(f"render_mode is {render_mode!r}; vectors are not drawn: leave it out")
         self._task, self._split = _make(task, options, more), split
+        first = self._task.make_env("cpu")
+        if isinstance(first, Hosted) and first.most_worlds < num_envs:
+            raise UserError(
+                f"num_envs is {num_envs}, but the trials of all run at once, and most_worlds is "
+                f"{first.most_worlds}: write most_worlds={num_envs}"
+            )
         self.num_envs = num_envs
         self.single_observation_space, self.single_action_space = _spaces(self._task.spec)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
         self._groups: list[_Group] = []
-        self._free: list[BatchedEnv] = []
+        self._free: list[BatchedEnv] = [first]
         self._obs = np.zeros((num_envs, self._task.spec.obs_size), dtype=np.float32)
         self._begun = np.zeros(num_envs, dtype=np.int64)
 
@@ -287,6 +304,12 @@ class TaskVectorEnv(VectorEnv):
         ended = terminated | truncated
         infos = self._ends(ended, metrics) if ended.any() else {}
         return self._obs.copy(), reward, terminated, truncated, self._info(new_episode) | infos
+
+    def close_extras(self, **kwargs: Any) -> None:
+        """Close the simulators of the task, where it has some."""
+        for env in [*self._free, *(group.env for group in self._groups)]:
+            _close(env)
+        self._groups = []
 
     def _ends(self, ended: np.ndarray, metrics: dict[str, np.ndarray]) -> dict[str, Any]:
         """Begin the next trials where some ended; what Gymnasium keeps of those."""

@@ -266,3 +266,9 @@ class HostedMixedEnv(MixedEnv):
     def most_worlds(self) -> int:
         """How many trials can be begun at once, whatever parts they are of."""
         return min(part.env.most_worlds for part in self._parts if isinstance(part.env, Hosted))
+
+    def close(self) -> None:
+        """Close the simulators of all parts."""
+        for part in self._parts:
+            if isinstance(part.env, Hosted):
+                part.env.close()

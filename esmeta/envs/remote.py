@@ -324,6 +324,10 @@ class RemoteEnv:
         self._node.ask(_SEND_SCORES, self._number, lambda: None, meet)
         return {name: leaf.to(self._device) for name, leaf in found.items()}
 
+    def close(self) -> None:
+        """Close this rank's worlds; the other ranks close theirs when the learner ends."""
+        self._shard.close()
+
     def _told(self) -> TimeStep:
         return TimeStep(*(leaf.to(self._device) for leaf in self._shard.tell()))
 
