@@ -440,6 +440,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = run(args, comm, stop)
     except SystemExit as left:
         # Nothing here leaves so; others would wait for a rank whose own code does.
+        close_simulators()
         comm.abort(EXIT_EXCEPTION, f"sys.exit({left.code!r}) at {comm.label} ended the run")
     finally:
         close_simulators()

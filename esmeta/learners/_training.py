@@ -109,8 +109,8 @@ class Training(OwnEnv):
         env = self.env
         if isinstance(env, Hosted) and env.most_worlds < agents:
             raise UserError(
-                f"most_worlds is {env.most_worlds}: the agents of a rank, each in a simulator of "
-                f"its own, and at least two that are scored need {agents}: write "
+                f"most_worlds leaves {env.most_worlds} simulators: the agents of a rank, each in "
+                f"one of its own, and at least two that are scored need {agents}: write "
                 f"most_worlds={agents}"
             )
 
