@@ -231,7 +231,12 @@ def test_several_environments_learn_one_objective() -> None:
 
 
 @pytest.mark.parametrize(
-    "more", [(), (TWO,), ("objective.inner_steps=2", "objective.time=episode")]
+    "more",
+    [
+        (),
+        (TWO,),
+        ("objective.inner_steps=2", "objective.time=episode", "objective.snippets=episodes"),
+    ],
 )
 def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, more: tuple[str, ...]) -> None:
     args = ["pendulum-metagenrl", *overrides(*SMALL, *more)]
