@@ -20,8 +20,9 @@ from typing import NoReturn
 
 from esmeta import config as configs
 from esmeta import errors
+from esmeta.ranks import speaks
+from esmeta.terminal import wishes_to_stop
 
-_RANK_VARIABLES = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK", "PALS_RANKID")
 _LAUNCH = "python -m esmeta.launch -n RANKS --max-restarts K -- PRESET ..."
 
 
@@ -39,9 +40,14 @@ class Parser(argparse.ArgumentParser):
             message = f"{flag} is not an option{errors.nearest(flag, words)}; see --help"
         elif unknown:
             message = f"{unknown[1]!r} is one argument too many; see --help"
-        if next((os.environ[name] for name in _RANK_VARIABLES if name in os.environ), "0") == "0":
-            print(f"esmeta: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
-        raise SystemExit(2)
+        raise SystemExit(refuse(message))
+
+
+def refuse(message: str) -> int:
+    """Say once, whatever the number of ranks, what is wrong; returns the exit code."""
+    if speaks(os.environ):
+        print(f"esmeta: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    return 2
 
 
 def parser() -> argparse.ArgumentParser:
@@ -148,14 +154,17 @@ def close_simulators() -> None:
 
 @contextlib.contextmanager
 def simulators_closed() -> Iterator[None]:
-    """Close simulators at the end, also where SIGTERM, an end by ``SystemExit`` here, makes one."""
+    """Close simulators at the end, also one by SIGTERM or SIGHUP, which are ``SystemExit`` here."""
     here = threading.current_thread() is threading.main_thread()
-    before = signal.getsignal(signal.SIGTERM)
+    ends = [number for number in wishes_to_stop() if number != signal.SIGUSR1]
+    before = {number: signal.getsignal(number) for number in ends}
     try:
         if here:
-            signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+            for number in ends:
+                signal.signal(number, lambda number, frame: sys.exit(128 + number))
         yield
     finally:
         close_simulators()
         if here:
-            signal.signal(signal.SIGTERM, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)

@@ -15,7 +15,7 @@ import struct
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any, NoReturn
 
@@ -24,49 +24,14 @@ import torch
 from torch import Tensor
 
 from esmeta.errors import UserError, keep_traceback
+from esmeta.ranks import ALONE, launched_rank, launched_ranks
 from esmeta.transport import connect, poll
 
 EXIT_USER_ERROR = 2
 EXIT_EXCEPTION = 3
 
-_SIZE_VARIABLES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
-_RANK_VARIABLES = ("PMIX_RANK", "PMI_RANK", "PALS_RANKID")
-_LOCAL_RANK_VARIABLES = (
-    "MPI_LOCALRANKID",
-    "OMPI_COMM_WORLD_LOCAL_RANK",
-    "MV2_COMM_WORLD_LOCAL_RANK",
-    "PALS_LOCAL_RANKID",
-    "SLURM_LOCALID",
-)
-
 _ROLL_SECONDS = 1.0
 _ROLL_TAG = 1
-
-
-def _number(env: Mapping[str, str], name: str) -> int | None:
-    text = env.get(name, "")
-    return int(text) if text.isdecimal() else None
-
-
-def launched_ranks(env: Mapping[str, str]) -> int:
-    """How many ranks an MPI launcher started: 1 without a launcher, 0 if it does not say.
-
-    ``SLURM_*`` counts only where srun also speaks PMI to this process: in a batch script the same
-    variables describe the allocation, not this process.
-    """
-    sizes = [size for name in _SIZE_VARIABLES if (size := _number(env, name))]
-    if sizes:
-        return max(sizes)
-    if not any(name in env for name in _RANK_VARIABLES):
-        return 1
-    return _number(env, "SLURM_STEP_NUM_TASKS") or _number(env, "SLURM_NTASKS") or 0
-
-
-def local_rank(env: Mapping[str, str] | None = None) -> int:
-    """Number of this rank among the ranks of its machine; 0 without a launcher."""
-    env = os.environ if env is None else env
-    found = (_number(env, name) for name in _LOCAL_RANK_VARIABLES)
-    return next((rank for rank in found if rank is not None), 0)
 
 
 def _check_rows(local: Tensor, counts: list[int], rank: int, size: int) -> None:
@@ -333,21 +298,24 @@ def make_comm(timeout_s: float = 60.0) -> SelfComm | MPIComm:
     ranks = launched_ranks(os.environ)
     if ranks == 1:
         return SelfComm(timeout_s)
+    number = launched_rank(os.environ)
+    place = f"one of {ranks} ranks" if ranks else f"rank {number} of several"
+    alone = f"if it is to be a run of its own, with its own --out, write {ALONE}=1 before python"
     try:
         comm = MPIComm(timeout_s)
     except (ImportError, RuntimeError) as error:
         raise UserError(
-            f"an MPI launcher started this process, but mpi4py cannot be loaded ({error}); "
-            "install it with: pip install mpi4py mpich, or start without mpirun"
+            f"this process was started as {place}, but mpi4py cannot be loaded ({error}); install "
+            f"it with: pip install mpi4py mpich, or start without mpirun or srun; {alone}"
         ) from error
     if comm.size > 1:
         return comm
-    if ranks > 1:
+    if ranks > 1 or number > 0:
         # Otherwise every process would take itself for the only one and write the same files.
         raise UserError(
-            f"the launcher started {ranks} ranks, but the MPI library of mpi4py "
-            f"({comm.library()}) sees 1; use the mpirun of that library: with pip's mpich, the "
-            "one beside python"
+            f"the launcher started this process as {place}, but the MPI library of mpi4py "
+            f"({comm.library()}) sees 1; use the mpirun of that library (with pip's mpich, the "
+            f"one beside python), or an srun --mpi=TYPE that it speaks; {alone}"
         )
     return SelfComm(timeout_s)
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from esmeta import config as configs
 from esmeta import errors
 from esmeta.cli import Parser, simulators_closed
+from esmeta.terminal import prepare_streams
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -203,6 +204,7 @@ def table(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
+    prepare_streams()
     args = parser().parse_args(argv)
     try:
         with simulators_closed():

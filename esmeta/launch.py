@@ -29,6 +29,8 @@ from esmeta import cli, errors
 from esmeta import config as configs
 from esmeta.errors import UserError
 from esmeta.hosts import FirstEnd, Host, answering, end_marked, read_hosts, stop_with_parent
+from esmeta.ranks import launched_ranks
+from esmeta.terminal import prepare_streams, wishes_to_stop
 
 EXIT_LOST = 3
 EXIT_STOPPED = 75
@@ -155,7 +157,7 @@ class Attempts:
         self.signal: int | None = None
         self.child: subprocess.Popen[bytes] | None = None
         self._tails: dict[int, bytes] = {}
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        for number in (*wishes_to_stop(), signal.SIGINT):
             signal.signal(number, self._note)
 
     def _note(self, number: int, _: object) -> None:
@@ -304,8 +306,14 @@ def _checkpoint(out: Path) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code of the last start."""
+    prepare_streams()
     cli.prepare_process()
     try:
+        if launched_ranks(os.environ) > 1:
+            raise UserError(
+                "the launcher itself was started several times, as tasks of one job step; start "
+                "it once, and it starts the ranks"
+            )
         return Attempts(_job(sys.argv[1:] if argv is None else argv)).run()
     except UserError as error:
         print(f"esmeta: error: {error}", file=sys.stderr, flush=True)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from esmeta import config as configs
 from esmeta import errors
 from esmeta.cli import Parser, prepare_process, simulators_closed
+from esmeta.terminal import prepare_streams
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -161,6 +162,7 @@ def after_life(scores: Tensor) -> dict[str, float]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
+    prepare_streams()
     args = parser().parse_args(argv)
     prepare_process()
     import torch

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from esmeta.cli import Parser, simulators_closed
 from esmeta.errors import UserError, keep_traceback, non_negative_int
+from esmeta.terminal import prepare_streams
 
 if TYPE_CHECKING:
     from esmeta.analysis.groups import Group, RunData
@@ -321,6 +322,7 @@ def report(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
+    prepare_streams()
     args = parser().parse_args(argv)
     # Single trials are too small for more threads, which only wait for each other.
     os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from esmeta import config as configs
 from esmeta import errors
-from esmeta.cli import close_simulators, configuration, parser, prepare_process
+from esmeta.cli import close_simulators, configuration, parser, prepare_process, refuse
+from esmeta.terminal import prepare_streams
 
 if TYPE_CHECKING:
     from esmeta.comm import MPIComm, SelfComm
@@ -80,7 +81,7 @@ def build(config: configs.Config, ranks: int = 1, node: Node | None = None) -> P
 def _device(name: str) -> str:
     import torch
 
-    from esmeta.comm import local_rank
+    from esmeta.ranks import local_rank
 
     if name == "cpu":
         return name
@@ -425,6 +426,7 @@ def _finish(trainer: Trainer, reason: str, folder: RunDir | NullRun, out: Path, 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code (0 done, 2 bad input, 75 told to stop)."""
+    prepare_streams()
     args = parser().parse_args(argv)
     if args.list:
         print("\n".join(configs.preset_names()))
@@ -434,7 +436,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     from esmeta.watch import START_S, Stop
 
     stop = Stop()
-    comm = make_comm(START_S)
+    try:
+        comm = make_comm(START_S)
+    except errors.UserError as error:
+        return refuse(str(error))
     install_excepthook(comm)
     try:
         code = run(args, comm, stop)

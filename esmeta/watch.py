@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 
 from esmeta.comm import MPIComm, SelfComm
+from esmeta.terminal import wishes_to_stop
 from esmeta.types import Metrics
 
 START_S = 600.0
@@ -23,22 +24,24 @@ _WINDOW = 20
 
 
 class Stop:
-    """Turns SIGTERM and SIGUSR1 into a wish to stop after the current step.
+    """Turns SIGTERM, SIGUSR1 and SIGHUP into a wish to stop after the current step.
 
     Further signals change nothing: batch systems and launchers send the same one several times,
-    and the second must not cost the checkpoint. Ctrl-C (SIGINT) ends a run at once.
+    and the second must not cost the checkpoint. Ctrl-C (SIGINT) ends a run at once. A run that was
+    started to outlive its terminal (nohup) still does.
     """
 
     def __init__(self) -> None:
         self.noted = False
         self.others: Callable[[], bool] = lambda: False
         """Whether ranks that do not take steps were told to stop."""
-        for number in (signal.SIGTERM, signal.SIGUSR1):
+        self._numbers = wishes_to_stop()
+        for number in self._numbers:
             signal.signal(number, self._note)
 
     def end(self) -> None:
         """Ignore further signals: Python's handlers are gone while a rank waits to leave MPI."""
-        for number in (signal.SIGTERM, signal.SIGUSR1):
+        for number in self._numbers:
             signal.signal(number, signal.SIG_IGN)
 
     @property

@@ -17,8 +17,9 @@ import torch
 from tiny_runs import overrides, write_preset
 
 from esmeta import comm as comm_module
-from esmeta.comm import SelfComm, launched_ranks, local_rank, make_comm
+from esmeta.comm import SelfComm, make_comm
 from esmeta.errors import UserError
+from esmeta.ranks import launched_ranks, local_rank, speaks
 
 ROOT = Path(__file__).resolve().parent.parent
 _BESIDE = Path(sys.executable).parent / "mpirun"
@@ -144,6 +145,9 @@ def test_one_process_exits_with_the_same_codes() -> None:
         assert done.returncode == code and message in done.stderr, done.stderr
 
 
+STEP = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "0"}
+
+
 @pytest.mark.parametrize(
     ("env", "ranks"),
     [
@@ -157,10 +161,78 @@ def test_one_process_exits_with_the_same_codes() -> None:
         ({"SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "2", "PMI_RANK": "1"}, 2),
         ({"PMIX_RANK": "0"}, 0),
         ({"PMI_SIZE": "many"}, 1),
+        # A batch script and a shell of salloc, with and without a step of its own.
+        ({"SLURM_NTASKS": "8", "SLURM_PROCID": "0"}, 1),
+        ({"SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_STEP_ID": "4294967290"}, 1),
+        ({"SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "1", **STEP}, 1),
+        # Tasks of srun that speak no PMI.
+        ({"SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "4", **STEP}, 4),
+        ({"SLURM_NTASKS": "8", **STEP}, 8),
+        ({"SLURM_NTASKS": "8", "SLURM_PROCID": "3"}, 8),
+        # An mpirun inside of a step knows better; the user knows best.
+        ({"SLURM_STEP_NUM_TASKS": "4", **STEP, "PMI_SIZE": "1"}, 1),
+        ({"SLURM_STEP_NUM_TASKS": "4", **STEP, "ESMETA_RANKS": "1"}, 1),
+        ({"PMI_SIZE": "4", "ESMETA_RANKS": "1"}, 1),
     ],
 )
 def test_launched_ranks(env: dict[str, str], ranks: int) -> None:
     assert launched_ranks(env) == ranks
+
+
+@pytest.mark.parametrize(
+    ("env", "said"),
+    [
+        ({"SLURM_STEP_ID": "0", "SLURM_NTASKS": "2"}, {0: True, 1: False}),
+        ({"PMI_SIZE": "2", "ESMETA_RANKS": "1"}, {0: True, 1: True}),
+    ],
+)
+def test_one_rank_speaks_for_all(env: dict[str, str], said: dict[int, bool]) -> None:
+    names = ("SLURM_PROCID", "PMI_RANK")
+    found = {rank: speaks(env | dict.fromkeys(names, str(rank))) for rank in said}
+    assert found == said
+    # The first of an unknown number may be the only one.
+    assert [speaks({"PALS_RANKID": str(rank)}) for rank in range(3)] == [True, True, False]
+
+
+@pytest.mark.parametrize(
+    "env",
+    [
+        {"SLURM_NTASKS": "2", "SLURM_STEP_ID": "0"},
+        {"PMI_SIZE": "2"},
+        {"OMPI_COMM_WORLD_SIZE": "2"},
+    ],
+)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_ranks_that_see_no_mpi_do_not_train_the_same_run(
+    tmp_path: Path, env: dict[str, str], rank: int
+) -> None:
+    """Also without mpi4py: a module that cannot be imported stands before it."""
+    (tmp_path / "mpi4py.py").write_text("raise ImportError('no MPI here')", encoding="utf-8")
+    numbers = ("SLURM_PROCID", "PMI_RANK", "OMPI_COMM_WORLD_RANK")
+    clean = clean_env() | env | dict.fromkeys(numbers, str(rank))
+    clean["PYTHONPATH"] = f"{tmp_path}{os.pathsep}{ROOT}"
+    words = [sys.executable, "-m", "esmeta.train", "bandit-openes", "--out", "run"]
+    done = subprocess.run(words, env=clean, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == "" and not (tmp_path / "run").exists()
+    told = re.fullmatch(r"esmeta: error: this .* one of 2 ranks.*ESMETA_RANKS=1 .*\n", done.stderr)
+    assert told if rank == 0 else done.stderr == ""
+
+
+def test_a_rank_that_knows_of_others_is_not_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Fake:
+        size = 1
+
+        def __init__(self, timeout_s: float) -> None: ...
+
+        def library(self) -> str:
+            return "Some MPI 1.0"
+
+    monkeypatch.setattr(comm_module, "MPIComm", Fake)
+    monkeypatch.setenv("PALS_RANKID", "0")
+    assert isinstance(make_comm(), SelfComm)
+    monkeypatch.setenv("PALS_RANKID", "3")
+    with pytest.raises(UserError, match="rank 3 of several.*sees 1"):
+        make_comm()
 
 
 def test_local_rank() -> None:
@@ -201,7 +273,7 @@ def test_a_launcher_of_another_mpi_is_refused(
     monkeypatch.setenv("PMI_SIZE", launched)
     monkeypatch.setattr(comm_module, "MPIComm", Fake)
     if fails:
-        with pytest.raises(UserError, match=r"started 2 ranks.*Some MPI 1\.0.*sees 1"):
+        with pytest.raises(UserError, match=r"of 2 ranks.*Some MPI 1\.0.*sees 1.*ESMETA_RANKS=1"):
             make_comm()
     else:
         assert isinstance(make_comm(), Fake)

@@ -16,12 +16,12 @@ MAX_FUNCTION_LINES = 60
 LAYERS = [
     {"types", "rng", "tree", "config", "errors", "options", "modes", "sharing", "capture"},
     {"kernels"},
-    {"policy", "comm", "transport", "wire"},
+    {"policy", "ranks", "comm", "transport", "wire"},
     {"envs", "tasks", "returns"},
     {"rollout"},
     {"evaluator", "lives", "learners", "scoring"},
     {"objectives", "optimizers"},
-    {"lock", "record", "progress", "analysis", "watch", "cli", "provenance", "hosts"},
+    {"terminal", "lock", "record", "progress", "analysis", "watch", "cli", "provenance", "hosts"},
     {"train", "evaluate", "report", "launch", "learn"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
