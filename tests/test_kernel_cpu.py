@@ -5,6 +5,7 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 
 import llvmlite.binding as llvm
 import pytest
@@ -191,6 +192,7 @@ def test_processes_that_miss_a_size_compile_it_once_and_never_load_the_compiler(
     assert len(set(said)) == 1 and said[0].endswith("False\n")
     assert eval(said[0].removesuffix("False\n")) == pytest.approx([y] * 6)
     files = sorted(os.listdir(tmp_path / "cache"))
+    assert all(name.endswith((f"-{os.geteuid()}.o", f"-{os.geteuid()}.lock")) for name in files)
     assert (
         len(files) == 2
         and "lock" in files[0]
@@ -202,24 +204,121 @@ def test_a_compiler_that_fails_is_reported_and_leaves_nothing(tmp_path, monkeypa
     broken = tmp_path / "broken.py"
     broken.write_text("import sys; sys.exit('no LLVM here')")
     monkeypatch.setattr(_cpu_build, "_SOURCE", broken)
-    monkeypatch.setattr(_cpu_build, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(_cpu_build, "cache_folders", lambda: [tmp_path])
     with pytest.raises(RuntimeError, match="reinstall llvmlite(.|\n)*no LLVM here"):
         _cpu_build._machine_code("plastic", 3, 1, 1, 0)
-    assert sorted(os.listdir(tmp_path)) == ["broken.py", "compiling.lock"]
+    assert sorted(os.listdir(tmp_path)) == ["broken.py", f"compiling-{os.geteuid()}.lock"]
 
 
-def test_the_cache_lies_where_it_can_be_written(tmp_path, monkeypatch):
-    folder = _cpu_build.cache_folder.__wrapped__
+SIZE = ("plastic", 3, 1, 1, 0)
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """A cache folder, and how often something was compiled."""
+    folder = tmp_path / "cache"
+    monkeypatch.setattr(_cpu_build, "cache_folders", lambda: [folder])
+    compiled, count = _cpu_build._compiled, []
+    code = _cpu_build._machine_code(*SIZE)
+    (file,) = folder.glob("*.o")
+
+    def counted(words):
+        count.append(words)
+        return code if words[2:] == ["3", "1", "1", "0"] else compiled(words)
+
+    monkeypatch.setattr(_cpu_build, "_compiled", counted)
+    return file, code, count
+
+
+def damage(data, how):
+    if how == "truncated":
+        return data[:-1]
+    if how == "empty":
+        return b""
+    middle = len(data) // 2 if how == "flipped" else 10
+    return data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
+
+
+@pytest.mark.parametrize("how", ["truncated", "empty", "flipped", "header"])
+def test_damaged_code_is_compiled_again_and_repaired(cache, how):
+    file, code, count = cache
+    whole = file.read_bytes()
+    assert _cpu_build._machine_code(*SIZE) == code and count == []
+    file.write_bytes(damage(whole, how))
+    assert _cpu_build._machine_code(*SIZE) == code and len(count) == 1
+    assert file.read_bytes() == whole
+    assert _cpu_build._machine_code(*SIZE) == code and len(count) == 1
+
+
+def test_code_of_another_size_is_not_taken(cache):
+    file, code, count = cache
+    other = _cpu_build._machine_code("plastic", 4, 1, 1, 0)
+    (theirs,) = set(file.parent.glob("*.o")) - {file}
+    file.write_bytes(theirs.read_bytes())
+    assert _cpu_build._machine_code(*SIZE) == code != other and len(count) == 2
+
+
+@pytest.mark.parametrize("mode", [0o664, 0o646])
+def test_what_others_may_write_to_is_not_run(cache, mode):
+    file, code, count = cache
+    file.chmod(mode)
+    assert _cpu_build._machine_code(*SIZE) == code and len(count) == 1
+    assert file.stat().st_mode & 0o777 == 0o644
+
+
+def test_what_others_have_written_is_not_run(cache, monkeypatch):
+    file, code, count = cache
+    if os.geteuid() == 0:
+        os.chown(file, 12345, -1)
+    else:
+        monkeypatch.setattr(_cpu_build, "_USER", os.geteuid() + 1)
+    assert _cpu_build._machine_code(*SIZE) == code and len(count) == 1
+
+
+def test_links_are_not_followed(cache, tmp_path):
+    file, code, count = cache
+    file.rename(tmp_path / "elsewhere")
+    file.symlink_to(tmp_path / "elsewhere")
+    before = (tmp_path / "elsewhere").read_bytes()
+    lock = file.parent / f"compiling-{os.geteuid()}.lock"
+    lock.unlink(missing_ok=True)
+    lock.symlink_to(tmp_path / "elsewhere")
+    assert _cpu_build._machine_code(*SIZE) == code and len(count) == 1
+    assert (tmp_path / "elsewhere").read_bytes() == before and not file.is_symlink()
+
+
+def test_a_disk_that_is_full_or_read_only_is_no_hindrance(cache, tmp_path, monkeypatch):
+    file, code, count = cache
+    file.unlink()
+
+    def full(*words, **more):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tempfile, "mkstemp", full)
+        assert _cpu_build._machine_code(*SIZE) == code
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        assert _cpu_build._machine_code(*SIZE) == code
+    assert len(count) == 2 and not list(file.parent.glob("*.o")) + list(file.parent.glob("*.part"))
+    (tmp_path / "a file").write_text("")
+    folders = [tmp_path / "a file", tmp_path / "a file" / "below", tmp_path / "second"]
+    monkeypatch.setattr(_cpu_build, "cache_folders", lambda: folders)
+    assert _cpu_build._machine_code(*SIZE) == code and len(count) == 3
+    assert _cpu_build._machine_code(*SIZE) == code and len(count) == 3
+    assert (tmp_path / "second" / file.name).exists()
+
+
+def test_where_the_cache_lies(tmp_path, monkeypatch):
     monkeypatch.setenv("ESMETA_CACHE", str(tmp_path / "own"))
-    assert folder() == tmp_path / "own"
-    monkeypatch.delenv("ESMETA_CACHE")
-    assert folder().name == "__pycache__"
-    (tmp_path / "file").write_text("")
-    monkeypatch.setattr(_cpu_build, "_SOURCE", tmp_path / "file" / "x.py")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
-    assert folder() == tmp_path / "user" / "esmeta"
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert folder().is_dir() and not list(folder().iterdir())
+    own, beside, user = _cpu_build.cache_folders()
+    assert (own, user) == (tmp_path / "own", tmp_path / "user" / "esmeta")
+    assert beside.name == "__pycache__"
+    monkeypatch.delenv("ESMETA_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # nobody has a home
+    assert _cpu_build.cache_folders() == [beside]
 
 
 def test_code_placed_by_us_and_code_linked_by_llvm_are_the_same(monkeypatch):

@@ -3,6 +3,10 @@
 The compiler (``_compiler``, LLVM by llvmlite) runs in a process of its own and only for a size that
 is not on disk yet. Loading takes no compiler where the code needs no linking, which is so on Linux
 on x86-64. Ranks that miss the same size at the same time compile it once.
+
+Code on disk is run only if it is whole, is for this size and machine, and nobody but this user or
+root can have written it; else it is compiled again. Where nothing can be kept, every process
+compiles.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ import hashlib
 import mmap
 import os
 import platform
+import stat
 import struct
 import subprocess
 import sys
@@ -27,6 +32,9 @@ from esmeta.kernels._cpu_run import LANES
 
 _SOURCE = Path(__file__).with_name("_compiler")
 _NAME = "esmeta_kernel"
+BEGIN = b"\nesmeta machine code\n"
+"""What the compiler says before it writes the code to its stdout."""
+_USER = os.geteuid()
 _PROTOTYPE = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
 # Of the ELF format: a section of relocations, a section that is executable.
 _RELOCATIONS, _EXECUTABLE = 4, 4
@@ -98,15 +106,67 @@ def _machine_code(kind: str, *numbers: int) -> bytes:
     words = [kind, *(str(int(number)) for number in (LANES, *numbers))]
     sources = [path.read_bytes() for path in sorted(_SOURCE.glob("*.py"))]
     facts = repr([version("llvmlite"), _processor(), *words, *sources])
-    digest = hashlib.sha256(facts.encode()).hexdigest()
-    folder = cache_folder()
-    path = folder / f"{'-'.join(words)}-{digest[:16]}.o"
-    with contextlib.suppress(FileNotFoundError):
-        return path.read_bytes()
-    with _alone(folder / "compiling.lock"):
-        if not path.exists():
-            _compile(path, words)
-    return path.read_bytes()
+    key = hashlib.sha256(facts.encode()).hexdigest()
+    stem = f"{'-'.join(words)}-{key[:16]}"
+    folders = cache_folders()
+    found = _stored(folders, stem, key)
+    if found is not None:
+        return found
+    with _alone(folders):
+        found = _stored(folders, stem, key)
+        if found is None:
+            found = _compiled(words)
+            _store(folders, stem, key, found)
+    return found
+
+
+def _header(key: str, code: bytes) -> bytes:
+    """What stands before machine code: what it is for, and that it is whole."""
+    return f"esmeta {key} {len(code)} {hashlib.sha256(code).hexdigest()}\n".encode()
+
+
+def _stored(folders: list[Path], stem: str, key: str) -> bytes | None:
+    """Machine code that this user or root has stored; None where there is none to be trusted.
+
+    A checksum tells damage, not who wrote: whoever can write a file can write its checksum. So the
+    file must belong to this user or to root, and nobody else may write to it; a file is asked after
+    it was opened, so that it cannot be another one then.
+    """
+    for folder in folders:
+        for owner in dict.fromkeys((_USER, 0)):
+            try:
+                handle = os.open(folder / f"{stem}-{owner}.o", os.O_RDONLY | os.O_NOFOLLOW)
+                with open(handle, "rb") as file:
+                    facts = os.fstat(handle)
+                    if not (stat.S_ISREG(facts.st_mode) and facts.st_uid in (_USER, 0)):
+                        continue
+                    if facts.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+                        continue
+                    first, _, code = file.read().partition(b"\n")
+            except OSError:  # absent, or not ours to read
+                continue
+            if first + b"\n" == _header(key, code):
+                return code
+    return None
+
+
+def _store(folders: list[Path], stem: str, key: str, code: bytes) -> None:
+    """Keep machine code where that is possible; who cannot keep it compiles it again."""
+    for folder in folders:
+        name = ""
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            handle, name = tempfile.mkstemp(dir=folder, suffix=".part")
+            with open(handle, "wb") as file:
+                file.write(_header(key, code) + code)
+                os.fchmod(handle, 0o644)
+            # Atomic: whoever finds the file finds all of it.
+            os.replace(name, folder / f"{stem}-{_USER}.o")
+            return
+        except OSError:  # read-only, full, not a folder: then the next one
+            if name:
+                with contextlib.suppress(OSError):
+                    os.unlink(name)
 
 
 def _processor() -> str:
@@ -114,55 +174,52 @@ def _processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
     except OSError:  # not on this system
-        return platform.platform() + platform.processor()
+        return platform.platform() + platform.processor() + platform.node()
     return platform.machine() + "\n".join(line for line in lines if line.startswith(_TELLING))
 
 
-def _compile(path: Path, words: list[str]) -> None:
-    handle, name = tempfile.mkstemp(dir=path.parent, suffix=".part")
-    os.close(handle)
-    try:
-        done = subprocess.run(
-            [sys.executable, str(_SOURCE), name, *words],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
+def _compiled(words: list[str]) -> bytes:
+    done = subprocess.run(
+        [sys.executable, str(_SOURCE), *words], stdin=subprocess.DEVNULL, capture_output=True
+    )
+    _, begun, code = done.stdout.partition(BEGIN)
+    if done.returncode or not begun:
+        said = done.stderr.decode(errors="replace")
+        raise RuntimeError(
+            "the CPU kernel could not be compiled; `pip install --force-reinstall llvmlite` "
+            f"may help. What the compiler said:\n{said[-2000:]}"
         )
-        if done.returncode:
-            raise RuntimeError(
-                "the CPU kernel could not be compiled; `pip install --force-reinstall llvmlite` "
-                f"may help. What the compiler said:\n{done.stderr[-2000:]}"
-            )
-        # Atomic: whoever finds the file finds all of it.
-        os.replace(name, path)
-    finally:
-        Path(name).unlink(missing_ok=True)
+    return code
 
 
 @contextlib.contextmanager
-def _alone(lock: Path) -> Iterator[None]:
-    """Let one process of this machine at a time in, where files can be locked."""
-    try:
-        import fcntl
-    except ImportError:  # not on this system: then ranks may compile the same twice
-        yield
-        return
-    with open(lock, "w") as file:
-        with contextlib.suppress(OSError):  # some network file systems cannot lock
-            fcntl.flock(file, fcntl.LOCK_EX)
+def _alone(folders: list[Path]) -> Iterator[None]:
+    """Let one process of this user and machine at a time in, where files can be locked."""
+    with contextlib.ExitStack() as stack:
+        for folder in folders:
+            try:
+                import fcntl
+
+                folder.mkdir(parents=True, exist_ok=True)
+                flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
+                handle = os.open(folder / f"compiling-{_USER}.lock", flags, 0o600)
+            except (ImportError, OSError):  # then ranks may compile the same twice
+                continue
+            stack.callback(os.close, handle)
+            # One that another user has made could be held for ever. Some file systems cannot lock.
+            if os.fstat(handle).st_uid == _USER:
+                with contextlib.suppress(OSError):
+                    fcntl.flock(handle, fcntl.LOCK_EX)
+            break
         yield
 
 
-@functools.cache
-def cache_folder() -> Path:
-    """Where machine code is kept: $ESMETA_CACHE, beside this file, or in the user's cache."""
+def cache_folders() -> list[Path]:
+    """Where machine code is looked for, and kept in the first that can be written.
+
+    $ESMETA_CACHE, beside this file, and the user's cache. They may be shared: see :func:`_stored`.
+    """
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     own = os.environ.get("ESMETA_CACHE")
-    for folder in (own, _SOURCE.parent / "__pycache__", Path(home) / "esmeta"):
-        if folder is None:
-            continue
-        with contextlib.suppress(OSError):
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder):
-                return Path(folder)
-    return Path(tempfile.mkdtemp(prefix="esmeta-"))
+    user = [Path(home) / "esmeta"] if os.path.isabs(home) else []  # no home: "~" stays as it is
+    return [*([Path(own)] if own else []), _SOURCE.parent / "__pycache__", *user]

@@ -1,8 +1,8 @@
-"""Writes machine code for this processor, an object file that defines one function.
+"""Writes machine code for this processor to stdout, an object file that defines one function.
 
-    python _compiler FILE plastic ROW n S ALPHA LINEAR
-    python _compiler FILE backward ROW n S ALPHA LINEAR
-    python _compiler FILE dense ROW SQUASH PARTS WIDTH .. WIDTH ..
+    python _compiler plastic ROW n S ALPHA LINEAR
+    python _compiler backward ROW n S ALPHA LINEAR
+    python _compiler dense ROW SQUASH PARTS WIDTH .. WIDTH ..
 
 ROW: rows of matrices are padded to a multiple of so many columns. The widths are those of the parts
 of the input, then those of the layers.
@@ -23,6 +23,7 @@ from llvmlite import ir
 from writer import I64, PTR
 
 NAME = "esmeta_kernel"
+BEGIN = b"\nesmeta machine code\n"
 
 
 def machine_code(kind: str, row: int, numbers: list[int], processor: str = "") -> bytes:
@@ -61,6 +62,7 @@ def machine_code(kind: str, row: int, numbers: list[int], processor: str = "") -
 
 
 if __name__ == "__main__":
-    path, kind, row, *numbers = sys.argv[1:]
-    with open(path, "wb") as file:
-        file.write(machine_code(kind, int(row), [int(number) for number in numbers]))
+    kind, row, *numbers = sys.argv[1:]
+    code = machine_code(kind, int(row), [int(number) for number in numbers])
+    # What an environment prints at the start of Python comes before this line.
+    sys.stdout.buffer.write(BEGIN + code)
