@@ -193,7 +193,7 @@ def load(preset_or_path: str | Path) -> Table:
         )
     path = Path(given) if is_path else presets_folder() / f"{given}.toml"
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return parse(path.read_text(encoding="utf-8"))
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"{path}: not valid TOML: {error}; correct that line") from error
     except UnicodeDecodeError as error:
@@ -203,6 +203,22 @@ def load(preset_or_path: str | Path) -> Table:
             f"{path}: {error.strerror or error}; give an existing TOML file or one of the "
             f"presets: {listed(preset_names())}"
         ) from error
+
+
+_LATER = {("objective", "metagenrl"): {"snippets": "steps"}}
+"""Options that came after runs were made without them, and what those did."""
+
+
+def parse(text: str) -> dict[str, Any]:
+    """Tables of a TOML text; what a run of an older esmeta wrote is completed as it was meant."""
+    tables = tomllib.loads(text)
+    run = tables.get("run", {})
+    # A run writes every key there is; the second came with the validation split.
+    if "rank_timeout" in run and "evaluate_as_trained" not in run:
+        for (section, name), options in _LATER.items():
+            if tables.get(section, {}).get("name") == name:
+                tables[section] = {**options, **tables[section]}
+    return tables
 
 
 # --- names of modules ------------------------------------------------------------------------

@@ -215,7 +215,7 @@ def _same_course(checkpoint: Checkpoint, config: Config) -> bool:
     if checkpoint.digest == configuration.digest(config):
         return True
     try:
-        made = configuration.resolve(tomllib.loads(checkpoint.config_toml))
+        made = configuration.resolve(configuration.parse(checkpoint.config_toml))
     except UserError:  # an option is no longer there
         return False
     return configuration.digest(made) == configuration.digest(config)

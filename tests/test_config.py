@@ -166,7 +166,7 @@ def test_budget_needs_a_limit_and_one_word_for_steps() -> None:
     for limit, steps in (({"updates": 7}, 7), ({"env_steps": 9}, None), ({"seconds": 2}, None)):
         assert config.resolve(raw() | {"budget": limit}).budget.steps == steps
     never = {"evaluate_every": 0}
-    refused("budget.plateau = 9 needs held-out", budget={"plateau": 9}, run=never)
+    refused("budget.plateau = 9 needs scores of validation", budget={"plateau": 9}, run=never)
     refused("budget.target = 1.0 needs", "every = 20", budget={"target": 1}, run=never)
     refused("budget.restarts = -1", budget={"plateau": 9, "restarts": -1})
     refused("budget.restarts = 2: a restart follows a plateau", budget={"restarts": 2})
@@ -362,3 +362,19 @@ def test_importing_config_is_light() -> None:
     """)
     folder = str(Path(config.__file__).parent)
     subprocess.run([sys.executable, "-c", code, folder], check=True, timeout=30)
+
+
+def test_what_older_runs_wrote_means_what_it_did(tmp_path: Path) -> None:
+    """Options that came later have the value that stands for what was done before."""
+    given = config.resolve(config.load("pendulum-metagenrl"))
+    text = config.to_toml(given)
+    assert 'snippets = "steps"' in text and "evaluate_as_trained = false" in text
+    now = text.replace('snippets = "steps"\n', "")
+    before = now.replace("evaluate_as_trained = false\n", "")
+    found = []
+    for kept in (now, before):
+        path = tmp_path / "config.toml"
+        path.write_text(kept)
+        found.append(config.resolve(config.load(path)).objective.options["snippets"])
+    assert found == ["episodes", "steps"]
+    assert config.digest(config.resolve(config.parse(before))) == config.digest(given)
