@@ -130,7 +130,7 @@ def test_threads_do_not_change_bits(monkeypatch):
     alone = case.scan()
     used = set()
     pool = _cpu_run._pool
-    monkeypatch.setattr(_cpu_run, "_pool", lambda threads: (used.add(threads), pool(threads))[1])
+    monkeypatch.setattr(_cpu_run, "_pool", lambda n, *rest: (used.add(n), pool(n, *rest))[1])
     torch.set_num_threads(4)
     try:
         together = case.scan()
