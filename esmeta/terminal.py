@@ -15,7 +15,7 @@ import io
 import os
 import signal
 import sys
-from typing import TextIO
+from typing import Any, TextIO
 
 _SPELLED = {"\u00b1": "+-", "\u2026": "...", "\u2013": "-", "\u2014": "-"}
 # A pipe without a reader; a terminal that is gone.
@@ -25,7 +25,7 @@ _GONE = {errno.EPIPE, errno.EIO}
 class _Output(io.FileIO):
     """A file descriptor whose reader may leave."""
 
-    def write(self, data: bytes | bytearray | memoryview, /) -> int:  # type: ignore[override]
+    def write(self, data: Any, /) -> int | None:
         try:
             return super().write(data)
         except OSError as error:

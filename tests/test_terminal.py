@@ -70,7 +70,10 @@ COMMANDS = {
     "list": ("train --list", "tiny.toml"),
     "evaluate": ("evaluate run --trials 8", "run/config.toml"),
     "report": ("report run --out page-$N", "page-$N/report.html"),
-    "learn": ("learn ppo --task pendulum --steps 40 --parts 2 --out learn-$N", "learn-$N"),
+    "learn": (
+        "learn ppo --task pendulum --steps 40 --set learner.period=20 --parts 2 --out learn-$N",
+        "learn-$N",
+    ),
     "launch": ("launch -n 1 --launcher 'env N={n}' -- tiny.toml --out launched-$N", "launched-$N"),
 }
 
