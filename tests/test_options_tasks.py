@@ -58,8 +58,8 @@ class Told(gymnasium.Env[Any, Any]):
 
 
 gymnasium.register("Told-v0", entry_point=Told)
-gymnasium.register("Told8-v0", entry_point=Told, max_episode_steps=8)
-gymnasium.register("Told9-v0", entry_point=Told, max_episode_steps=9)
+gymnasium.register("Told8-v0", entry_point=f"{__name__}:Told", max_episode_steps=8)
+gymnasium.register("Told9-v0", entry_point=f"{__name__}:Told", max_episode_steps=9)
 
 
 def bits(value: Any) -> bytes:
