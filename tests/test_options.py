@@ -589,6 +589,8 @@ PPO = {
     "value_learning_rate": Row(0.003, 0.03, "value", "", {"value_epochs": 2}),
     "kl_stop": Row(1e-9, 1e9, "policy", "", {"learning_rate": 0.03}),
     "log_std": Row(-1.0, 0.5, "rewards"),
+    "value_target": Row("reward_to_go", "gae", "value"),
+    "normalize": Row(False, True, "policy value"),
     "reward_scale": Row(0.1, 5.0, "value"),
 }
 LEARNERS = {
@@ -603,7 +605,7 @@ LEARNERS = {
     "reinforce": {
         option: PPO[option]
         for option in (
-            "period", "minibatch", "hidden", "gamma", "gae_lambda", "log_std", "reward_scale",
+            "period", "minibatch", "hidden", "gamma", "gae_lambda", "log_std", "value_target", "normalize", "reward_scale",
         )
     }
     | {

@@ -57,7 +57,7 @@ class Told(gymnasium.Env[Any, Any]):
         return self._seen(), 1.0, False, False, {}
 
 
-gymnasium.register("Told-v0", entry_point=Told)
+gymnasium.register("Told-v0", entry_point=f"{__name__}:Told")
 gymnasium.register("Told8-v0", entry_point=f"{__name__}:Told", max_episode_steps=8)
 gymnasium.register("Told9-v0", entry_point=f"{__name__}:Told", max_episode_steps=9)
 
