@@ -605,7 +605,8 @@ LEARNERS = {
     "reinforce": {
         option: PPO[option]
         for option in (
-            "period", "minibatch", "hidden", "gamma", "gae_lambda", "log_std", "value_target", "normalize", "reward_scale",
+            "period", "minibatch", "hidden", "gamma", "gae_lambda", "log_std", "value_target",
+            "normalize", "reward_scale",
         )
     }
     | {
