@@ -137,7 +137,7 @@ class Task:
         angle = self._angle((number % self.strata + place) / self.strata, part, inner)
         direction = torch.stack([angle.cos(), angle.sin()], -1).float()
         if self.mirrored:
-            direction = direction * (1.0 - 2.0 * (index % 2)).unsqueeze(-1)
+            direction = direction * (1 - 2 * (index % 2)).unsqueeze(-1)
         return Tasks(index, {"direction": direction})
 
     def _angle(self, place: Tensor, part: Part, inner: bool | None) -> Tensor:

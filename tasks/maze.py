@@ -218,7 +218,7 @@ class MazeEnv:
         step = TimeStep(
             obs=torch.embedding(tables.views, code),
             prev_action=torch.embedding(self._eye, action),
-            reward=hit * _REWARD,
+            reward=hit.to(torch.float32) * _REWARD,
             terminated=torch.zeros_like(hit),
             truncated=(time == self._task.horizon).expand(hit.shape),
             new_episode=over,
