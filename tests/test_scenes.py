@@ -252,7 +252,7 @@ def test_report_animates_a_run(tmp_path, capsys) -> None:
     frames = pictures.trial_frames(policy, params, task, 3)
     for name, frame in zip(names, frames, strict=True):
         assert np.array_equal(np.asarray(Image.open(folder / name)), frame)
-    assert "Held-out trial 3 of theta" in (tmp_path / "report.html").read_text()
+    assert "Test trial 3 of theta" in (tmp_path / "report.html").read_text()
     for wrong, words in (("--film mp4", "--picture"), ("--picture --trial -1", "--trial = -1")):
         assert report.main([str(run), *wrong.split()]) == 2
         assert words in capsys.readouterr().err

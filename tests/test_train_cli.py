@@ -219,7 +219,7 @@ def validated(run: Path) -> dict[int, float]:
 
 
 def test_a_plateau_ends_a_run_whose_best_theta_is_kept(tmp_path: Path) -> None:
-    # Steps so large that the held-out return soon gets no better.
+    # Steps so large that the return of validation soon gets no better.
     more = ("optimizer.learning_rate=0.5", "budget.plateau=9", "budget.generations=500")
     out, preset = tmp_path / "run", write_preset(tmp_path)
     assert run_here(preset, "--out", out, *overrides(*more)) == 0
