@@ -203,6 +203,7 @@ def test_seconds_before_a_resume_count_on_every_rank(
     clock.now += 70.0  # what the first part of the run took
     parts = train.build(resolved(*quiet))
     Trainer(parts, solo(), run, NEVER).train()  # type: ignore[arg-type]
+    run.close()
     clock.now += 500.0  # nobody trained
     limit = ("run.evaluate_every=0", "budget.generations=9", "budget.seconds=60")
     again = Ended(tmp_path / "run", resolved(*limit), 2, resume=True)
