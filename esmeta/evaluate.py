@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from esmeta import config as configs
 from esmeta import errors
 from esmeta.cli import Parser, simulators_closed
+from esmeta.options import for_json
 from esmeta.terminal import prepare_streams
 
 if TYPE_CHECKING:
@@ -215,7 +216,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"esmeta: error: {error}", file=sys.stderr)
         return 2
     if args.json:
-        print(json.dumps(scores))
+        print(json.dumps(for_json(scores), allow_nan=False))
         return 0
     print(f"{args.split} split{scores['return']['variant']}; mean ± s.e., s.d. over trials")
     for name, row in scores.items():

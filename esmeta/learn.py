@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from esmeta import config as configs
 from esmeta import errors
 from esmeta.cli import Parser, prepare_process, simulators_closed
+from esmeta.options import for_json
 from esmeta.terminal import prepare_streams
 
 if TYPE_CHECKING:
@@ -184,7 +185,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     "seed": args.seed,
                 }
                 facts |= {"seconds": seconds, "curve": rows, "test": test}
-                args.out.write_text(json.dumps(facts) + "\n")
+                args.out.write_text(json.dumps(for_json(facts), allow_nan=False) + "\n")
     except errors.UserError as error:
         errors.keep_traceback(error)
         print(f"esmeta: error: {error}", file=sys.stderr)

@@ -7,6 +7,7 @@ configurations, digests, TOML, JSON and random numbers by address, sees Python n
 from __future__ import annotations
 
 import functools
+import math
 import sys
 from dataclasses import dataclass
 from typing import Any, TypeVar, dataclass_transform
@@ -30,6 +31,20 @@ def plain(value: Any) -> Any:
         found = value.tolist()
         return plain(found) if type(found) is not kind else value
     return value
+
+
+def for_json(value: Any) -> Any:
+    """Numbers of any library as JSON has them, also inside tables and lists.
+
+    JSON has no numbers that are not finite: those become None (null).
+    """
+    value = plain(value)
+    if isinstance(value, dict):
+        return {key: for_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [for_json(item) for item in value]
+    value = value.item() if hasattr(value, "item") else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _fixed(value: Any) -> Any:

@@ -15,7 +15,6 @@ so that a kill at any moment leaves one that loads.
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import sys
@@ -35,6 +34,7 @@ from esmeta.config import Config
 from esmeta.errors import UserError
 from esmeta.lock import NAME as LOCK
 from esmeta.lock import RunLock
+from esmeta.options import for_json
 from esmeta.provenance import compare_simulators, environment, simulators
 from esmeta.tree import theta_sha256
 from esmeta.types import Params
@@ -180,12 +180,6 @@ def read_metrics(run_dir: Path | str) -> list[dict[str, Any]]:
 # --- writers ---------------------------------------------------------------------------------
 
 
-def _plain_number(value: Any) -> Any:
-    """Numbers of any library as JSON has them; what is not finite becomes null."""
-    value = value.item() if hasattr(value, "item") else value
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def _check_finite(theta: Params, step: int) -> None:
     bad = [name for name, leaf in theta.items() if not bool(torch.isfinite(leaf).all())]
     if bad:
@@ -305,7 +299,7 @@ class RunDir:
 
     def log(self, step: int, numbers: Mapping[str, Any]) -> None:
         """Append one line to the metrics, and the same numbers to the events."""
-        plain = {name: _plain_number(value) for name, value in numbers.items()}
+        plain = for_json(dict(numbers))
         with self._writing("metrics.jsonl"):
             self._metrics.write(json.dumps({"step": step, **plain}, allow_nan=False) + "\n")
             self._metrics.flush()
@@ -380,8 +374,8 @@ class RunDir:
         path = self.path / "run.json"
         with self._writing("run.json"):
             summary = json.loads(path.read_text(encoding="utf-8"))
-            plain = {name: _plain_number(value) for name, value in scores.items()}
-            _replace(path, (json.dumps({**summary, "test": plain}, indent=2) + "\n").encode())
+            table = {**summary, "test": for_json(dict(scores))}
+            _replace(path, (json.dumps(table, indent=2) + "\n").encode())
 
     def close(self) -> None:
         """Close all files and let go of the directory; also when the run fails, and once more."""

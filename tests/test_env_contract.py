@@ -256,6 +256,15 @@ def test_who_erred_is_where_it_was_raised() -> None:
         play()
 
 
+def test_an_environment_that_misses_options_is_told_of_task_key() -> None:
+    Odd.first = raising(TypeError("'NoneType' object is not subscriptable"))
+    with pytest.raises(EnvFailure, match=r"reset\(\) raised TypeError.* set task\.task_key if it"):
+        play()
+    keyed = make_task("gym", id="Odd-v0", task_key="task")
+    with pytest.raises(EnvFailure, match=r"repair the environment \(in step 0"):
+        keyed.make_env("cpu").reset(keyed.sample(2, "train", Rng(0)), Rng(0))
+
+
 def test_a_policy_that_exploded_is_not_the_environments_fault() -> None:
     task = make_task("gym", id="Odd-v0", kwargs={"actions": "double"})
     env = task.make_env("cpu")

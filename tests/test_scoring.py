@@ -7,12 +7,14 @@ import itertools
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 
 import esmeta
 from esmeta import config as configs
 from esmeta import evaluate, scoring, train
+from esmeta.options import for_json
 from esmeta.record import read_metrics
 from esmeta.rng import Rng
 from esmeta.tasks import SPLITS, aids, make_task, published, task_groups, task_names
@@ -184,6 +186,14 @@ def scored(out, *flags: str, capsys) -> dict:
     capsys.readouterr()
     assert evaluate.main([str(out), "--trials", "16", "--json", *flags]) == 0
     return json.loads(capsys.readouterr().out)["return"]
+
+
+def test_json_has_null_for_what_is_not_known(tmp_path, capsys) -> None:
+    assert tiny_run(tmp_path / "run") == 0
+    one = scored(tmp_path / "run", "--trials", "1", capsys=capsys)
+    assert one["trials"] == 1 and one["se"] is None and one["sd"] is None
+    table = {"a": [np.float32("inf"), (np.int64(2), True)], "b": torch.tensor(float("nan"))}
+    assert for_json(table) == {"a": [None, [2, True]], "b": None}
 
 
 def test_a_run_is_scored_on_the_published_task(tmp_path, capsys) -> None:

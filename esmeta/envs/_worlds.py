@@ -91,7 +91,10 @@ class World:
             if isinstance(error, TypeError) and "unexpected keyword argument" in text:
                 cure = "write def reset(self, *, seed=None, options=None)"
                 raise EnvError(f"{text}: {cure}") from error
-            raise EnvFailure(f"{text}: repair the environment") from error
+            cure = "repair the environment"
+            if method == "reset" and not kwargs["options"] and isinstance(error, TypeError):
+                cure += ", or set task.task_key if it reads options, which are None without"
+            raise EnvFailure(f"{text}: {cure}") from error
 
     def close(self) -> None:
         """Close the simulator; one that fails in that is given up, with a warning."""

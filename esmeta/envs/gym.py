@@ -136,11 +136,12 @@ class GymEnv(MadeAgain):
         try:
             self._obs[k] = self._reset_world(k)
         except EnvFailure as failure:
-            self._renew(k, failure)
+            self._renew(k)
             try:
                 self._obs[k] = self._reset_world(k)
             except EnvFailure as error:
                 self._fail(k, error)
+            self._tell(k, failure)
         self._clock[k] = 0
 
     def _reset_world(self, k: int) -> np.ndarray:
@@ -218,20 +219,25 @@ class GymEnv(MadeAgain):
         first = len(self._actions) - int(self._clock[k])
         if first < 0:
             self._fail(k, failure, "whose beginning is too long ago to play it again")
-        world = self._renew(k, failure)
+        world = self._renew(k)
         try:
             seen = self._reset_world(k)
             for given in itertools.islice(self._actions, first, None):
                 seen, *_ = world.step(given[k])
             if np.array_equal(seen, self._obs[k]):
-                return world.step(action)
+                after = world.step(action)
+                self._tell(k, failure)
+                return after
         except EnvFailure as error:
             self._fail(k, error)
         self._fail(k, failure, "which was not the same when it was played again")
 
-    def _renew(self, k: int, failure: EnvFailure) -> World:
+    def _tell(self, k: int, failure: EnvFailure) -> None:
+        """Say what was mended; of a failure that comes again the error tells."""
+        warn(f"{failure} ({self._where(k)}); a new simulator played it again")
+
+    def _renew(self, k: int) -> World:
         """Another simulator in place of one that failed."""
-        warn(f"{failure} ({self._where(k)}); a new simulator plays it again")
         self._release(k, drop=True)
         self._worlds[k] = world = self._pool.take(1, self._most, new=True)[0]
         return world
