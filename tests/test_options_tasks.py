@@ -11,11 +11,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import threading
 from typing import Any, NamedTuple
 
 import gymnasium
 import numpy as np
-import psutil
 import pytest
 import torch
 
@@ -70,7 +70,7 @@ def bits(value: Any) -> bytes:
 def seen(name: str, options: str) -> dict[str, Any]:
     """What trials of a task show under actions that are always the same."""
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(options).items()}
-    threads = psutil.Process().num_threads()
+    threads = set(threading.enumerate())
     task: Any = make_task(name, **given)
     spec = task.spec
     env = task.make_env("cpu")
@@ -102,7 +102,7 @@ def seen(name: str, options: str) -> dict[str, Any]:
         "model": [] if model is None else [
             model.geom_margin.tobytes(), int(model.opt.integrator), model.opt.timestep],
         "engine": getattr(env, "_engine", None),
-        "threads": psutil.Process().num_threads() - threads,
+        "threads": len(set(threading.enumerate()) - threads),
         "worlds": len(getattr(env, "_worlds", ())),
         "bound": getattr(env, "most_worlds", None),
     }  # fmt: skip
