@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from gymnasium import spaces
 
 import esmeta
+from esmeta.cli import simulators_closed
 from esmeta.envs._contract import Contract
 from esmeta.errors import EnvError, EnvFailure, UserError, keep_traceback
 from esmeta.rng import Rng
@@ -31,8 +33,8 @@ class Odd(gymnasium.Env):
     then: Any = GOOD
 
     def __init__(self, actions: str = "discrete", observations: str = "box") -> None:
-        self.action_space = ACTIONS[actions]
-        self.observation_space = SEEN[observations]
+        self.action_space = (ACTIONS | REFUSED)[actions]
+        self.observation_space = (SEEN | REFUSED)[observations]
 
     def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
         return self._told(Odd.first)
@@ -46,6 +48,7 @@ class Odd(gymnasium.Env):
         return value() if callable(value) else value
 
 
+REFUSED: dict[str, Any] = {"none": None, "empty": spaces.Box(-1.0, 1.0, (0,))}
 ACTIONS: dict[str, spaces.Space] = {
     "discrete": spaces.Discrete(3, start=-1),
     "small": spaces.Discrete(2, dtype=np.int32),
@@ -60,6 +63,7 @@ SEEN: dict[str, spaces.Space] = {
     "many": spaces.MultiDiscrete([2, 3], start=[5, -1]),
     "one": spaces.Discrete(3, start=4),
     "dict": spaces.Dict({"a": spaces.Discrete(2), "b": spaces.Box(-1.0, 1.0, (1,))}),
+    "flags4": spaces.MultiBinary(4),
     "tuple": spaces.Tuple((spaces.Discrete(2), spaces.MultiBinary(2))),
 }
 
@@ -83,7 +87,7 @@ def play(steps: int = 1, **kwargs: Any) -> Any:
     return ts
 
 
-def raising(error: Exception) -> Callable[[], Any]:
+def raising(error: BaseException) -> Callable[[], Any]:
     def call() -> Any:
         raise error
 
@@ -239,6 +243,65 @@ def test_what_an_environment_goes_on_to_change_is_kept() -> None:
     mine[:] = 9
     assert ts.obs.tolist() == [[[1.0, 1.0, 1.0]]]
     assert env.final_obs(env._state).tolist() == [[[1.0, 1.0, 1.0]]]
+
+
+class Nameless(Exception):
+    def __str__(self) -> str:
+        raise ValueError("no text")
+
+
+@pytest.mark.parametrize("error", [SystemExit(0), SystemExit("no licence"), Nameless(), KeyError()])
+def test_whatever_an_environment_raises_names_it(error: BaseException) -> None:
+    for where in ("first", "then"):
+        setattr(Odd, where, raising(error))
+        with pytest.raises(EnvFailure, match=rf"'Odd-v0': .* raised {type(error).__name__}"):
+            play()
+
+
+@pytest.mark.parametrize(
+    ("actions", "observations", "words"),
+    [("none", "box", "action_space is None"), ("discrete", "none", "observation_space is None")]
+    + [("empty", "box", "actions Box.* are not supported")],
+)
+def test_spaces_that_are_missing_or_empty(actions: str, observations: str, words: str) -> None:
+    with pytest.raises(UserError, match=f"id = 'Odd-v0': .*{words}"):
+        make_task("gym", id="Odd-v0", kwargs={"actions": actions, "observations": observations})
+
+
+def test_a_signal_while_an_environment_is_called_ends_the_run() -> None:
+    """Its ``SystemExit`` is of esmeta's handler, and no fault of the environment."""
+    task = make_task("gym", id="Odd-v0")
+    env = task.make_env("cpu")
+    Odd.first = lambda: signal.raise_signal(signal.SIGTERM)
+    with pytest.raises(SystemExit), simulators_closed():
+        env.reset(task.sample(2, "train", Rng(0)), Rng(0))
+
+
+class Changing(Odd):
+    """One that is made later has other spaces."""
+
+    made = 0
+    later: tuple[str, str] = ("discrete", "box")
+
+    def __init__(self) -> None:
+        super().__init__(*(Changing.later if Changing.made else ("discrete", "box")))
+        Changing.made += 1
+
+
+@pytest.mark.parametrize("later", [("small", "box"), ("discrete", "flags4")])
+def test_environments_of_one_name_have_the_same_spaces(later: tuple[str, str]) -> None:
+    Changing.made, Changing.later = 0, later
+    gymnasium.register("Odd-v0", lambda: Changing(), max_episode_steps=4)
+    with pytest.raises(EnvError, match=r"'Odd-v0': .* must have the same spaces"):
+        play()
+
+
+def test_a_name_that_is_registered_anew_is_looked_at_anew() -> None:
+    assert make_task("gym", id="Odd-v0").spec.obs_size == 3
+    Changing.made, Changing.later = 1, ("small", "dict")
+    gymnasium.register("Odd-v0", lambda: Changing(), max_episode_steps=7)
+    task = make_task("gym", id="Odd-v0")
+    assert (task.spec.obs_size, task.spec.action.size, task.spec.horizon) == (3, 2, 7)
 
 
 def test_who_erred_is_where_it_was_raised() -> None:

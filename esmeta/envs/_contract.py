@@ -34,6 +34,12 @@ class Contract:
 
     def __init__(self, name: str, observation: spaces.Space, action: spaces.Space) -> None:
         self._name, self._space = name, observation
+        for word, space in (("observation_space", observation), ("action_space", action)):
+            if not isinstance(space, spaces.Space):
+                self._refuse(
+                    f"its {word} is {_told(space)}; it must be a space of gymnasium.spaces: set "
+                    f"self.{word} in __init__"
+                )
         self._read, self.obs_size = _reader(name, observation)
         self.act, self.action = _actor(name, action)
 
@@ -231,7 +237,11 @@ def _actor(
     if isinstance(space, spaces.Discrete):
         kind = np.dtype(space.dtype or np.int64).type
         return lambda action: kind(int(space.start) + int(action)), Discrete(int(space.n))
-    if not isinstance(space, spaces.Box) or not np.issubdtype(space.dtype, np.floating):
+    if (
+        not isinstance(space, spaces.Box)
+        or not np.issubdtype(space.dtype, np.floating)
+        or 0 in space.shape
+    ):
         raise UserError(
             f"id = {name!r}: actions {space} are not supported; they must be Discrete or a Box of "
             "real numbers: wrap the environment, for example with gymnasium.ActionWrapper"

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import atexit
 import copy
-import functools
 import gc
 import importlib
 import json
@@ -45,12 +44,27 @@ class Interface:
     threshold: float | None
 
 
-@functools.cache
+_SEEN: dict[tuple[str, str], tuple[object, Interface]] = {}
+"""Of which registration an interface was seen: names can be registered anew, as notebooks do."""
+
+
 def interface(name: str, kwargs: str) -> Interface:
     """Make the environment ``name`` once to look at it; ``kwargs`` as JSON.
 
     A ``UserError`` says what is wrong with the name, the arguments, the installation or a space.
     """
+    found = _SEEN.get((name, kwargs))
+    if found is None or found[0] is not _registered(name):
+        seen = _look(name, kwargs)  # which may import what registers it
+        found = _SEEN[name, kwargs] = _registered(name), seen
+    return found[1]
+
+
+def _registered(name: str) -> Any:
+    return gymnasium.registry.get(name.rpartition(":")[2])
+
+
+def _look(name: str, kwargs: str) -> Interface:
     world = World(name, json.loads(kwargs))
     try:
         contract, made = world.contract, world.env.spec
@@ -84,7 +98,7 @@ class World:
             return getattr(self.env, method)(*args, **kwargs)
         except MemoryError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             if _is_ours(error):
                 raise
             text = f"id = {self.name!r}: {method}() raised {_short(error)}"
@@ -100,12 +114,17 @@ class World:
         """Close the simulator; one that fails in that is given up, with a warning."""
         try:
             self.env.close()
-        except Exception as error:  # noqa: BLE001 - whatever it is, nothing is left to be done
+        except (Exception, SystemExit) as error:  # whatever it is, nothing is left to be done
+            if isinstance(error, SystemExit) and _is_ours(error):
+                raise
             warn(f"id = {self.name!r}: close() raised {_short(error)}")
 
 
-def _is_ours(error: Exception) -> bool:
-    """Whether a function of esmeta raised what came out of a call into an environment."""
+def _is_ours(error: BaseException) -> bool:
+    """Whether a function of esmeta raised what came out of a call into an environment.
+
+    So are the ``SystemExit`` of signals: their handlers are esmeta's.
+    """
     trace = error.__traceback__
     trace = None if trace is None else trace.tb_next  # the first frame is the call
     if trace is None or isinstance(error, UserError):
@@ -116,7 +135,10 @@ def _is_ours(error: Exception) -> bool:
 
 
 def _short(error: BaseException) -> str:
-    text = " ".join(str(error).split())
+    try:
+        text = " ".join(str(error).split())
+    except Exception:  # noqa: BLE001 - of the environment's own class
+        text = ""
     text = text if len(text) <= 300 else f"{text[:300]} ..."
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
@@ -153,7 +175,7 @@ def _make(name: str, kwargs: Mapping[str, Any]) -> gymnasium.Env:
         raise UserError(_cannot_be_made(name, kwargs, str(error))) from error
     except MemoryError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         if isinstance(error, TypeError) and "unexpected keyword argument" in str(error):
             raise UserError(_cannot_be_made(name, kwargs, str(error))) from error
         if _is_ours(error):
@@ -228,6 +250,14 @@ class Pool:
             warn(f"{failure}; it is made again")
             world = World(self._name, json.loads(self._kwargs))
         self._open.add(world)
+        first, here = interface(self._name, self._kwargs), world.contract
+        if (here.obs_size, here.action) != (first.obs_size, first.action):
+            self.drop(world)
+            raise EnvError(
+                f"id = {self._name!r}: observations of {here.obs_size} numbers and actions "
+                f"{here.action}, where an environment that was made before had {first.obs_size} "
+                f"and {first.action}; all that are made alike must have the same spaces"
+            )
         return world
 
     def give(self, world: World) -> None:
@@ -264,7 +294,7 @@ _PARENTS: list[World] = []  # kept, as they are not to be closed when they are d
 
 def pool(name: str, kwargs: str) -> Pool:
     """The pool of simulators made with ``kwargs`` (JSON); it lives as long as somebody holds it."""
-    spec = gymnasium.registry.get(name.rpartition(":")[2])
+    spec = _registered(name)
     key = name, kwargs, id(spec)
     with _LOOKING:
         found = _POOLS.get(key)
