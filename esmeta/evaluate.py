@@ -185,7 +185,7 @@ def check_lesion(name: str, policy: Policy, params: Params, task: Task) -> None:
 
 
 def table(
-    fitness: Fitness, groups: Tensor, reference: Reference, about: dict[str, str]
+    fitness: Fitness, groups: Tensor, reference: Reference, about: dict[str, Any]
 ) -> dict[str, dict[str, Any]]:
     """Return, steps and the task's own scores over trials ``[B]``, summed up.
 
@@ -210,7 +210,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with simulators_closed():
             errors.positive_int("--trials", args.trials, example=1000)
-            scores = _scores(args)
+            scores, reference = _scores(args)
     except errors.UserError as error:
         errors.keep_traceback(error, args.run)
         print(f"esmeta: error: {error}", file=sys.stderr)
@@ -218,17 +218,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.json:
         print(json.dumps(for_json(scores), allow_nan=False))
         return 0
-    print(f"{args.split} split{scores['return']['variant']}; mean ± s.e., s.d. over trials")
+    row = scores["return"]
+    how = [f"lesion {args.lesion}"] if args.lesion != "none" else []
+    how += ["the most likely actions"] if args.greedy else []
+    how += ["best theta of validation"] if args.best else []
+    of = ", ".join([f"{args.split} split{row['variant']}", *how])
+    print(f"{of}; mean ± s.e., s.d. over trials")
     for name, row in scores.items():
         count, independent = row["trials"], row["independent"]
         trials = f"{count} trials" + (f" in {independent} groups" if independent < count else "")
         print(f"{name:>16}  {row['mean']:10.4f} ± {row['se']:<8.4f} {row['sd']:10.4f}  ({trials})")
-    row = scores["return"]
-    print(f"{'':>16}  random {row['random']:.4g}, best possible or known {row['best']:.4g}")
+    print(f"{'':>16}  {reference.words()}")
     return 0
 
 
-def _scores(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+def _scores(args: argparse.Namespace) -> tuple[dict[str, dict[str, Any]], Reference]:
     import torch
 
     from esmeta.evaluator import PopulationEvaluator
@@ -239,7 +243,8 @@ def _scores(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
         args.run, args.set, best=args.best, as_trained=args.as_trained
     )
     trained = configs.resolve(configs.load(args.run / "config.toml"), args.set)
-    about = {"split": args.split, "variant": variant(trained, config)}
+    about = {"split": args.split, "variant": variant(trained, config), "lesion": args.lesion}
+    about |= {"greedy": args.greedy, "theta": "best" if args.best else "last"}
     task: Task = config.task.instance
     reference = config.objective.instance.reference(task)
     seed = config.run.seed if args.seed is None else args.seed
@@ -252,7 +257,7 @@ def _scores(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
                 f"objective {config.objective.name!r}: leave them out"
             )
         fitness = objective.heldout(params, args.trials, seed, split=args.split)
-        return table(fitness, groups, reference, about)
+        return table(fitness, groups, reference, about), reference
     policy = objective.policy
     check_lesion(args.lesion, policy, params, task)
     evaluator = PopulationEvaluator(policy, task, trials=args.trials)
@@ -265,7 +270,7 @@ def _scores(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
         intervene=lesion(args.lesion, policy, params),
         mark_failed=True,
     )
-    return table(fitness, groups, reference, about)
+    return table(fitness, groups, reference, about), reference
 
 
 if __name__ == "__main__":

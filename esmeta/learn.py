@@ -182,6 +182,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     "learner": args.learner,
                     "task": args.task,
                     "set": args.set,
+                    "split": args.split,
                     "seed": args.seed,
                 }
                 facts |= {"seconds": seconds, "curve": rows, "test": test}
@@ -193,7 +194,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(f"esmeta: error: --out {args.out}: {error.strerror or error}", file=sys.stderr)
         return 2
-    print(f"{args.task} by {args.learner}: {args.agents} agents, {seconds:.0f} s")
+    print(
+        f"{args.task} by {args.learner}: {args.agents} agents on tasks of the {args.split} split, "
+        f"{seconds:.0f} s; mean ± s.e. over agents"
+    )
     for row in rows:
         print(f"{row['steps']:>10,} steps  return {row['return']:10.3f} ± {row['se']:.3f}")
     if test is not None:

@@ -243,7 +243,7 @@ def _section(group: Group, where: Destination, wanted: Pictures | None) -> list[
 
     rows = runs_table(group)
     reference = group.reference
-    known = f"random {reference.random:.4g}, best possible or known {reference.best:.4g}"
+    known = reference.words()
     remarks = group.remarks()
     print(f"\n{group.label}  ({known})\n{text_table(rows)}")
     for remark in remarks:

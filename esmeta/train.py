@@ -338,7 +338,7 @@ def report(parts: Parts, trainer: Trainer, reason: str, out: Path) -> None:
         f"{count.step} steps, {count.env_steps:,} environment steps, {trainer.run.seconds:.0f} s\n"
         f"test return {scores['test_return']:.3f} ± {scores['test_se']:.3f} (s.e.; s.d. "
         f"{scores['test_sd']:.3f}; {trials} tasks of the test split{variant(config, scored)}; "
-        f"random {reference.random:.3g}, best possible or known {reference.best:.3g})"
+        f"{reference.words()})"
     )
     known = {"test_return", "test_se", "test_sd"}
     rest = {k.removeprefix("test_"): v for k, v in scores.items() if k not in known}

@@ -13,6 +13,7 @@ a leading 1 means that all members face the same tasks.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
@@ -74,6 +75,13 @@ class Reference:
     random: float
     best: float
     note: str
+
+    def words(self) -> str:
+        """Both scores for people to read; tasks may not know the best one (``nan``)."""
+        best = (
+            "best not known" if math.isnan(self.best) else f"best possible or known {self.best:.4g}"
+        )
+        return f"random {self.random:.4g}, {best}"
 
 
 class TimeStep(NamedTuple):

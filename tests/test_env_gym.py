@@ -367,6 +367,7 @@ def test_simulators_can_be_closed_and_made_again() -> None:
 def test_reference_is_measured_and_the_threshold_is_theirs() -> None:
     reference = make_task("gym", id="Pendulum-v1", horizon=20).reference
     assert math.isnan(reference.best) and -250 < reference.random < -60
+    assert reference.words() == f"random {reference.random:.4g}, best not known"
     two = make_task("gym", episodes=2).reference
     one = make_task("gym").reference
     assert two.random == pytest.approx(2 * one.random, rel=0.15)

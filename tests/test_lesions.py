@@ -86,8 +86,14 @@ def test_lesions_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         for lesion in ("none", *lesions):
             more = ["--lesion", lesion, "--set", f"task.episodes={episodes}"]
             assert evaluate.main([str(run), "--trials", "8", "--json", *more]) == 0
-            found.append(json.loads(capsys.readouterr().out)["return"]["mean"])
+            row = json.loads(capsys.readouterr().out)["return"]
+            assert row["lesion"] == lesion and not row["greedy"] and row["theta"] == "last"
+            found.append(row["mean"])
         assert len(set(found)) == len(found), found
+    more = ["--trials", "8", "--lesion", "zero-reward", "--greedy"]
+    assert evaluate.main([str(run), *more]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("test split, lesion zero-reward, the most likely actions; mean ±")
     more = ["--lesion", "reset-memory", "--set", "task.episodes=1"]
     assert evaluate.main([str(run), *more]) == 2
     assert re.fullmatch(r"esmeta: error: --lesion [^\n]+\n", capsys.readouterr().err)
