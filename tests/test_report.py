@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 
 import esmeta
+from esmeta import config as configs
 from esmeta import report, train
 from esmeta.analysis import groups, page, pictures, plots, series, trials
 from esmeta.errors import UserError
@@ -236,6 +237,18 @@ def test_groups_differ_in_more_than_the_seed(runs, tmp_path):
     (group,) = groups.group_runs([runs[0], twin])
     remarks = " ".join(group.remarks())
     assert "seed 0 occurs more than once" in remarks and "not finished" in remarks
+
+
+def test_groups_say_which_training_aids_their_scores_are_without(tmp_path):
+    for kept, words in ((False, "without"), (True, "with")):
+        config = configs.resolve(
+            configs.load("harlow-openes"), [f"run.evaluate_as_trained={kept}".lower()]
+        )
+        run = groups.RunData(tmp_path, configs.to_tables(config), {"stopped_by": "steps"}, [])
+        run.rows.append({"step": 1, "validation_return": 0.0})
+        note = groups.Group("x", [run], Reference(0.0, 1.0, "")).remarks()[-1]
+        aids = f"{words} task.mirrored = True, task.forfeit = 1.0"
+        assert note == f"scores are of the validation split, {aids}"
 
 
 def test_equal_budget_is_where_the_shortest_run_ends():

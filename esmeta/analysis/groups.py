@@ -14,7 +14,7 @@ from typing import Any
 from esmeta import config as configs
 from esmeta.analysis.series import Series, common_end, from_rows, over_seeds
 from esmeta.errors import UserError
-from esmeta.scoring import without_aids
+from esmeta.scoring import variant, without_aids
 from esmeta.types import Reference
 
 _NUMBERED = re.compile(r"(.+)_(\d+)")
@@ -110,6 +110,8 @@ class Group:
                 "made before there was a validation split: curves are of the test split, with the "
                 "training aids of the run's task"
             )
+        elif aids := _variant(self.runs[0]):
+            notes.append(f"scores are of the {self.split} split{aids}")
         open_ = [str(run.seed) for run in self.runs if not run.facts.get("stopped_by")]
         if open_:
             notes.append(f"not finished: seed {', '.join(open_)}")
@@ -180,6 +182,14 @@ def _scored(run: RunData) -> configs.Config:
     """The configuration that a run's scores are of."""
     config = configs.resolve(run.tables)
     return config if config.run.evaluate_as_trained else without_aids(config)
+
+
+def _variant(run: RunData) -> str:
+    """Which training aids a run's scores are without or with, for a sentence."""
+    try:
+        return variant(configs.resolve(run.tables), _scored(run))
+    except UserError:  # the task cannot be built here any more
+        return ""
 
 
 def _reference(run: RunData) -> Reference:
