@@ -286,42 +286,20 @@ def _rows(tasks: Tasks, members: Tensor) -> Tasks:
 
 def join(parts: list[Fitness], population: int, batch: int) -> Fitness:
     """The scores of all batches as one, without what they were filled up with."""
+    return _map(_cat(parts, 0), lambda leaf: leaf[:population, :batch])
 
-    def cut(leaves: list[Tensor]) -> Tensor:
-        return torch.cat(leaves)[:population, :batch]
 
-    return Fitness(
-        cut([part.returns for part in parts]),
-        cut([part.steps for part in parts]),
-        {name: cut([part.metrics[name] for part in parts]) for name in parts[0].metrics},
-    )
+def _cat(parts: list[Fitness], axis: int) -> Fitness:
+    if len(parts) == 1:
+        return parts[0]
+    metrics = {k: torch.cat([part.metrics[k] for part in parts], axis) for k in parts[0].metrics}
+    returns, steps = ([part.returns for part in parts], [part.steps for part in parts])
+    return Fitness(torch.cat(returns, axis), torch.cat(steps, axis), metrics)
 
 
 def _map(scores: Fitness, change: Callable[[Tensor], Tensor]) -> Fitness:
     metrics = {name: change(leaf) for name, leaf in scores.metrics.items()}
     return Fitness(change(scores.returns), change(scores.steps), metrics)
-
-
-def one_row(table: dict[str, Tensor], count: int) -> Fitness:
-    """The first ``count`` of scores ``[n]`` by name (``return`` and ``steps`` among them)."""
-    columns = {name: values[:count].unsqueeze(0).cpu() for name, values in table.items()}
-    return Fitness(columns.pop("return"), columns.pop("steps"), columns)
-
-
-def in_shape(scores: Fitness, shape: tuple[int, int]) -> Fitness:
-    """Scores ``[1, P * B]`` as ``[P, B]``."""
-    return _map(scores, lambda leaf: leaf.reshape(shape))
-
-
-def _beside(parts: list[Fitness]) -> Fitness:
-    """Scores ``[P, n]`` of the same members on several sets of trials as one, ``[P, sum of n]``."""
-    if len(parts) == 1:
-        return parts[0]
-    return Fitness(
-        torch.cat([part.returns for part in parts], dim=1),
-        torch.cat([part.steps for part in parts], dim=1),
-        {k: torch.cat([part.metrics[k] for part in parts], dim=1) for k in parts[0].metrics},
-    )
 
 
 def in_tiles(score: Callable[[Tensor], Fitness], tiles: list[Tensor], mark_failed: bool) -> Fitness:
@@ -333,7 +311,7 @@ def in_tiles(score: Callable[[Tensor], Fitness], tiles: list[Tensor], mark_faile
         mark_failed: whether an environment that fails costs its trial alone; see :func:`_marked`.
     """
     parts = _marked(score, tiles) if mark_failed else [score(tile) for tile in tiles]
-    return _beside(parts)
+    return _cat(parts, 1)
 
 
 def _marked(score: Callable[[Tensor], Fitness], tiles: list[Tensor]) -> list[Fitness]:
@@ -363,3 +341,37 @@ def _marked(score: Callable[[Tensor], Fitness], tiles: list[Tensor]) -> list[Fit
     known = next(part for part in parts if part is not None)
     none = _map(known, lambda leaf: leaf[:, :1] * (torch.nan if leaf.is_floating_point() else 0))
     return [none if part is None else part for part in parts]
+
+
+def even_size(count: int, most: int) -> int:
+    """The size, at least two, of as few batches of ``count`` as there can be with ``most`` each."""
+    return max(2, -(-count // -(-count // most)))
+
+
+def score_agents(
+    score: Callable[[Tensor], dict[str, Tensor]],
+    shape: tuple[int, int],
+    most: int,
+    device: torch.device,
+    mark_failed: bool,
+) -> Fitness:
+    """Scores ``[P, B]`` of P * B agents, each of which is one trial.
+
+    Args:
+        score: numbers of agents, int64 ``[n]`` with n >= 2, to scores ``[n]`` by name, with
+            ``return`` and ``steps`` among them.
+        shape: P and B.
+        most: how many are trained at a time.
+        device: of the numbers.
+        mark_failed: see :func:`in_tiles`.
+    """
+
+    def row(agents: Tensor) -> Fitness:
+        count = len(agents)
+        table = score(agents.expand(2) if count == 1 else agents)  # one alone rounds differently
+        columns = {name: values[:count].unsqueeze(0).cpu() for name, values in table.items()}
+        return Fitness(columns.pop("return"), columns.pop("steps"), columns)
+
+    agents = torch.arange(shape[0] * shape[1], device=device)
+    tiles = list(agents.split(even_size(len(agents), most)))
+    return _map(in_tiles(row, tiles, mark_failed), lambda leaf: leaf.reshape(shape))

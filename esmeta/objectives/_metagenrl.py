@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from esmeta import errors
-from esmeta.evaluator import in_shape, in_tiles, on_device, one_row
+from esmeta.evaluator import on_device, score_agents
 from esmeta.learners._loss import Loss
 from esmeta.learners._training import Agents, Training
 from esmeta.objectives._objective_network import ObjectiveNetwork, value_after
@@ -248,25 +248,18 @@ class MetaGenRLObjective:
         numbers, trials = tree.pop("number"), index.shape[-1]
         population = len(next(iter(tree.values())))
         numbers = numbers.expand(population, trials).reshape(-1)
-        size = max(2, -(-len(numbers) // -(-len(numbers) // self._chunk())))
+        most = self.config.chunk
+        if isinstance(training.env, Hosted):  # beside the agents of meta-training
+            most = min(most, max(2, training.env.most_worlds))
 
-        def score(agents: Tensor) -> Fitness:
-            rows = agents.expand(2) if len(agents) == 1 else agents  # one alone rounds differently
+        def score(rows: Tensor) -> dict[str, Tensor]:
             alpha = {name: leaf[rows // trials] for name, leaf in tree.items()}
             *_, trained = self.lives(self.network.loss(alpha), numbers[rows], training)
             scores = trained.scores
             found = {"return": scores.recent.nanmean(dim=1), "first": scores.first}
             found["steps"] = torch.full_like(scores.episodes, trained.state.replay.count)
             found["life"] = scores.total / scores.episodes
-            return one_row(found, len(agents))
+            return found
 
-        batches = list(torch.arange(len(numbers), device=self.device).split(size))
-        scores = in_tiles(score, batches, training.split != "train")
-        return in_shape(scores, (population, trials))
-
-    def _chunk(self) -> int:
-        """Agents that are trained at a time, beside those of meta-training, by frozen alphas."""
-        env = self.task.make_env(self.device)
-        if not isinstance(env, Hosted):
-            return self.config.chunk
-        return min(self.config.chunk, max(2, env.most_worlds))
+        held_out = training.split != "train"
+        return score_agents(score, (population, trials), most, self.device, held_out)

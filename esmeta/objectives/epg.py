@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from esmeta import errors
-from esmeta.evaluator import in_shape, in_tiles, on_device, one_row
+from esmeta.evaluator import even_size, on_device, score_agents
 from esmeta.learners._agent import Agent, Head
 from esmeta.learners._life import Lives
 from esmeta.learners._loss import Loss, Mixture, PolicyGradient
@@ -263,8 +263,7 @@ class EpgObjective:
 
     def _batches(self, agents: int) -> Iterator[Tensor]:
         """Rows of each batch, all of one size of at least two; the last may repeat its last."""
-        count = -(-agents // self._chunk)
-        size = max(2, -(-agents // count))
+        size = even_size(agents, self._chunk)
         for low in range(0, agents, size):
             yield torch.arange(low, low + size, device=self.device).clamp(max=agents - 1)
 
@@ -296,8 +295,7 @@ class EpgObjective:
         trials = index.shape[-1]
         numbers = index.expand(population, trials).reshape(-1)
 
-        def score(agents: Tensor) -> Fitness:
-            rows = agents.expand(2) if len(agents) == 1 else agents  # one alone rounds differently
+        def score(rows: Tensor) -> dict[str, Tensor]:
             eta, first = self._eta(params, rows, trials)
             life = lives.begin(numbers[rows], split, first)
             found: dict[str, Tensor] = {}
@@ -311,11 +309,9 @@ class EpgObjective:
             found["steps"] = found["steps"] + life.end.t
             if more:
                 found["life"] = total / life.end.t
-            return one_row(found, len(agents))
+            return found
 
-        size = len(next(iter(self._batches(len(numbers)))))
-        batches = list(torch.arange(len(numbers), device=self.device).split(size))
-        return in_shape(in_tiles(score, batches, more), (population, trials))
+        return score_agents(score, (population, trials), self._chunk, self.device, more)
 
     # --- lives in windows ------------------------------------------------------------------------
 
