@@ -156,15 +156,15 @@ def close_simulators() -> None:
 def simulators_closed() -> Iterator[None]:
     """Close simulators at the end, also one by SIGTERM or SIGHUP, which are ``SystemExit`` here."""
     here = threading.current_thread() is threading.main_thread()
-    ends = [number for number in wishes_to_stop() if number != signal.SIGUSR1]
-    before = {number: signal.getsignal(number) for number in ends}
+    ends = [n for n in wishes_to_stop() if here and n != signal.SIGUSR1]
+    before = {number: signal.signal(number, _leave) for number in ends}
     try:
-        if here:
-            for number in ends:
-                signal.signal(number, lambda number, frame: sys.exit(128 + number))
         yield
     finally:
         close_simulators()
-        if here:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _leave(number: int, _: object) -> NoReturn:
+    sys.exit(128 + number)

@@ -12,7 +12,6 @@ import copy
 import gc
 import importlib
 import json
-import os
 import warnings
 import weakref
 from collections.abc import Mapping
@@ -24,7 +23,7 @@ import numpy as np
 
 from esmeta.envs._contract import Contract
 from esmeta.errors import EnvError, EnvFailure, UserError, nearest, warn
-from esmeta.sharing import Turn
+from esmeta.sharing import MadeAgain, Turn
 from esmeta.types import Continuous, Discrete
 
 _EXTRAS = {"box2d": "box2d", "mujoco": "mujoco", "ale_py": "atari", "ale-py": "atari"}
@@ -202,15 +201,22 @@ def _specification(name: str) -> Any:
 # --- sharing -------------------------------------------------------------------------------------
 
 
-class Pool:
+class Pool(MadeAgain):
     """The simulators of one kind in this process: those in use, and those to be used again."""
 
     def __init__(self, name: str, kwargs: str, spec: object) -> None:
         self._name, self._kwargs = name, kwargs
         self._spec = spec  # kept, as its address is part of the pool's key
-        self._lock = Turn()
+        self.forget()
+
+    def forget(self) -> None:
+        """See :class:`esmeta.sharing.MadeAgain`."""
         self._open: set[World] = set()
         self._idle: list[World] = []
+
+    def __del__(self) -> None:
+        for world in self._open:
+            world.close()
 
     @property
     def used(self) -> int:
@@ -222,7 +228,7 @@ class Pool:
 
         ``new``: made for this.
         """
-        with self._lock:
+        with self.turn:
             if self.used + count > most:
                 gc.collect()  # environments that are no longer needed may still hold some
             if self.used + count > most:
@@ -262,34 +268,27 @@ class Pool:
 
     def give(self, world: World) -> None:
         """Take back a simulator that is no longer used."""
-        with self._lock:
+        with self.turn:
             if world in self._open:
                 self._idle.append(world)
 
     def drop(self, world: World) -> None:
         """Close a simulator for good."""
-        with self._lock:
+        with self.turn:
             if world in self._open:
                 self._open.remove(world)
                 world.close()
 
     def close(self, *, used: bool = False) -> None:
         """Close those that are not used; with ``used`` all."""
-        with self._lock:
+        with self.turn:
             worlds, self._idle = list(self._open if used else self._idle), []
             for world in worlds:
                 self.drop(world)
 
-    def forget(self) -> None:
-        """In a forked process: the simulators are the parent's."""
-        _PARENTS.extend(self._open)
-        self._open.clear()
-        self._idle.clear()
-
 
 _POOLS: weakref.WeakValueDictionary[Any, Pool] = weakref.WeakValueDictionary()
 _LOOKING = Turn()
-_PARENTS: list[World] = []  # kept, as they are not to be closed when they are deleted
 
 
 def pool(name: str, kwargs: str) -> Pool:
@@ -300,13 +299,7 @@ def pool(name: str, kwargs: str) -> Pool:
         found = _POOLS.get(key)
         if found is None:
             found = _POOLS[key] = Pool(name, kwargs, spec)
-            weakref.finalize(found, _close_worlds, found._open)
     return found
-
-
-def _close_worlds(worlds: set[World]) -> None:
-    while worlds:
-        worlds.pop().close()
 
 
 def close_all() -> None:
@@ -315,11 +308,4 @@ def close_all() -> None:
         found.close(used=True)
 
 
-def _forget() -> None:
-    for found in list(_POOLS.values()):
-        found.forget()
-
-
 atexit.register(close_all)
-if hasattr(os, "register_at_fork"):  # not on every system
-    os.register_at_fork(after_in_child=_forget)
