@@ -47,11 +47,12 @@ def for_json(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _fixed(value: Any) -> Any:
-    """A plain value with tuples for lists, as options are compared and hashed."""
+def fixed(value: Any) -> Any:
+    """:func:`plain` with tuples for lists, as options are compared and hashed."""
+    value = plain(value)
     if type(value) in (list, tuple):
-        return tuple(_fixed(item) for item in value)
-    return {key: _fixed(item) for key, item in value.items()} if type(value) is dict else value
+        return tuple(fixed(item) for item in value)
+    return {key: fixed(item) for key, item in value.items()} if type(value) is dict else value
 
 
 @dataclass_transform(frozen_default=True)
@@ -65,8 +66,8 @@ def options_class(cls: type[_Class]) -> type[_Class]:
 
     @functools.wraps(init)
     def plain_init(self: Any, *args: Any, **kwargs: Any) -> None:
-        given = {name: _fixed(plain(value)) for name, value in kwargs.items()}
-        init(self, *(_fixed(plain(value)) for value in args), **given)
+        given = {name: fixed(value) for name, value in kwargs.items()}
+        init(self, *map(fixed, args), **given)
 
     cls.__init__ = plain_init  # type: ignore[method-assign]
     return cls

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from esmeta.config import SPLITS
 from esmeta.errors import UserError
-from esmeta.options import plain
+from esmeta.options import fixed, plain
 
 if TYPE_CHECKING:
     from esmeta.types import Task
@@ -146,7 +146,7 @@ def make_task(name: str, **options: object) -> Task:
     """
     cls = _task_class(name)
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
-    given = {name: _option(value) for name, value in options.items()}
+    given = {name: fixed(value) for name, value in options.items()}
     for option, value in given.items():
         if option not in fields:
             raise ValueError(
@@ -178,11 +178,6 @@ def task_from_table(option: str, table: Mapping[str, Any], example: str) -> Task
         return make_task(name, **values)
     except ValueError as error:
         raise UserError(f"{option}: {dict(table)!r}: {error}") from error
-
-
-def _option(value: object) -> object:
-    value = plain(value)
-    return tuple(value) if isinstance(value, list) else value
 
 
 def _task_class(name: str) -> Any:  # noqa: ANN401 - a class from a module that is found by name
