@@ -19,6 +19,7 @@ _FEW_BOARDS = 8  # below this size there are only two dozen boards or five
 _SPLIT = 17  # of 24 hashes tried, the one whose two sides differ least in their mean scores
 _HALF = 24  # of 51 bits of it tried, the one that halves what is held out most evenly in them
 _CACHED_BLOCKS = 128
+_ZERO = torch.zeros((), dtype=torch.int64, device="cpu")
 BLOCK = 512  # boards made together: amortises numpy's cost per call
 Boards = tuple[np.ndarray, np.ndarray]
 
@@ -34,7 +35,7 @@ def boards(size: int, generator: str, split: str, key: int, block: int) -> Board
     numbers = torch.arange(block * BLOCK, (block + 1) * BLOCK, device="cpu")
     rng = Rng(key).fold("maze", size, generator, split)
     side = side_of(size, generator)
-    weights = Rng(0).fold("maze split", _SPLIT).bits(numbers[0] * 0, 2 * side * side).numpy()
+    weights = Rng(0).fold("maze split", _SPLIT).bits(_ZERO, 2 * side * side).numpy()
     walls = np.empty((BLOCK, side * side), dtype=bool)
     target = np.empty(BLOCK, dtype=np.int64)
     wanted = np.arange(BLOCK)
