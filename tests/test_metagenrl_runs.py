@@ -254,7 +254,7 @@ def test_a_run_that_is_told_to_stop_trains_no_more_agents(
     def never(*args: Any) -> Any:
         raise AssertionError("held-out agents would be trained for as long as they live")
 
-    monkeypatch.setattr(train, "validation", never)
+    monkeypatch.setattr(train, "heldout", never)
     config = configs.resolve(configs.load("pendulum-metagenrl"), list(SMALL))
     told = SimpleNamespace(wanted=True, noted=True)
     code = train.learn(config, tmp_path / "a", False, SelfComm(), told)  # type: ignore[arg-type]
