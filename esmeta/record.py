@@ -162,6 +162,17 @@ def read_metrics(run_dir: Path | str) -> list[dict[str, Any]]:
     Runs made before there was a validation split were scored on the test split all along: their
     ``heldout_*`` are what ``validation_*`` is to others, and are called so here.
     """
+    lines = _lines(run_dir)
+    return [{_OLD_SCORES.sub("validation_", k): v for k, v in line.items()} for line in lines]
+
+
+def last_old_scores(run_dir: Path | str) -> int | None:
+    """The last step that a run scored before there was a validation split; None where none is."""
+    steps = [line["step"] for line in _lines(run_dir) if any(map(_OLD_SCORES.match, line))]
+    return max(steps, default=None)
+
+
+def _lines(run_dir: Path | str) -> list[dict[str, Any]]:
     records = []
     try:
         text = (Path(run_dir) / "metrics.jsonl").read_text(encoding="utf-8", errors="replace")
@@ -173,7 +184,7 @@ def read_metrics(run_dir: Path | str) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             continue
         if isinstance(record, dict) and isinstance(record.get("step"), int):
-            records.append({_OLD_SCORES.sub("validation_", k): v for k, v in record.items()})
+            records.append(record)
     return records
 
 
@@ -286,7 +297,7 @@ class RunDir:
         (path / "checkpoint").mkdir(parents=True, exist_ok=True)
         _replace(path / "config.toml", configuration.to_toml(config).encode())
         last = resumed.step if resumed else -1
-        kept = [json.dumps(r) + "\n" for r in read_metrics(path) if r["step"] <= last]
+        kept = [json.dumps(r) + "\n" for r in _lines(path) if r["step"] <= last]
         _replace(path / "metrics.jsonl", "".join(kept).encode())
         run = cls(path, config, resumed, source == "current.ckpt", lock)
         run._write_summary({"stopped_by": None, "steps": max(last, 0)})

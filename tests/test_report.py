@@ -121,7 +121,13 @@ def test_a_run_without_test_scores_says_which_split_it_shows(runs, tmp_path, cap
     assert "validation return" in out and "test return" not in out
     assert f"{scored['heldout_return']:.3f} ± {scored['heldout_se']:.3f}" in out
     assert "not every run was scored on the test split" in out
-    assert "made before there was a validation split" in out
+    assert "made before there was a validation split: curves are of" in out
+    # Going on neither gives the old scores another name nor hides what they are of.
+    assert train.main(["--resume", str(run), "--set", "budget.updates=6"]) == 0
+    assert [line for line in lines(run) if "heldout_return" in line][-1] == scored
+    out = reported(capsys, run, "--out", tmp_path)
+    assert f"validation split: curves up to step {scored['step']} are of the test split" in out
+    assert "test return" in out
 
 
 @pytest.mark.parametrize("freedom", [1, 2, 4, 9, 10, 19, 30])

@@ -31,6 +31,8 @@ class RunData:
     tables: dict[str, dict[str, Any]]
     facts: dict[str, Any]
     rows: list[dict[str, Any]]
+    old_scores: int | None
+    """The last step that was scored before there was a validation split."""
 
     @property
     def seed(self) -> int:
@@ -105,10 +107,13 @@ class Group:
             late = sorted({str(step) for step, last in found if step is not None and step < last})
             if late:
                 notes.append(f"scores are those of the last evaluation, at step {', '.join(late)}")
-        if any("evaluate_as_trained" not in run.tables["run"] for run in self.runs):
+        old = [(run, run.old_scores) for run in self.runs if run.old_scores is not None]
+        if old:
+            until = sorted({str(step) for run, step in old if step < run.last["step"]})
+            part = f" up to step {', '.join(until)}" if until else ""
             notes.append(
-                "made before there was a validation split: curves are of the test split, with the "
-                "training aids of the run's task"
+                f"made before there was a validation split: curves{part} are of the test split, "
+                "with the training aids of the run's task"
             )
         elif aids := _variant(self.runs[0]):
             notes.append(f"scores are of the {self.split} split{aids}")
@@ -120,7 +125,7 @@ class Group:
 
 def read_run(path: Path) -> RunData:
     """Read a run directory that esmeta.train wrote."""
-    from esmeta.record import read_metrics
+    from esmeta.record import last_old_scores, read_metrics
 
     if not (path / "config.toml").is_file():
         raise UserError(
@@ -142,7 +147,7 @@ def read_run(path: Path) -> RunData:
             f"{path / 'config.toml'}: a section is missing; a run has all of: "
             f"{', '.join(configs.SECTIONS)}; restore the file or leave out this run"
         )
-    return RunData(path, tables, facts, rows)
+    return RunData(path, tables, facts, rows, last_old_scores(path))
 
 
 def _flat(run: RunData) -> dict[str, Any]:
