@@ -388,6 +388,8 @@ def test_bits_do_not_depend_on_the_padding_of_rows(variant, n, S, monkeypatch):
 def test_code_that_needs_linking_is_recognised():
     code = _cpu_build._machine_code("plastic", 20, 2, 1, 0)
     assert len(_cpu_build._text(code)) > 1000
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
     target = llvm.Target.from_default_triple().create_target_machine(reloc="pic")
     module = llvm.parse_assembly(
         "declare void @other()\ndefine void @f() {\n call void @other()\n ret void\n}"

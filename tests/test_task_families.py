@@ -243,10 +243,17 @@ def test_the_direction_is_a_fair_coin() -> None:
 
 def test_goals_of_the_test_lie_on_the_other_half() -> None:
     task = make_task("goal_ant")
-    for split, sign in (("train", 1.0), ("test", -1.0)):
+    for split, sign in (("train", 1.0), ("validation", -1.0), ("test", -1.0)):
         goal = task.sample(1000, split, Rng(0)).data["goal"][0]
         uniform_in(torch.linalg.vector_norm(goal, dim=-1), 2.0, 5.0)
-        uniform_in(torch.atan2(goal[:, 1], sign * goal[:, 0]), -math.pi / 2, math.pi / 2)
+        angle = torch.atan2(goal[:, 1], sign * goal[:, 0])
+        if split == "train":
+            uniform_in(angle, -math.pi / 2, math.pi / 2)
+            continue
+        # Sixteen sectors of the half circle, which the two have in turn.
+        place = 16 * (angle / math.pi + 0.5)
+        uniform_in(place.floor() // 2 + place % 1, 0, 8)
+        assert ((place.floor() % 2 == 1) == (split == "test")).all()
 
 
 def test_targets_are_uniform_in_the_disc_and_new_in_every_episode() -> None:

@@ -101,26 +101,29 @@ def test_displacement_by_hand() -> None:
 
 def test_directions_of_the_halves_and_strata() -> None:
     task = make_task("displacement", strata=4)
-    for split, sign in (("train", 1), ("test", -1)):
+    # A split has all of its sectors, their outer halves (validation) or the inner ones (test).
+    for split, sign in (("train", 1), ("validation", -1), ("test", -1)):
         u = task.sample(400, split, Rng(3)).data["direction"][0]
         assert bool((sign * u[:, 0] > 0).all())
         assert torch.allclose(u.norm(dim=1), torch.ones(400))
         angle = torch.atan2(u[:, 1] * sign, u[:, 0] * sign) / math.pi + 0.5
-        assert (angle * 4).long().tolist() == [k % 4 for k in range(400)]
+        wanted = {"train": [0, 1, 2, 3], "validation": [0, 1, 6, 7], "test": [2, 3, 4, 5]}[split]
+        parts = 4 if split == "train" else 8
+        assert (angle * parts).long().tolist() == wanted * 100
     wide = make_task("displacement", width=240.0)
-    for split, low, high in (("train", 0.0, 120.0), ("test", 120.0, 180.0)):
+    for split, low, high in (("train", 0, 120), ("validation", 120, 150), ("test", 150, 180)):
         u = wide.sample(4000, split, Rng(3)).data["direction"][0]
         away = torch.atan2(u[:, 1], u[:, 0]).abs() * 180.0 / math.pi
         assert low <= float(away.min()) < low + 1 and high - 1 < float(away.max()) <= high
     double = make_task("displacement", train="horizontal", test="vertical", width=240.0, strata=8)
-    for split, low, high in (("train", 0.0, 60.0), ("test", 60.0, 90.0)):
+    for split, low, high in (("train", 0, 60), ("validation", 60, 75), ("test", 75, 90)):
         u = double.sample(4000, split, Rng(3)).data["direction"][0]
         away = torch.atan2(u[:, 1].abs(), u[:, 0].abs()) * 180.0 / math.pi
         assert low <= float(away.min()) < low + 1 and high - 1 < float(away.max()) <= high
         ahead = u[:, 0] if split == "train" else u[:, 1]
         assert [bool(x > 0) for x in ahead[:16]] == ([True] * 4 + [False] * 4) * 2
     fourfold = make_task("displacement", train="axes", test="diagonals", width=200.0, strata=4)
-    for split, low, high in (("train", 0.0, 25.0), ("test", 25.0, 45.0)):
+    for split, low, high in (("train", 0, 25), ("validation", 25, 35), ("test", 35, 45)):
         u = fourfold.sample(4000, split, Rng(3)).data["direction"][0]
         angle = torch.atan2(u[:, 1], u[:, 0]) * 180.0 / math.pi
         away = (angle - 90.0 * (angle / 90.0).round()).abs()  # from the nearest end of an axis
@@ -129,7 +132,7 @@ def test_directions_of_the_halves_and_strata() -> None:
         sectors = ((angle - first) / 90.0).round() % 4
         assert sectors[:8].tolist() == [0, 1, 2, 3] * 2
     twins = make_task("displacement", train="horizontal", test="all", mirrored=True, strata=2)
-    for split in ("train", "test"):
+    for split in ("train", "validation", "test"):
         u = twins.sample(400, split, Rng(3)).data["direction"][0]
         torch.testing.assert_close(u[0::2], -u[1::2], rtol=0, atol=1e-6)
         assert len(u[0::2].unique(dim=0)) == 200

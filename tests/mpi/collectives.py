@@ -12,7 +12,8 @@ import time
 import torch
 
 from esmeta import transport
-from esmeta.comm import MPIComm, install_excepthook, local_rank, make_comm
+from esmeta.comm import MPIComm, install_excepthook, make_comm
+from esmeta.ranks import local_rank
 from esmeta.wire import share
 
 
