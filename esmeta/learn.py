@@ -169,6 +169,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     import torch
 
     torch.set_num_threads(1)
+    out = None if args.out is None else args.out.absolute()  # environments may change the folder
     try:
         with simulators_closed():
             lives, loss = build(args)
@@ -177,7 +178,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             rows = table(diary, args.parts)
             test = None if scores is None else after_life(scores)
             seconds = time.monotonic() - began
-            if args.out is not None:
+            if out is not None:
                 facts = {
                     "learner": args.learner,
                     "task": args.task,
@@ -186,7 +187,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     "seed": args.seed,
                 }
                 facts |= {"seconds": seconds, "curve": rows, "test": test}
-                args.out.write_text(json.dumps(for_json(facts), allow_nan=False) + "\n")
+                out.write_text(json.dumps(for_json(facts), allow_nan=False) + "\n")
     except errors.UserError as error:
         errors.keep_traceback(error)
         print(f"esmeta: error: {error}", file=sys.stderr)

@@ -349,6 +349,7 @@ def report(parts: Parts, trainer: Trainer, reason: str, out: Path) -> None:
 def run(args: argparse.Namespace, comm: SelfComm | MPIComm, stop: Stop) -> int:
     """Train as the command line says; returns the exit code."""
     config, out, resume = configuration(args)
+    out = out.absolute()  # an environment may change the working directory
     if not comm.same(configs.digest(config)):
         raise errors.UserError(
             "the ranks were given different configurations; start all with the same command "

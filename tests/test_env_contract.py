@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -366,3 +367,22 @@ def test_constructors_and_modules_that_raise(tmp_path: Path, monkeypatch: Any) -
         make_task("gym", id="Odd-v0", kwargs={"actions": "unknown"})
     with pytest.raises(UserError, match=r"'HalfCheetah-v2' .*gymnasium-robotics"):
         make_task("gym", id="HalfCheetah-v2")
+
+
+def test_an_environment_that_changes_the_working_directory_moves_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from esmeta import train
+
+    def away() -> tuple:
+        os.chdir(tmp_path / "elsewhere")
+        return OBS, {}
+
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Odd, "first", staticmethod(away))
+    sets = ["task.id=Odd-v0", "task.trials=4", "budget.updates=1", "run.evaluate_every=0"]
+    words = [word for text in sets for word in ("--set", text)]
+    assert train.main(["gym-ppo", "--out", "run", *words]) == 0
+    assert (tmp_path / "run" / "theta.safetensors").is_file()
+    assert not any((tmp_path / "elsewhere").iterdir())

@@ -88,7 +88,8 @@ def test_table_holds_the_numbers_of_the_metrics(runs, tmp_path, capsys):
     for run in runs:
         last, scored = lines(run)[-1], scores_of(run)
         row = f"{scored['test_return']:.3f} ± {scored['test_se']:.3f}"
-        (found,) = [line for line in out.splitlines() if row in line and f"{last['step']} " in line]
+        rows = [line for line in out.splitlines() if row in line]
+        (found,) = [line for line in rows if line.split()[1] == str(last["step"])]
         assert f"{scored['test_sd']:.3f}" in found
         assert f"{last['env_steps']:,}" in found and f"{last['seconds']:,.1f}" in found
     scores = [scores_of(run)["test_return"] for run in runs[:2]]
