@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 # Before torch and matplotlib are imported by anything.
@@ -20,6 +21,14 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+
+# Processes inherit what is ignored here: by whoever started the tests (nohup, a shell's background)
+# or by a test that trained in this process.
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT, signal.SIGINT)
+for number in SIGNALS:
+    if signal.getsignal(number) is signal.SIG_IGN:
+        usual = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+        signal.signal(number, usual)
 
 ROOT = Path(__file__).resolve().parents[1]
 RunFunction = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -44,6 +53,15 @@ def environment(extra: Mapping[str, str] | None) -> dict[str, str]:
     """This process's environment, in which the checkout can be imported from any directory."""
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), **(extra or {})}
+
+
+@pytest.fixture(autouse=True)
+def signals_as_before() -> Iterator[None]:
+    """No test leaves signals to be ignored, or handled by what it made."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture

@@ -120,6 +120,9 @@ def raising(error: BaseException) -> Callable[[], Any]:
         ((OBS, "1.0", False, False, {}), ["'1.0' as the reward"]),
         ((OBS, np.ones(2), False, False, {}), ["shape (2,) as the reward"]),
         ((OBS, 1j, False, False, {}), ["1j as the reward"]),
+        ((OBS, np.ones(1), False, False, {}), ["shape (1,) as the reward", "float(reward.item())"]),
+        ((OBS, torch.ones(1), False, False, {}), ["as the reward", "float(reward.item())"]),
+        ((OBS, 1.0, np.array([True]), False, {}), ["shape (1,) as terminated"]),
         ((OBS, 1.0, None, False, {}), ["None as terminated", "True or False"]),
         ((OBS, 1.0, False, {}, {}), ["a dict as truncated"]),
         ((OBS, 1.0, np.zeros(2, bool), False, {}), ["shape (2,) as terminated"]),
@@ -178,11 +181,11 @@ def test_numbers_that_are_not_finite_name_the_episode(first: Any, then: Any, wor
 
 @pytest.mark.parametrize("seen", [[0.5, 1, -3], (0.5, 1.0, -3.0), np.array([0.5, 1, -3], ">f8")])
 @pytest.mark.parametrize(
-    "reward", [2, np.int8(2), np.array([2.0]), np.array([[2]]), torch.ones(1) * 2]
+    "reward", [2, np.int8(2), np.float16(2.0), np.array(2.0), torch.tensor(2.0)]
 )
-@pytest.mark.parametrize("flag", [True, np.True_, np.array([True]), 1, np.array([[1]])])
+@pytest.mark.parametrize("flag", [True, np.True_, np.array(True), 1, torch.tensor(True)])
 def test_what_can_only_mean_one_thing_is_taken(seen: Any, reward: Any, flag: Any) -> None:
-    Odd.then = (seen, reward, flag, np.zeros(1, bool), {})
+    Odd.then = (seen, reward, flag, np.False_, {})
     ts = play()
     assert ts.reward.tolist() == [[2.0, 2.0]] and ts.terminated.tolist() == [[True, True]]
     assert ts.obs.tolist() == [[[0.5, 1.0, -3.0]] * 2]

@@ -1,7 +1,7 @@
 """What a Gymnasium environment gives and takes, held against its spaces.
 
-Observations may be lists and of any real dtype, rewards and flags may be arrays of one entry; all
-else that the spaces or the interface do not allow is refused in one line that says what to write.
+Observations may be lists and of any real dtype, rewards and flags of any type of number; all else
+that the spaces or the interface do not allow is refused in one line that says what to write.
 """
 
 from __future__ import annotations
@@ -83,9 +83,12 @@ class Contract:
     def _pay(self, reward: Any) -> float:
         if type(reward) is not float:
             number = _array(reward)
-            if number is None or number.size != 1 or number.dtype.kind not in "biuf":
-                self._refuse(f"step() returned {_told(reward)} as the reward; it must be a number")
-            reward = float(number.reshape(()))
+            if number is None or number.shape != () or number.dtype.kind not in "biuf":
+                one = number is not None and number.size == 1 and number.dtype.kind in "biuf"
+                cure = ": return float(reward.item())" if one else ""
+                text = f"step() returned {_told(reward)} as the reward; it must be a number{cure}"
+                self._refuse(text)
+            reward = float(number)
         if not abs(reward) <= _LARGEST:  # nor NaN
             self._not_finite("step() returned the reward", reward)
         return reward
@@ -94,9 +97,9 @@ class Contract:
         if flag is True or flag is False:
             return flag
         given = _array(flag)
-        if given is None or given.size != 1 or given.dtype.kind not in "biu":
+        if given is None or given.shape != () or given.dtype.kind not in "biu":
             self._refuse(f"step() returned {_told(flag)} as {word}; it must be True or False")
-        value = given.reshape(()).item()
+        value = given.item()
         if value not in (0, 1):
             self._refuse(f"step() returned {value} as {word}; it must be True or False")
         return bool(value)
