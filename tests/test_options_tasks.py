@@ -57,7 +57,7 @@ class Told(gymnasium.Env[Any, Any]):
         return self._seen(), 1.0, False, False, {}
 
 
-gymnasium.register("Told-v0", entry_point=f"{__name__}:Told")
+gymnasium.register("ToldOptions-v0", entry_point=f"{__name__}:Told")
 gymnasium.register("Told8-v0", entry_point=f"{__name__}:Told", max_episode_steps=8)
 gymnasium.register("Told9-v0", entry_point=f"{__name__}:Told", max_episode_steps=9)
 
@@ -207,7 +207,7 @@ ROWS: dict[str, tuple[dict[str, Any], dict[str, Row]]] = {
         },
     ),
     "gym": (
-        {"id": "Told-v0", "horizon": 12},
+        {"id": "ToldOptions-v0", "horizon": 12},
         {
             "id": Row("Told8-v0", "Told9-v0", "ends spec", "", {"horizon": 0}),
             "kwargs": Row({"level": 2.0}, {"level": 3.0}, "obs", "ends spec"),

@@ -251,7 +251,9 @@ def test_groups_say_which_training_aids_their_scores_are_without(tmp_path):
         config = configs.resolve(
             configs.load("harlow-openes"), [f"run.evaluate_as_trained={kept}".lower()]
         )
-        run = groups.RunData(tmp_path, configs.to_tables(config), {"stopped_by": "steps"}, [])
+        run = groups.RunData(
+            tmp_path, configs.to_tables(config), {"stopped_by": "steps"}, [], old_scores=None
+        )
         run.rows.append({"step": 1, "validation_return": 0.0})
         note = groups.Group("x", [run], Reference(0.0, 1.0, "")).remarks()[-1]
         aids = f"{words} task.mirrored = True, task.forfeit = 1.0"
