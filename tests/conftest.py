@@ -29,6 +29,7 @@ for number in SIGNALS:
     if signal.getsignal(number) is signal.SIG_IGN:
         usual = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
         signal.signal(number, usual)
+HANDLERS = {number: signal.getsignal(number) for number in SIGNALS}
 
 ROOT = Path(__file__).resolve().parents[1]
 RunFunction = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -57,10 +58,11 @@ def environment(extra: Mapping[str, str] | None) -> dict[str, str]:
 
 @pytest.fixture(autouse=True)
 def signals_as_before() -> Iterator[None]:
-    """No test leaves signals to be ignored, or handled by what it made."""
-    before = {number: signal.getsignal(number) for number in SIGNALS}
+    """No test has signals ignored, or handled by what another test or a fixture made."""
+    for number, handler in HANDLERS.items():
+        signal.signal(number, handler)
     yield
-    for number, handler in before.items():
+    for number, handler in HANDLERS.items():
         signal.signal(number, handler)
 
 

@@ -388,3 +388,20 @@ def test_pictures_leave_the_global_generator_alone(harlow):
     before = torch.get_rng_state()
     pictures.trial_frames(policy, params, task, max_steps=2)
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_runs_that_share_no_time_have_no_scores_at_equal_time(tmp_path):
+    points = {"a": [(0.0, 1.0), (1.0, 2.0)], "b": [(3.0, 5.0), (4.0, 6.0)], "c": [(0.0, 0.0)]}
+    runs = {
+        name: groups.RunData(
+            tmp_path,
+            {},
+            {},
+            [{"step": k, "seconds": x, "validation_return": y} for k, (x, y) in enumerate(rows)],
+            old_scores=None,
+        )
+        for name, rows in points.items()
+    }
+    both = groups.Group("both", [runs["a"], runs["b"]], Reference(0.0, 1.0, ""))
+    end, scores = groups.equal_budget([both], "seconds")
+    assert end == 1.0 and math.isnan(scores["both"][0])

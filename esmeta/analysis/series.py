@@ -26,7 +26,9 @@ class Series:
         return len(self.x)
 
     def at(self, x: float) -> tuple[float, float]:
-        """Value and standard error at ``x``, linear between the points."""
+        """Value and standard error at ``x``, linear between the points; NaN without any."""
+        if not len(self):
+            return math.nan, math.nan
         return float(np.interp(x, self.x, self.y)), float(np.interp(x, self.x, self.se))
 
 
