@@ -450,7 +450,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         comm.abort(EXIT_EXCEPTION, f"sys.exit({left.code!r}) at {comm.label} ended the run")
     finally:
         close_simulators()
-    stop.end()
+        if argv is not None:  # called by somebody whose process goes on
+            stop.end(leaving=False)
+    if argv is None:
+        stop.end(leaving=True)
     return code
 
 

@@ -35,14 +35,15 @@ class Stop:
         self.noted = False
         self.others: Callable[[], bool] = lambda: False
         """Whether ranks that do not take steps were told to stop."""
-        self._numbers = wishes_to_stop()
-        for number in self._numbers:
-            signal.signal(number, self._note)
+        self._before = {n: signal.signal(n, self._note) for n in wishes_to_stop()}
 
-    def end(self) -> None:
-        """Ignore further signals: Python's handlers are gone while a rank waits to leave MPI."""
-        for number in self._numbers:
-            signal.signal(number, signal.SIG_IGN)
+    def end(self, *, leaving: bool) -> None:
+        """Give signals back, or if the process is leaving, ignore them.
+
+        Python's handlers are gone while a rank waits to leave MPI.
+        """
+        for number, handler in self._before.items():
+            signal.signal(number, signal.SIG_IGN if leaving else handler)
 
     @property
     def wanted(self) -> bool:

@@ -6,6 +6,7 @@ import json
 import math
 import platform
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -350,3 +351,15 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 def test_freed_memory_is_kept_for_the_next_step() -> None:
     kept = faults("from esmeta.cli import prepare_process; prepare_process()")
     assert 4 * kept < faults("import torch; torch.set_num_threads(1)")
+
+
+def test_a_run_in_ones_own_process_gives_signals_back(tmp_path: Path) -> None:
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+    before = [signal.signal(number, lambda *_: None) for number in numbers]
+    mine = [signal.getsignal(number) for number in numbers]
+    try:
+        assert run_here(write_preset(tmp_path), "--out", tmp_path / "run") == 0
+        assert [signal.getsignal(number) for number in numbers] == mine
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
