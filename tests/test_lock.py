@@ -358,7 +358,8 @@ def test_two_processes_resume_at_once(tmp_path: Path, run_cli: Any) -> None:
         time.sleep(0.05)
     second = run_cli("--resume", "run", *less)
     assert second.returncode == 2 and second.stdout == ""
-    assert re.fullmatch(rf"esmeta: error: run is in use by process {first.pid} .*\n", second.stderr)
+    line = f"esmeta: error: {re.escape(str(tmp_path / 'run'))} is in use by process {first.pid}"
+    assert re.fullmatch(rf"{line} .*\n", second.stderr)
     first.send_signal(signal.SIGTERM)
     assert first.wait(60) == 75
     steps = [record["step"] for record in read_metrics(tmp_path / "run")]
