@@ -235,8 +235,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _scores(args: argparse.Namespace) -> tuple[dict[str, dict[str, Any]], Reference]:
     import torch
 
+    from esmeta.agent import heads
     from esmeta.evaluator import PopulationEvaluator
-    from esmeta.policy import _heads as heads
     from esmeta.scoring import variant
 
     objective, params, config = open_run(

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from esmeta import errors
 from esmeta import rollout as loop
+from esmeta.agent import heads
 from esmeta.capture import Captured
 from esmeta.envs.trimmed import TrimmedEnv
 from esmeta.errors import EnvFailure, UserError, warn
 from esmeta.options import plain
 from esmeta.policy import Policy, unravel
-from esmeta.policy import _heads as heads
 from esmeta.rng import Rng
 from esmeta.sharing import Turn
 from esmeta.tasks import numbers_of
@@ -130,7 +130,7 @@ class PopulationEvaluator(OwnEnv):
         if self.chunk is not None:
             return self.chunk
         limit = _CACHE_FLOATS if self.device.type == "cpu" else _GPU_FLOATS
-        return max(2, limit // (batch * max(self.policy.config.neurons**2, 1)))
+        return max(2, limit // (batch * max(self.policy.memory.size**2, 1)))
 
     def batches(self, population: int, batch: int) -> list[Tensor]:
         """The members of each batch of a population with ``batch`` trials, int64 rows.

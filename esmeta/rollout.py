@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from esmeta.policy import _heads as heads
+from esmeta.agent import heads
 from esmeta.rng import Rng
+from esmeta.tree import leaves_of, with_leaves
 from esmeta.types import BatchedEnv, Discrete, Params, PolicyOut, Spec, State, Tasks, TimeStep
 
 # Looking whether all trials have ended costs a synchronisation on a GPU, so it is done rarely.
@@ -96,58 +97,98 @@ class Returns:
 
 
 class Trajectory(NamedTuple):
-    """A recorded rollout, leaves ``[T, P, B, ...]``."""
+    """A recorded rollout: T transitions of P x B trials.
+
+    ``start`` and ``end`` are the memory before and after it, leaves ``[P, B, ...]``. ``ts`` has
+    one row more than there are transitions, ``[T + 1, P, B, ...]``: what followed the last one.
+    ``action`` and ``out`` (None where it was not kept) are ``[T, P, B, ...]``; ``active`` is
+    set where a transition belongs to the trial: all means are over these.
+    """
 
     start: State
     ts: TimeStep
     action: Tensor
-    out: PolicyOut
-    reward: Tensor
-    terminated: Tensor
-    truncated: Tensor
-    ended: Tensor
-    """Whether the trial ended with this transition."""
     active: Tensor
-    """Whether the transition belongs to the trial; all means are over these."""
+    out: PolicyOut | None
+    end: State
+
+    @property
+    def steps(self) -> TimeStep:
+        """The time steps that were acted at, ``[T, P, B, ...]``.
+
+        ``new_trial`` marks those before which memory begins anew: the first, where it is the first
+        of the trial, and, only to stay bounded, what follows the end of a trial.
+        """
+        stale = torch.cat([self.ts.new_trial[:1], ~self.active[:-1]])
+        return TimeStep(*(leaf[:-1] for leaf in self.ts))._replace(new_trial=stale)
+
+    @property
+    def after(self) -> TimeStep:
+        """The time steps that the transitions led to, ``[T, P, B, ...]``."""
+        return TimeStep(*(leaf[1:] for leaf in self.ts))
+
+    @property
+    def reward(self) -> Tensor:
+        """Of each transition."""
+        return self.ts.reward[1:]
+
+    @property
+    def over(self) -> Tensor:
+        """Whether the trial ended with the transition."""
+        return self.ts.new_trial[1:] & self.active
+
+    @property
+    def ended(self) -> Tensor:
+        """Whether an episode ended with it; so is all that follows the end of a trial."""
+        after = self.after
+        return after.new_episode | after.new_trial | after.terminated | after.truncated
+
+    @property
+    def terminated(self) -> Tensor:
+        """Whether what follows it is worth nothing, as the episode ended there by itself."""
+        return self.ts.terminated[1:] & self.active
+
+    def trials(self, chosen: Tensor) -> Trajectory:
+        """Some trials only, by their place in the batch, int64 ``[b]``."""
+        def some(tree: Any, axis: int) -> Any:
+            leaves = [leaf.index_select(axis, chosen) for leaf in leaves_of(tree)]
+            return with_leaves(tree, leaves)
+
+        start, *rows, end = self
+        return Trajectory(some(start, 1), *(some(leaf, 2) for leaf in rows), some(end, 1))
 
 
 class Recorder:
-    """Keeps whole trajectories, for :class:`Trajectory`."""
+    """Keeps whole trajectories; ``heads`` says whether what the heads said is kept too."""
 
-    def __init__(self, start: State) -> None:
-        self._start = start
-        self._rows: list[tuple[TimeStep, PolicyOut, Tensor, TimeStep, Tensor]] = []
+    def __init__(self, start: State, heads: bool = True) -> None:
+        self._start, self._heads = start, heads
+        self._steps: list[TimeStep] = []
+        self._outs: list[PolicyOut] = []
+        self._actions: list[Tensor] = []
+        self._active: list[Tensor] = []
 
     def record(
         self, ts: TimeStep, out: PolicyOut, action: Tensor, after: TimeStep, active: Tensor
     ) -> None:
-        self._rows.append((ts, out, action, after, active))
+        self._steps.append(ts)
+        self._actions.append(action)
+        self._active.append(active)
+        if self._heads:
+            self._outs.append(out)
 
-    def trajectory(self) -> Trajectory:
-        before, outs, actions, after, active = zip(*self._rows, strict=True)
-        steps = TimeStep(*(torch.stack(leaves) for leaves in zip(*before, strict=True)))
-        out = PolicyOut(
-            *(
-                None if leaves[0] is None else torch.stack(leaves)
-                for leaves in zip(*outs, strict=True)
-            )
-        )
-        mask = torch.stack(active)
-        # Inside the trial nothing may reset memory: the first step starts from `start` as it is,
-        # and what follows a trial's end is reset only to stay bounded.
-        stale = torch.zeros_like(mask)
-        stale[1:] = ~mask[:-1]
+    def trajectory(self, end: End) -> Trajectory:
+        """All of it; ``end`` is where the rollout was left."""
+        ts = TimeStep(*map(_stacked, zip(*self._steps, end.ts, strict=True)))
+        out = PolicyOut(*map(_stacked, zip(*self._outs, strict=True))) if self._heads else None
         return Trajectory(
-            start=self._start,
-            ts=steps._replace(new_trial=stale),
-            action=torch.stack(actions),
-            out=out,
-            reward=torch.stack([ts.reward for ts in after]),
-            terminated=torch.stack([ts.terminated for ts in after]),
-            truncated=torch.stack([ts.truncated for ts in after]),
-            ended=torch.stack([ts.new_trial for ts in after]) & mask,
-            active=mask,
+            self._start, ts, _stacked(self._actions), _stacked(self._active), out, end.state
         )
+
+
+def _stacked(leaves: Sequence[Any]) -> Any:
+    """Steps ``[T, P, B, ...]``, those of a member side by side in memory, as losses read them."""
+    return None if leaves[0] is None else torch.stack(list(leaves), dim=1).transpose(0, 1)
 
 
 def start(policy: Actor, params: Params, env: BatchedEnv, tasks: Tasks, rng: Rng) -> Start:

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from esmeta import rollout as loop
+from esmeta.agent import heads
 from esmeta.comm import SelfComm
 from esmeta.errors import UserError
 from esmeta.objectives.return_ import ReturnObjective
 from esmeta.optimizers import _gradient as pg
 from esmeta.optimizers import a2c, openes, ppo
 from esmeta.policy import Policy, make_policy
-from esmeta.policy import _heads as heads
 from esmeta.rng import Rng
 from esmeta.scoring import summary
 from esmeta.tasks import make_task

@@ -16,9 +16,10 @@ MAX_FUNCTION_LINES = 60
 LAYERS = [
     {"types", "rng", "tree", "config", "errors", "options", "modes", "sharing", "capture"},
     {"kernels"},
-    {"policy", "ranks", "comm", "transport", "wire"},
-    {"envs", "tasks", "returns"},
-    {"rollout"},
+    {"agent", "ranks", "comm", "transport", "wire"},
+    {"policy"},
+    {"envs", "tasks"},
+    {"rl", "rollout"},
     {"evaluator", "lives", "learners", "scoring"},
     {"objectives", "optimizers"},
     {"terminal", "lock", "record", "progress", "analysis", "watch", "cli", "provenance", "hosts"},

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from esmeta.agent import heads
+from esmeta.agent.linear import apply_linear, orthogonal
+from esmeta.agent.plastic import composite_decay
 from esmeta.errors import UserError
 from esmeta.policy import Policy, make_policy, policy_names
-from esmeta.policy import _heads as heads
-from esmeta.policy._linear import apply_linear, orthogonal
-from esmeta.policy._plastic import composite_decay
 from esmeta.rng import Rng
 from esmeta.tasks import make_task
 from esmeta.tree import ravel
@@ -217,7 +217,8 @@ def test_input_layout() -> None:
             + [x.unsqueeze(-1) for x in (0.25 * steps.reward, *last)],
             dim=-1,
         )
-        assert torch.equal(torch.cat(policy.inputs(steps, t, torch.ones(1)), -1), expected)
+        parts = policy.inputs.parts(steps, t, policy.spec.horizon)
+        assert torch.equal(torch.cat(parts, -1), expected)
     steps = row(ts, 1)
     plain = [steps.obs, steps.prev_action, steps.reward.unsqueeze(-1)]
     for extra, more in (("none", []), ("bias", [torch.ones(2, 3, 1)])):
@@ -427,7 +428,7 @@ def test_a_memoryless_policy_has_no_state() -> None:
 
 @pytest.mark.parametrize(("inputs", "outputs"), [(12, 32), (5, 5), (32, 1), (3, 8), (20, 2)])
 def test_a_row_does_not_depend_on_its_batch(inputs: int, outputs: int) -> None:
-    from esmeta.policy._linear import apply_mlp, bind_mlp
+    from esmeta.agent.linear import apply_mlp, bind_mlp
 
     weight = torch.randn(6, inputs, outputs, generator=generator())
     bias = torch.randn(6, outputs, generator=generator(1))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from esmeta.returns import discounted_sum, gae
+from esmeta.rl.returns import discounted_sum, gae
 
 
 def f64(*values: float) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from esmeta import rollout as loop
-from esmeta.policy import _heads as heads
+from esmeta.agent import heads
 from esmeta.policy import make_policy
 from esmeta.rng import Rng
 from esmeta.tasks import make_task

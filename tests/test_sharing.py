@@ -19,11 +19,11 @@ from test_task_conformance import CHEAP, actions_for
 from torch import Tensor
 
 import esmeta
+from esmeta.agent import heads
 from esmeta.capture import Captured
 from esmeta.envs.remote import Node, RemoteTask
 from esmeta.errors import UserError
 from esmeta.objectives import epg, metagenrl, return_
-from esmeta.policy import _heads as heads
 from esmeta.rng import Rng
 from esmeta.sharing import Turn
 from esmeta.types import Fitness

@@ -16,7 +16,7 @@ from torch import Tensor
 from esmeta.learners._agent import Agent, Head
 from esmeta.learners._experience import Experience
 from esmeta.options import options_class
-from esmeta.returns import gae
+from esmeta.rl.returns import gae
 from esmeta.types import Params, PolicyOut
 
 
@@ -104,7 +104,7 @@ def kl_divergence(old: PolicyOut, new: PolicyOut) -> Tensor:
 def advantages(
     agent: Agent, params: Params, steps: Experience, *, gamma: float, lambda_: float
 ) -> tuple[Tensor, Tensor]:
-    """GAE advantages and value targets ``[P, M]`` of steps in order (:func:`esmeta.returns.gae`).
+    """GAE advantages and value targets ``[P, M]`` of steps in order (:func:`esmeta.rl.returns.gae`).
 
     Where a time limit or the end of the batch hides what came next, V of the step itself stands
     for V of the next.

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from esmeta.agent import heads
 from esmeta.learners._agent import CRITICS, Agent, Head
 from esmeta.learners._loss import Batch, pick
 from esmeta.options import options_class
-from esmeta.policy import _heads as heads
 from esmeta.types import Params
 
 

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from esmeta.agent import heads
 from esmeta.errors import UserError
 from esmeta.learners._agent import CRITICS, Agent
 from esmeta.learners._episodes import Episodes, Over
@@ -25,7 +26,6 @@ from esmeta.learners._loss import Batch, Loss
 from esmeta.learners._segments import descend
 from esmeta.learners._state import Adam, adam_step
 from esmeta.modes import differentiating
-from esmeta.policy import _heads as heads
 from esmeta.rng import Rng
 from esmeta.rollout import Act
 from esmeta.types import Continuous, Params, PolicyOut, Spec

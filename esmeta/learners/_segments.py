@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from esmeta.agent import heads
 from esmeta.learners._agent import Agent
 from esmeta.learners._experience import Experience, nothing
 from esmeta.learners._loss import Batch, Loss, PolicyGradient
 from esmeta.learners._state import Adam, Statistics, adam_step, clip_norm
 from esmeta.modes import differentiating
-from esmeta.policy import _heads as heads
 from esmeta.rng import Rng
 from esmeta.rollout import Act
 from esmeta.tree import leaves_of, with_leaves

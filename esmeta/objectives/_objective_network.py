@@ -17,12 +17,12 @@ from torch import Tensor
 from torch.nn.functional import layer_norm
 
 from esmeta import errors
+from esmeta.agent import heads
 from esmeta.learners._agent import CRITICS, Agent, Head, glorot
 from esmeta.learners._loss import Batch, pick
 from esmeta.learners._off_policy_losses import flat, state_values
 from esmeta.learners._state import clip_norm
 from esmeta.modes import affine, differentiating
-from esmeta.policy import _heads as heads
 from esmeta.rng import Rng
 from esmeta.types import Continuous, Params
 

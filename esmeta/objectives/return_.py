@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from esmeta import rollout as loop
+from esmeta.agent.plastic import composite_decay
 from esmeta.errors import EnvFailure, UserError, warn
 from esmeta.evaluator import OwnEnv, PopulationEvaluator
 from esmeta.lives import Lives, TrialLives
 from esmeta.options import options_class
 from esmeta.policy import Policy
-from esmeta.policy._plastic import composite_decay
 from esmeta.rng import Rng
 from esmeta.tasks import task_groups
 from esmeta.types import Fitness, Hosted, Metrics, Params, Reference, State, Task
@@ -199,7 +199,7 @@ class ReturnObjective(OwnEnv):
         end = loop.rollout(self.policy, self.env, begin, recorder, ask=ask)
         out, _ = self.policy.step_bound(begin.bound, end.state, end.ts, self.policy.spec.horizon)
         last = torch.zeros_like(end.ts.reward) if out.value is None else out.value
-        return recorder.trajectory(), last, end.state, self.env.metrics(end.env_state)
+        return recorder.trajectory(end), last, end.state, self.env.metrics(end.env_state)
 
 
 def _memory_metrics(params: Params, state: State) -> Metrics:

@@ -1,30 +1,112 @@
-"""What A2C and PPO share: advantages, masked means, and one Adam step summed over ranks."""
+"""What optimizers along gradients share, and the update of A2C and PPO.
+
+An update is two calls: ``collect`` runs trials and makes all that is constant, ``loss`` can then be
+evaluated on it with any parameters, as often as wanted.
+"""
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from esmeta import errors
+from esmeta.agent import heads
+from esmeta.agent.policy import Policy
 from esmeta.modes import differentiating
 from esmeta.objectives.return_ import ReturnObjective
 from esmeta.options import options_class
-from esmeta.policy import Policy
-from esmeta.policy import _heads as heads
-from esmeta.returns import gae
+from esmeta.rl import losses
+from esmeta.rl.returns import gae
+from esmeta.rl.steppers import Adam, shortened
+from esmeta.rng import Rng
 from esmeta.rollout import Trajectory
 from esmeta.tree import ravel, shapes_of, unravel_shapes
-from esmeta.types import Comm, Metrics, Params, PolicyOut, State, TimeStep
+from esmeta.types import Comm, Metrics, Params
+
+
+@dataclass(frozen=True)
+class GradientState:
+    """theta as a flat float32 vector ``[1, D]``, its Adam, and the number of updates done."""
+
+    theta: Tensor
+    adam: Adam
+    update: int
+    shapes: dict[str, tuple[int, ...]]
+
+    def params(self) -> Params:
+        """Theta as leaves ``[1, ...]``."""
+        return unravel_shapes(self.theta, self.shapes)
+
+    def along(self, gradient: Tensor, rate: float, eps: float) -> GradientState:
+        """One step of Adam down ``gradient [1, D]``."""
+        move, adam = self.adam.step(gradient, rate, eps=eps)
+        return replace(self, theta=self.theta - move, adam=adam)
+
+
+class GradientOptimizer:
+    """What is kept of theta, and stored, by optimizers along gradients."""
+
+    gradient: ClassVar[bool] = True
+
+    def init(self, theta: Params, rng: Rng) -> Any:
+        """The state before the first update."""
+        flat = ravel(theta).detach().clone()
+        return GradientState(flat, Adam.zeros(flat), 0, shapes_of(theta))
+
+    def theta(self, state: Any) -> Params:
+        """The meta-parameters, leaves ``[1, ...]``."""
+        return state.params()
+
+    def state_dict(self, state: Any) -> dict[str, Any]:
+        """Everything a resumed run needs."""
+        return {
+            "theta": state.theta[0],
+            "first_moment": state.adam.first[0],
+            "second_moment": state.adam.second[0],
+            "adam_steps": int(state.adam.updates),
+            "update": state.update,
+        }
+
+    def load_state_dict(self, saved: dict[str, Any], theta: Params) -> Any:
+        """The inverse of :meth:`state_dict`."""
+        device = next(iter(theta.values())).device
+        names = ("theta", "first_moment", "second_moment")
+        flat, first, second = (saved[name].to(device).unsqueeze(0) for name in names)
+        updates = torch.full((1,), saved["adam_steps"], dtype=torch.int64, device=device)
+        return GradientState(flat, Adam(first, second, updates), saved["update"], shapes_of(theta))
+
+
+class Data(NamedTuple):
+    """What a loss is evaluated on: trials and, ``[T, 1, B]``, what is constant in it."""
+
+    trajectory: Trajectory
+    log_prob: Tensor
+    advantage: Tensor
+    target: Tensor
+
+    def trials(self, chosen: Tensor) -> Data:
+        """Some trials only, by their place in the batch."""
+        constants = (leaf.index_select(2, chosen) for leaf in self[1:])
+        return Data(self.trajectory.trials(chosen), *constants)
+
+
+class Passes(NamedTuple):
+    """How often an update goes over its trials: A2C once, PPO in passes of minibatches."""
+
+    epochs: int = 1
+    minibatches: int = 1
+    clip: float = 0.0
+    target_kl: float = 0.0
 
 
 @options_class
-class GradientConfig:
+class ActorCritic(GradientOptimizer):
     """Options of both policy-gradient optimizers.
 
     ``gamma`` discount; ``gae_lambda``; ``value_coef`` and ``entropy_coef`` weights of the loss;
@@ -63,6 +145,11 @@ class GradientConfig:
         errors.non_negative("learning_rate_final", self.learning_rate_final)
         errors.non_negative("entropy_final", self.entropy_final)
 
+    @property
+    def passes(self) -> Passes:
+        """How an update goes over its trials."""
+        return Passes()
+
     def check(self, objective: ReturnObjective, ranks: int) -> None:
         """Refuse fewer trials per update than ranks, and what is no return of a policy."""
         if not isinstance(objective, ReturnObjective):
@@ -87,101 +174,126 @@ class GradientConfig:
             return last + (first - last) * 0.5 * (1.0 + math.cos(math.pi * done))
         return first
 
+    def step(
+        self, state: GradientState, objective: ReturnObjective, comm: Comm, rng: Rng
+    ) -> tuple[GradientState, Metrics]:
+        """Record ``trials`` trials, then one step of Adam on each minibatch of each pass."""
+        check_value(state.shapes)
+        self.check(objective, comm.size)
+        data, metrics = self.collect(state.params(), state.update, objective, comm)
+        sums, norms = [], []
+        for epoch in range(self.passes.epochs):
+            draw = rng.fold("minibatches", state.update, epoch, comm.rank)
+            for part in self._minibatches(data, draw):
+                state, logged, norm = self._step(state, objective, part, comm)
+                sums.append(logged)
+                norms.append(norm)
+            if 0.0 < self.passes.target_kl < float(sums[-1][3]):
+                break
+        names = ("policy_loss", "value_loss", "entropy", "kl", "clip_fraction")
+        means = torch.stack(sums).mean(dim=0).tolist()
+        found = dict(zip(names, means, strict=False)) | {"gradient_norm": sum(norms) / len(norms)}
+        return replace(state, update=state.update + 1), metrics | found
 
-@dataclass
-class GradientState:
-    """theta and Adam's moments as flat float32 vectors ``[D]``, and the number of updates done."""
+    def _minibatches(self, data: Data, rng: Rng) -> Iterator[Data]:
+        """Whole trials in random order, so that memory is re-run from where it began."""
+        if self.passes.minibatches == 1:
+            yield data
+            return
+        order = rng.numpy().permutation(data.advantage.shape[2])
+        order = torch.from_numpy(order).to(data.advantage.device)
+        for chosen in order.tensor_split(self.passes.minibatches):
+            yield data.trials(chosen)
 
-    theta: Tensor
-    first_moment: Tensor
-    second_moment: Tensor
-    adam_steps: int
-    update: int
-    shapes: dict[str, tuple[int, ...]]
+    # --- the two calls -------------------------------------------------------------------------
 
-    def params(self) -> Params:
-        return unravel_shapes(self.theta.unsqueeze(0), self.shapes)
+    def collect(
+        self, params: Params, update: int, objective: ReturnObjective, comm: Comm
+    ) -> tuple[Data, Metrics]:
+        """This rank's trials of an update and what is constant in their loss; metrics of all."""
+        trajectory, last, scores = objective.trajectories(params, update, comm.rank, comm.size)
+        return self._data(trajectory, last, comm), _metrics(trajectory, scores, comm)
 
+    def loss(
+        self, policy: Policy, params: Params, data: Data, count: Tensor, entropy_coef: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The loss ``[P]``, a sum over steps divided by ``count``; and the sums that are logged."""
+        out, _ = policy.unroll(params, data.trajectory.start, data.trajectory.steps)
+        assert out.value is not None
+        clip = self.passes.clip
+        log_prob, active = heads.log_prob(out, data.trajectory.action), data.trajectory.active
+        ratio = log_prob - data.log_prob
+        gain = losses.policy_gradient(log_prob, data.advantage)
+        if clip > 0:
+            gain = losses.clipped(ratio, data.advantage, clip)
+        terms = [gain, losses.value_error(out.value, data.target), heads.entropy(out)]
+        if clip > 0:
+            terms += [losses.kl_estimate(ratio), losses.outside(ratio, clip)]
+        sums = torch.stack([(term * active).sum(dim=(0, 2)) for term in terms])
+        loss = sums[0] + self.value_coef * sums[1] - entropy_coef * sums[2]
+        return loss / count, sums.detach()
 
-def init_state(theta: Params) -> GradientState:
-    flat = ravel(theta)[0].detach().clone()
-    zeros = torch.zeros_like(flat)
-    return GradientState(flat, zeros, zeros.clone(), 0, 0, shapes_of(theta))
-
-
-def save_state(state: GradientState) -> dict[str, Any]:
-    return {
-        "theta": state.theta,
-        "first_moment": state.first_moment,
-        "second_moment": state.second_moment,
-        "adam_steps": state.adam_steps,
-        "update": state.update,
-    }
-
-
-def load_state(saved: dict[str, Any], theta: Params) -> GradientState:
-    like = next(iter(theta.values()))
-    placed: dict[str, Any] = {
-        k: v.to(like.device) if isinstance(v, Tensor) else v for k, v in saved.items()
-    }
-    return GradientState(**placed, shapes=shapes_of(theta))
-
-
-class Batch(NamedTuple):
-    """What a loss needs of an update's trials, leaves ``[T, 1, B]``, all constants."""
-
-    start: State
-    ts: TimeStep
-    action: Tensor
-    log_prob: Tensor
-    value: Tensor
-    advantage: Tensor
-    target: Tensor
-    active: Tensor
-
-    def trials(self, chosen: Tensor) -> Batch:
-        """The same for some trials only, by their place in the batch."""
-        return Batch(
-            {name: leaf[:, chosen] for name, leaf in self.start.items()},
-            TimeStep(*(leaf[:, :, chosen] for leaf in self.ts)),
-            *(leaf[:, :, chosen] for leaf in self[2:]),
+    def _data(self, recorded: Trajectory, last_value: Tensor, comm: Comm) -> Data:
+        """Advantages and value targets; the trial is one long episode (RL2): its end alone cuts."""
+        out, active = recorded.out, recorded.active
+        assert out is not None and out.value is not None
+        value, over = out.value, recorded.over
+        cut_short = over & recorded.after.truncated if self.bootstrap else over & False
+        raw = gae(
+            recorded.reward.to(value.dtype) * self.reward_scale,
+            value,
+            torch.cat([value[1:], last_value.unsqueeze(0)]),
+            over & ~cut_short,
+            cut_short,
+            gamma=self.gamma,
+            lambda_=self.gae_lambda,
         )
+        # Rows after the end of a trial hold the value head's opinion of nothing.
+        raw = raw * active
+        advantage = _normalized(raw, active, comm) if self.normalize_advantage else raw
+        log_prob = heads.log_prob(out, recorded.action)
+        return Data(recorded._replace(out=None), log_prob, advantage, raw + value)
 
+    def _step(
+        self, state: GradientState, objective: ReturnObjective, data: Data, comm: Comm
+    ) -> tuple[GradientState, Tensor, float]:
+        """One step of Adam; gradients and logged sums are added over ranks in rank order.
 
-def make_batch(
-    config: GradientConfig, recorded: Trajectory, last_value: Tensor, comm: Comm
-) -> Batch:
-    """Advantages and value targets of a recorded rollout.
+        Returns the logged sums divided by the number of active steps too, and the norm of the
+        gradient before clipping.
+        """
+        count = comm.sum_ordered(data.trajectory.active.sum().double()).to(state.theta.dtype)
+        coef = self.at(state.update, self.entropy_coef, self.entropy_final)
+        differentiate = functools.partial(self._gradient, objective.policy)
+        captured = objective.evaluator.captured
+        given = (state.params(), data, count, torch.full_like(count, coef))
+        own = differentiate(*given) if captured is None else captured("loss", differentiate, *given)
+        joint, size = comm.sum_ordered(own), state.theta.shape[1]
+        flat, norm = joint[None, :size], float(joint[:size].norm())
+        if not math.isfinite(norm):
+            raise FloatingPointError(
+                f"update {state.update}: the gradient is not finite (fast weights or values "
+                "exploded); lower optimizer.learning_rate or policy.depth, or set "
+                "policy.squash_embedding = true"
+            )
+        rate = self.at(state.update, self.learning_rate, self.learning_rate_final)
+        state = state.along(shortened(flat, self.max_grad_norm), rate, self.adam_eps)
+        return state, joint[size:] / count, norm
 
-    The trial is one long episode (RL2): only its end cuts the sums.
-    """
-    assert recorded.out.value is not None
-    value = recorded.out.value
-    cut_short = recorded.ended & recorded.truncated if config.bootstrap else recorded.ended & False
-    next_value = torch.cat([value[1:], last_value.unsqueeze(0)])
-    active = recorded.active.to(value.dtype)
-    raw = gae(
-        recorded.reward.to(value.dtype) * config.reward_scale,
-        value,
-        next_value,
-        recorded.ended & ~cut_short,
-        cut_short,
-        gamma=config.gamma,
-        lambda_=config.gae_lambda,
-    )
-    # Rows after the end of a trial hold the value head's opinion of nothing.
-    raw = raw * active
-    advantage = _normalized(raw, active, comm) if config.normalize_advantage else raw
-    return Batch(
-        start=recorded.start,
-        ts=recorded.ts,
-        action=recorded.action,
-        log_prob=heads.log_prob(recorded.out, recorded.action),
-        value=value,
-        advantage=advantage,
-        target=raw + value,
-        active=active,
-    )
+    @differentiating
+    @torch.enable_grad()
+    def _gradient(
+        self, policy: Policy, params: Params, data: Data, count: Tensor, coef: Tensor
+    ) -> Tensor:
+        """The gradient by every parameter, and behind it the logged sums, flat."""
+        leaves = {k: v.detach().requires_grad_() for k, v in params.items()}
+        loss, sums = self.loss(policy, leaves, data, count, coef)
+        grads = torch.autograd.grad(loss.sum(), list(leaves.values()), allow_unused=True)
+        flat = [
+            (torch.zeros_like(leaf) if grad is None else grad).reshape(-1)
+            for leaf, grad in zip(leaves.values(), grads, strict=True)
+        ]
+        return torch.cat([*flat, sums.flatten().to(flat[0].dtype)])
 
 
 def _normalized(advantage: Tensor, active: Tensor, comm: Comm) -> Tensor:
@@ -190,111 +302,27 @@ def _normalized(advantage: Tensor, active: Tensor, comm: Comm) -> Tensor:
     count, total, squares = comm.sum_ordered(moments)
     mean = total / count
     deviation = (squares / count - mean**2).clamp_min(0.0).sqrt()
-    return ((advantage - mean) / (deviation + 1e-8) * active).to(active.dtype)
+    return ((advantage - mean) / (deviation + 1e-8) * active).to(advantage.dtype)
 
 
-Loss = Callable[[Batch, PolicyOut, Tensor, Tensor], tuple[Tensor, Tensor]]
-"""(batch, heads' outputs, number of active steps over all ranks, entropy weight) to the loss and
-a vector of sums over steps that is logged."""
-
-
-def gradient_step(
-    config: GradientConfig,
-    state: GradientState,
-    objective: ReturnObjective,
-    batch: Batch,
-    loss_fn: Loss,
-    comm: Comm,
-) -> tuple[Tensor, float]:
-    """One Adam step on a batch; gradients and logged sums are added over ranks in rank order.
-
-    Changes ``state`` in place. Returns the logged sums divided by the number of active steps, and
-    the norm of the gradient before clipping.
-    """
-    count = comm.sum_ordered(batch.active.sum().double()).to(state.theta.dtype)
-    coef = config.at(state.update, config.entropy_coef, config.entropy_final)
-    weights = count, torch.full_like(count, coef)
-    differentiate = functools.partial(_gradient, objective.policy, loss_fn)
-    captured, given = objective.evaluator.captured, (state.params(), batch, *weights)
-    own = differentiate(*given) if captured is None else captured("loss", differentiate, *given)
-    joint = comm.sum_ordered(own)
-    flat, sums = joint[: len(state.theta)], joint[len(state.theta) :]
-    norm = float(flat.norm())
-    if not math.isfinite(norm):
-        raise FloatingPointError(
-            f"update {state.update}: the gradient is not finite (fast weights or values exploded); "
-            "lower optimizer.learning_rate or policy.depth, or set policy.squash_embedding = true"
-        )
-    if config.max_grad_norm > 0.0:
-        flat = flat * min(1.0, config.max_grad_norm / (norm + 1e-6))
-    rate = config.at(state.update, config.learning_rate, config.learning_rate_final)
-    adam(state, flat, rate, config.adam_eps)
-    return sums / count, norm
-
-
-@differentiating
-@torch.enable_grad()
-def _gradient(
-    policy: Policy, loss_fn: Loss, params: Params, batch: Batch, count: Tensor, coef: Tensor
-) -> Tensor:
-    """The gradient by every parameter, and behind it the logged sums, flat."""
-    leaves = {k: v.detach().requires_grad_() for k, v in params.items()}
-    out, _ = policy.unroll(leaves, _restart(policy, leaves, batch.start), batch.ts)
-    loss, sums = loss_fn(batch, out, count, coef)
-    grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
-    flat = [
-        (torch.zeros_like(leaf) if grad is None else grad).reshape(-1)
-        for leaf, grad in zip(leaves.values(), grads, strict=True)
-    ]
-    return torch.cat([*flat, sums.to(flat[0].dtype)])
-
-
-def _restart(policy: Policy, leaves: Params, recorded: State) -> State:
-    """The recorded first state, with the gradient path to a learned W0 put back."""
-    if "memory.W0" not in leaves:
-        return recorded
-    first = recorded["W"]
-    return recorded | {"W": leaves["memory.W0"].unsqueeze(1).expand_as(first)}
-
-
-def adam(state: GradientState, gradient: Tensor, rate: float, eps: float) -> None:
-    """Adam (Kingma & Ba 2015, algorithm 1) on flat vectors, descending."""
-    state.adam_steps += 1
-    state.first_moment = torch.lerp(gradient, state.first_moment, 0.9)
-    state.second_moment = torch.lerp(gradient * gradient, state.second_moment, 0.999)
-    first = state.first_moment / (1.0 - 0.9**state.adam_steps)
-    second = state.second_moment / (1.0 - 0.999**state.adam_steps)
-    state.theta = state.theta - rate * first / (second.sqrt() + eps)
-
-
-def collect(
-    config: GradientConfig, state: GradientState, objective: ReturnObjective, comm: Comm
-) -> tuple[Batch, Metrics]:
-    """Record this rank's trials and turn them into a batch; metrics are over all ranks."""
-    check(config, state.shapes, objective, comm)
-    recorded, last, task_metrics = objective.trajectories(
-        state.params(), state.update, comm.rank, comm.size
-    )
-    trials = recorded.reward.shape[2]
-    names = sorted(task_metrics)
+def _metrics(recorded: Trajectory, scores: Metrics, comm: Comm) -> Metrics:
+    """Mean return and scores over the trials of all ranks, and their steps."""
+    trials, names = recorded.reward.shape[2], sorted(scores)
     sums = [float(recorded.reward.sum()), float(recorded.active.sum()), float(trials)]
     for name in names:
         # NaN: none of this rank's trials came so far.
-        defined = not math.isnan(task_metrics[name])
-        sums += [trials * task_metrics[name], trials] if defined else [0.0, 0.0]
+        defined = not math.isnan(scores[name])
+        sums += [trials * scores[name], trials] if defined else [0.0, 0.0]
     total = comm.sum_ordered(torch.tensor(sums, dtype=torch.float64, device="cpu")).tolist()
     metrics = {"return_mean": total[0] / total[2], "env_steps": total[1]}
     for name, value, count in zip(names, total[3::2], total[4::2], strict=True):
         metrics[name] = value / count if count else math.nan
-    return make_batch(config, recorded, last, comm), metrics
+    return metrics
 
 
-def check(
-    config: GradientConfig, leaves: Iterable[str], objective: ReturnObjective, comm: Comm
-) -> None:
-    """Refuse what a policy gradient cannot train, before any work."""
+def check_value(leaves: Iterable[str]) -> None:
+    """Refuse a policy without a value head."""
     if not any(name.startswith("value.") for name in leaves):
         raise errors.UserError(
             "the policy has no value head, which a2c and ppo need; make it with value=True"
         )
-    config.check(objective, comm.size)

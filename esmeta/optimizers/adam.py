@@ -6,8 +6,8 @@ clipped by itself before the mean over all agents of all ranks is taken.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,11 +16,12 @@ from esmeta import errors
 from esmeta.modes import differentiating
 from esmeta.optimizers import _gradient as pg
 from esmeta.options import options_class
+from esmeta.rl.steppers import shortened
 from esmeta.rng import Rng
 from esmeta.types import Comm, MetaLoss, Metrics, Params, State
 
 
-@dataclass
+@dataclass(frozen=True)
 class AdamState(pg.GradientState):
     """Also ``agents`` of this rank (None: not yet begun) and those of all ranks as saved."""
 
@@ -29,7 +30,7 @@ class AdamState(pg.GradientState):
 
 
 @options_class
-class Optimizer:
+class Optimizer(pg.GradientOptimizer):
     """One Adam step on the mean of the agents' gradients.
 
     Attributes:
@@ -45,7 +46,6 @@ class Optimizer:
     schedule_updates: int = 0
     max_grad_norm: float = 1.0
     adam_eps: float = 1e-8
-    gradient: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         errors.finite_positive("learning_rate", self.learning_rate)
@@ -68,27 +68,24 @@ class Optimizer:
         objective.check_ranks(ranks)
 
     def init(self, theta: Params, rng: Rng) -> AdamState:
-        return AdamState(**vars(pg.init_state(theta)))
-
-    def theta(self, state: AdamState) -> Params:
-        return state.params()
+        """The state before the first update."""
+        return AdamState(**vars(super().init(theta, rng)))
 
     def gather(self, state: AdamState, objective: MetaLoss, comm: Comm) -> AdamState:
         """The state with the agents of all ranks saved in rank order."""
         if state.agents is None:
             return state
         own = objective.save(state.agents)
-        state.saved = {name: _gathered(leaf, comm) for name, leaf in own.items()}
-        return state
+        return replace(state, saved={name: _gathered(leaf, comm) for name, leaf in own.items()})
 
     def state_dict(self, state: AdamState) -> dict[str, Any]:
-        return pg.save_state(state) | {"agents": state.saved or {}}
+        """Everything a resumed run needs."""
+        return super().state_dict(state) | {"agents": state.saved or {}}
 
     def load_state_dict(self, saved: dict[str, Any], theta: Params) -> AdamState:
-        numbers = {name: value for name, value in saved.items() if name != "agents"}
-        state = AdamState(**vars(pg.load_state(numbers, theta)))
-        state.saved = saved["agents"] or None
-        return state
+        """The inverse of :meth:`state_dict`."""
+        numbers = vars(super().load_state_dict(saved, theta))
+        return AdamState(**numbers, saved=saved["agents"] or None)
 
     @differentiating
     @torch.enable_grad()
@@ -96,23 +93,21 @@ class Optimizer:
         self, state: AdamState, objective: MetaLoss, comm: Comm, rng: Rng
     ) -> tuple[AdamState, Metrics]:
         """Let the agents live on, and step along the mean of their clipped gradients."""
-        if state.agents is None and state.saved is not None:
-            state.agents = objective.restore(state.saved, comm.rank, comm.size)
-        elif state.agents is None:
-            state.agents = objective.start(comm.rank, comm.size)
-        state.saved = None
-        count = objective.rows(state.agents)
+        agents = state.agents
+        if agents is None and state.saved is not None:
+            agents = objective.restore(state.saved, comm.rank, comm.size)
+        elif agents is None:
+            agents = objective.start(comm.rank, comm.size)
+        count = objective.rows(agents)
         leaves = {
             name: leaf.expand(count, *leaf.shape[1:]).clone().requires_grad_()
             for name, leaf in state.params().items()
         }
-        state.agents, loss, metrics = objective.loss(leaves, state.agents)
+        agents, loss, metrics = objective.loss(leaves, agents)
         gradients = torch.autograd.grad(loss.sum(), list(leaves.values()))
         rows = torch.cat([gradient.reshape(count, -1) for gradient in gradients], dim=1)
-        norms = rows.norm(dim=1)
-        if self.max_grad_norm > 0:
-            rows = rows * (self.max_grad_norm / (norms + 1e-6)).clamp_max(1.0).unsqueeze(1)
-        known = {"meta_loss": loss.detach(), "gradient_norm": norms, **metrics}
+        known = {"meta_loss": loss.detach(), "gradient_norm": rows.norm(dim=1), **metrics}
+        rows = shortened(rows, self.max_grad_norm)
         sums = [torch.stack([v.double().nansum(), (~v.isnan()).sum().double()])
                 for v in known.values()]  # fmt: skip
         own = torch.cat([rows.sum(dim=0).double(), *(pair.to(rows.device) for pair in sums)])
@@ -121,16 +116,16 @@ class Optimizer:
         means = {name: total / n if n else float("nan")
                  for name, (total, n) in zip(known, pairs, strict=True)}  # fmt: skip
         means["env_steps"] = pairs[list(known).index("env_steps")][0]
-        agents = pairs[0][1]
-        mean = joint[: rows.shape[1]] / agents
-        if not bool(torch.isfinite(mean).all()) or agents == 0:
+        living = pairs[0][1]
+        mean = joint[: rows.shape[1]] / living
+        if not bool(torch.isfinite(mean).all()) or living == 0:
             raise FloatingPointError(
                 f"update {state.update}: the gradient of an agent is not finite (its critics or "
                 "the learned loss exploded); lower optimizer.learning_rate or objective.inner_rate"
             )
-        pg.adam(state, mean.to(state.theta.dtype), self._rate(state.update), self.adam_eps)
-        state.update += 1
-        return state, means
+        rate = self._rate(state.update)
+        state = state.along(mean.unsqueeze(0).to(state.theta.dtype), rate, self.adam_eps)
+        return replace(state, update=state.update + 1, agents=agents, saved=None), means
 
 
 def _gathered(leaf: Tensor, comm: Comm) -> Tensor:

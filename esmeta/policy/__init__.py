@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from esmeta import config as _config
-from esmeta.policy._core import Bound, Policy, PolicyConfig
+from esmeta.agent.policy import Bound, Policy, PolicyConfig
 from esmeta.tree import unravel_shapes
 from esmeta.types import Params, Spec
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Literal
 
 from esmeta import errors
+from esmeta.agent.plastic import Plastic
+from esmeta.agent.policy import Policy, PolicyConfig, policy_of
 from esmeta.options import options_class
-from esmeta.policy._core import Policy, PolicyConfig
-from esmeta.policy._plastic import Plastic
 from esmeta.types import Spec
 
 
@@ -49,4 +49,4 @@ def build(spec: Spec, config: Config, *, value: bool) -> Policy:
         w0_std=config.w0_std,
         skip=config.skip,
     )
-    return Policy(spec, config, memory, value=value)
+    return policy_of(spec, config, memory, value=value)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from esmeta.agent.policy import Policy, PolicyConfig, policy_of
+from esmeta.agent.recurrent import Feedforward
 from esmeta.options import options_class
-from esmeta.policy._core import Policy, PolicyConfig
-from esmeta.policy._recurrent import Feedforward
 from esmeta.types import Spec
 
 
@@ -15,4 +15,4 @@ class Config(PolicyConfig):
 
 def build(spec: Spec, config: Config, *, value: bool) -> Policy:
     """A policy with Feedforward between embedding and heads."""
-    return Policy(spec, config, Feedforward(config.neurons), value=value)
+    return policy_of(spec, config, Feedforward(config.neurons), value=value)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from esmeta.agent.policy import Policy, policy_of
+from esmeta.agent.recurrent import Gru, RecurrentConfig
 from esmeta.options import options_class
-from esmeta.policy._core import Policy
-from esmeta.policy._recurrent import Gru, RecurrentConfig
 from esmeta.types import Spec
 
 
@@ -16,4 +16,4 @@ class Config(RecurrentConfig):
 def build(spec: Spec, config: Config, *, value: bool) -> Policy:
     """A policy with Gru between the tanh layers of the embedding and the heads."""
     memory = Gru(config.hidden[-1], config.neurons)
-    return Policy(spec, config, memory, value=value, tanh_layers_only=True)
+    return policy_of(spec, config, memory, value=value, tanh_layers_only=True)

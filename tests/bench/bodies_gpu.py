@@ -35,9 +35,9 @@ import mujoco
 import torch
 
 import esmeta
+from esmeta.agent import heads
 from esmeta.envs import warp
 from esmeta.envs.mujoco import MujocoEnv
-from esmeta.policy import _heads as heads
 from esmeta.rng import Rng
 from esmeta.tasks import make_task
 

@@ -67,8 +67,8 @@ from torch import Tensor  # noqa: E402
 import esmeta  # noqa: E402
 from esmeta import kernels  # noqa: E402
 from esmeta import rollout as loop  # noqa: E402
+from esmeta.agent import heads  # noqa: E402
 from esmeta.policy import Bound, Policy  # noqa: E402
-from esmeta.policy import _heads as heads  # noqa: E402
 from esmeta.rng import Rng  # noqa: E402
 from esmeta.types import Fitness, Params, PolicyOut, State, Task, TimeStep  # noqa: E402
 

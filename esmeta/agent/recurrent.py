@@ -7,10 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from esmeta.agent.linear import apply_linear, orthogonal
+from esmeta.agent.policy import PolicyConfig
 from esmeta.errors import UserError
 from esmeta.options import options_class
-from esmeta.policy._core import PolicyConfig
-from esmeta.policy._linear import apply_linear, orthogonal
 from esmeta.rng import Rng
 from esmeta.types import Params, State
 

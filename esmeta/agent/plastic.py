@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from esmeta import kernels
-from esmeta.policy._linear import orthogonal
+from esmeta.agent.linear import orthogonal
 from esmeta.rng import Rng
 from esmeta.types import Params, State
 

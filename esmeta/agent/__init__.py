@@ -1,0 +1,1 @@
+"""Agents: embedding -> memory -> heads over the axes P and B, whoever trains them."""

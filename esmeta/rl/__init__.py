@@ -1,0 +1,1 @@
+"""What methods of reinforcement learning share: returns, losses, steppers, one definition each."""
