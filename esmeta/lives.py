@@ -1,24 +1,40 @@
-"""Trials that are run in windows: lives that can be left, stored, and gone on with.
+"""Lives that are run in windows: they can be left, stored, and gone on with.
 
-A life is one trial per task of a member. Between two windows the parameters may change; memory,
-environment, time step and which trials go on are kept. Nothing is computed here: the loop is
-:func:`esmeta.rollout.rollout`, the batches are those of :class:`esmeta.PopulationEvaluator`, so
-that lives have the same bits for any chunk and any split of members over calls or ranks.
+Two kinds of lives share one loop, :func:`esmeta.rollout.rollout`, and one way of storing:
+:class:`TrialLives`, in which a life is a trial of a member and parameters may change between
+windows, and :class:`AgentLives`, in which agents learn between windows. Everything random is
+addressed by the number of a life: what happens in it does not depend on its batch mates.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from esmeta import rollout as loop
+from esmeta.agent.policy import Policy
+from esmeta.envs.remote import RemoteTask
 from esmeta.errors import UserError
-from esmeta.evaluator import PopulationEvaluator, join
+from esmeta.evaluator import OwnEnv, PopulationEvaluator, join, on_device, place_tasks
+from esmeta.rl.losses import Loss
+from esmeta.rng import Rng
+from esmeta.rollout import Trajectory
+from esmeta.tasks import single
 from esmeta.tree import leaves_of, with_leaves
-from esmeta.types import BatchedEnv, Fitness, Hosted, Params, State, TimeStep
+from esmeta.types import (
+    BatchedEnv,
+    Fitness,
+    Hosted,
+    Params,
+    PolicyOut,
+    State,
+    Task,
+    Tasks,
+    TimeStep,
+)
 
 
 def check_can_be_left(env: BatchedEnv) -> None:
@@ -29,6 +45,50 @@ def check_can_be_left(env: BatchedEnv) -> None:
             "objective.name = 'return' with optimizer.name = 'openes' or 'ppo', run.remote_envs = "
             "false, or another task"
         )
+
+
+# --- storing -------------------------------------------------------------------------------------
+
+
+def rows_of(env_state: Any, wider: Any, rows: int) -> State:
+    """The leaves ``[rows, ...]`` of an environment's state, by their place.
+
+    ``wider`` is a state of one row more: a leaf that is as long there is not the rows' own, but is
+    derived from tasks, and left out. Clocks that all share are repeated.
+    """
+    saved = {}
+    pairs = zip(leaves_of(env_state), leaves_of(wider), strict=True)
+    for number, (leaf, other) in enumerate(pairs):
+        if leaf.ndim == 0:
+            saved[f"env.{number}"] = leaf.expand(rows)
+        elif leaf.shape[0] != other.shape[0]:
+            saved[f"env.{number}"] = leaf
+    return saved
+
+
+def with_rows(env_state: Any, saved: State) -> Any:
+    """A state that has just begun, as it was when :func:`rows_of` saw it."""
+    leaves = leaves_of(env_state)
+    for name, leaf in named(saved, "env.").items():
+        # A number that all trials of a batch share is a clock. Batches stop early where all their
+        # trials have ended, and what has ended stays so: the latest clock serves them all.
+        shared = leaves[int(name)].ndim == 0
+        leaves[int(name)] = leaf.max() if shared else leaf
+    return with_leaves(env_state, leaves)
+
+
+def named(saved: State, prefix: str) -> State:
+    """Leaves whose names begin with ``prefix``, without it."""
+    return {k.removeprefix(prefix): v for k, v in saved.items() if k.startswith(prefix)}
+
+
+def numbered(saved: State, prefix: str) -> list[Tensor]:
+    """Leaves ``prefix0``, ``prefix1``, ... in their order."""
+    found = named(saved, prefix)
+    return [found[str(i)] for i in range(len(found))]
+
+
+# --- trials of members ---------------------------------------------------------------------------
 
 
 class _Part(NamedTuple):
@@ -149,35 +209,331 @@ class TrialLives:
     def _save_part(self, part: _Part, life: int) -> State:
         rows, end = len(part.rows), part.end
         tasks, rng = self._trials(life)
-        # A leaf that is as long for one member more is not the members'.
-        other, _ = self.evaluator.env.reset(tasks, rng, rows + 1)
+        wider, _ = self.evaluator.env.reset(tasks, rng, rows + 1)
         steps = torch.full((rows,), end.t, dtype=torch.int64, device="cpu")
         saved = {"steps": steps, "active": end.active}
         saved |= {f"memory.{name}": leaf for name, leaf in end.state.items()}
         saved |= {f"ts.{name}": leaf for name, leaf in end.ts._asdict().items()}
-        pairs = zip(leaves_of(end.env_state), leaves_of(other), strict=True)
-        for number, (leaf, reference) in enumerate(pairs):
-            if leaf.ndim == 0:
-                saved[f"env.{number}"] = leaf.expand(rows)
-            elif leaf.shape[0] != reference.shape[0]:
-                saved[f"env.{number}"] = leaf
-        return saved
+        return saved | rows_of(end.env_state, wider, rows)
 
 
 def _restored(saved: State, env_state: Any) -> loop.End:
-    def named(prefix: str) -> State:
-        return {k.removeprefix(prefix): v for k, v in saved.items() if k.startswith(prefix)}
-
-    leaves = leaves_of(env_state)
-    for number, leaf in named("env.").items():
-        # A number that all trials of a batch share is a clock. Batches stop early where all their
-        # trials have ended, and what has ended stays so: the latest clock serves them all.
-        shared = leaves[int(number)].ndim == 0
-        leaves[int(number)] = leaf.max() if shared else leaf
     return loop.End(
-        state=named("memory."),
-        env_state=with_leaves(env_state, leaves),
-        ts=TimeStep(**named("ts.")),
+        state=named(saved, "memory."),
+        env_state=with_rows(env_state, saved),
+        ts=TimeStep(**named(saved, "ts.")),
         t=int(saved["steps"].max()),
         active=saved["active"],
     )
+
+
+# --- agents that learn ---------------------------------------------------------------------------
+
+
+class Learner(Protocol):
+    """What trains agents inside a life; see :mod:`esmeta.rl.on_policy` and ``off_policy``."""
+
+    @property
+    def agent(self) -> Policy: ...
+
+    @property
+    def period(self) -> int:
+        """Environment steps between two calls of :meth:`update`."""
+        ...
+
+    def init(self, rng: Rng, index: Tensor, first: Params | None = None) -> Any:
+        """State of fresh agents with the numbers ``index`` int64 ``[P]``.
+
+        ``first`` are leaves ``[P, ...]`` of their networks that are given instead of drawn.
+        """
+        ...
+
+    def acting(self, state: Any) -> Params:
+        """Leaves ``[P, ...]`` that the agent acts with."""
+        ...
+
+    def act(self, state: Any) -> loop.Act:
+        """How heads and noise become actions now."""
+        ...
+
+    def update(self, state: Any, new: Trajectory, loss: Loss, rng: Rng) -> Any:
+        """The state after learning from ``new``: ``period`` steps of each agent, B = 1."""
+        ...
+
+    def save(self, state: Any) -> list[Tensor]:
+        """All of it as leaves ``[P, ...]``."""
+        ...
+
+    def restore(self, fresh: Any, saved: list[Tensor]) -> Any:
+        """The inverse of :meth:`save` for agents that are ``fresh``."""
+        ...
+
+
+class Life(NamedTuple):
+    """P agents somewhere in their lives.
+
+    ``state`` is the learner's, ``index`` int64 ``[P]`` the numbers of the lives, ``end`` where the
+    rollout was left, ``noise [T, P, 1, k]`` that of all actions of the trial (None: it is drawn
+    window by window); ``tasks`` leaves ``[P, 1, ...]``; ``env`` is the environment they are in,
+    which some simulators are part of; ``trial`` counts the trials that were begun before.
+    """
+
+    state: Any
+    index: Tensor
+    end: loop.End
+    noise: Tensor | None
+    tasks: Tasks
+    env: BatchedEnv
+    trial: int = 0
+
+
+class EpisodeReturns:
+    """Keeps the return of the first episode of each trial, float64 ``[P, B]``, and all steps."""
+
+    def __init__(self, population: int, batch: int, device: torch.device | str) -> None:
+        self.returns = torch.zeros(population, batch, dtype=torch.float64, device=device)
+        self.steps = torch.zeros(population, batch, dtype=torch.int64, device=device)
+        self._first = torch.ones(population, batch, dtype=torch.bool, device=device)
+
+    def record(
+        self, ts: TimeStep, out: PolicyOut, action: Tensor, after: TimeStep, active: Tensor
+    ) -> None:
+        self.returns += after.reward * self._first
+        self.steps += self._first
+        self._first = self._first & ~(after.new_episode | after.new_trial)
+
+
+@dataclass(frozen=True)
+class AgentLives(OwnEnv):
+    """Lives of agents, one environment each, that one learner trains on one task distribution.
+
+    A life is one trial; or, where it is ``endless``, as many as are asked for: when the trial of an
+    agent is over, all begin new ones, on the tasks they have, and random numbers are drawn window
+    by window, so that nothing grows with the horizon.
+
+    ``test_episodes`` episodes of at most ``test_steps`` steps are played with the trained policy,
+    as it samples its actions, on the task of its life. ``twins`` lives in a row share all that is
+    random but their tasks. With ``timeout_is_terminal`` agents take the end of an episode by a time
+    limit for a terminal state; they learn from rewards times ``reward_scale``.
+    """
+
+    learner: Learner
+    task: Task
+    seed: int
+    device: torch.device
+    test_episodes: int = 0
+    test_steps: int = 32
+    twins: int = 1
+    endless: bool = False
+    timeout_is_terminal: bool = False
+    reward_scale: float = 1.0
+
+    # --- what can be lived ---------------------------------------------------------------------
+
+    @property
+    def updates(self) -> int:
+        """Updates of a whole trial."""
+        return self.task.spec.horizon // self.learner.period
+
+    def check_own(self) -> None:
+        """Refuse worlds of other ranks, of which every life would make new ones."""
+        if isinstance(self.task, RemoteTask):
+            raise UserError(
+                "run.remote_envs = true: every life has worlds of its own, which the other ranks "
+                "would keep for good; write run.remote_envs = false: ranks then share the lives"
+            )
+
+    def check_left(self) -> None:
+        """Refuse lives that cannot be left for others."""
+        check_can_be_left(self.task.make_env(self.device))
+
+    def check_length(self) -> None:
+        """Refuse a trial without an update, or one that ends between two."""
+        horizon, period = self.task.spec.horizon, self.learner.period
+        if horizon % period or (horizon < period and not self.endless):
+            what = "trials" if self.endless else "a life"
+            raise UserError(
+                f"period = {period}: {what} of task.horizon = {horizon} steps must be a multiple "
+                f"of the steps between updates; write for example task.horizon = "
+                f"{max(1, round(horizon / period)) * period}"
+            )
+
+    def most_agents(self, agents: int) -> int:
+        """How many of ``agents`` may live at a time: all, or as few as simulators allow.
+
+        Each needs one for its life and one for every test episode; refused where not even the two
+        agents of a smallest batch have those.
+        """
+        env = self.task.make_env(self.device)
+        if not isinstance(env, Hosted):
+            return agents
+        each = 1 + self.test_episodes
+        found = env.most_worlds // each
+        if found < 2:
+            raise UserError(
+                f"most_worlds is {env.most_worlds}: agents live in batches of at least 2, each in "
+                f"{each} simulators (one for its life, {self.test_episodes} for test episodes): "
+                f"write most_worlds={2 * each}"
+            )
+        return min(agents, found)
+
+    def check_room(self, agents: int) -> None:
+        """Refuse more agents at a time than there may be simulators."""
+        env = self.env
+        if isinstance(env, Hosted) and env.most_worlds < agents:
+            raise UserError(
+                f"most_worlds leaves {env.most_worlds} simulators: the agents of a rank, each in "
+                f"one of its own, and at least two that are scored need {agents}: write "
+                f"most_worlds={agents}"
+            )
+
+    # --- living --------------------------------------------------------------------------------
+
+    def begin(self, index: Tensor, split: str, first: Params | None = None) -> Life:
+        """Fresh agents with life numbers ``index`` int64 ``[P]``, at their first step.
+
+        ``first`` are leaves ``[P, ...]`` of their networks that are given instead of drawn.
+        """
+        rng, tasks = self.rng(split), self.tasks(index, split)
+        number = tasks.index[:, 0]
+        state = self.learner.init(rng, number, first)
+        env = self.env if self.endless else self.task.make_env(self.device)
+        noise = None if self.endless else loop.action_noise(self.learner.agent, tasks.index, rng)
+        end = self._first(env, tasks, state, 0, split)
+        if not bool(torch.isfinite(end.ts.obs).all()):
+            raise UserError(
+                "the task's first observation is not finite; agents that learn need bounded "
+                "observations: clip or rescale them in the task"
+            )
+        return Life(state, number, end, noise, tasks, env)
+
+    def _first(self, env: BatchedEnv, tasks: Tasks, state: Any, trial: int, split: str) -> loop.End:
+        """Where trial number ``trial`` of the lives begins."""
+        rng = self.rng(split).fold("trial", trial) if self.endless else self.rng(split)
+        env_state, ts = env.reset(tasks, rng, len(tasks.index))
+        acting = self.learner.acting(state)
+        memory = self.learner.agent.initial_state(acting, 1, rng, tasks.index)
+        return loop.End(memory, env_state, ts, 0, torch.ones_like(ts.new_trial))
+
+    def act(self, life: Life, split: str) -> tuple[Life, Trajectory]:
+        """One period of acting, from which the agents have yet to learn."""
+        learner = self.learner
+        over = life.end.t >= self.task.spec.horizon or not bool(life.end.active.all())
+        if self.endless and over:
+            life.state.replay.cut()
+            trial = life.trial + 1
+            end = self._first(life.env, life.tasks, life.state, trial, split)
+            life = life._replace(end=end, trial=trial)
+        acting, noise, end = learner.acting(life.state), life.noise, life.end
+        if noise is None:
+            noise, end = self._drawn(life, split), end._replace(t=0)
+        begin = loop.go_on(learner.agent, acting, end, noise)
+        recorder = loop.Recorder(end.state, heads=False)
+        with torch.no_grad():
+            until, act = end.t + learner.period, learner.act(life.state)
+            end = loop.rollout(
+                learner.agent, life.env, begin, recorder, until=until, act=act, ask=False
+            )
+        done = life.end.t + learner.period
+        return life._replace(end=end._replace(t=done)), recorder.trajectory(end)
+
+    def _drawn(self, life: Life, split: str) -> Tensor:
+        """What the actions of a window are drawn with, ``[period, P, 1, k]``."""
+        width, period = self.task.spec.action.size, self.learner.period
+        draw = self.rng(split).fold("action", life.state.replay.count)
+        noise = draw.normal(life.index, period * width)
+        return noise.reshape(len(life.index), period, 1, width).transpose(0, 1)
+
+    def advance(self, life: Life, loss: Loss, split: str) -> tuple[Life, Trajectory]:
+        """One period of acting and the update that follows; also what was lived through."""
+        life, new = self.act(life, split)
+        state = self.learner.update(life.state, self.taught(new), loss, self.learning(split))
+        return life._replace(state=state), new
+
+    def taught(self, new: Trajectory) -> Trajectory:
+        """What agents take for what they lived through."""
+        if self.timeout_is_terminal:
+            ended = torch.cat([new.ts.terminated[:1], new.ended])
+            new = new._replace(ts=new.ts._replace(terminated=ended))
+        return new.scaled(self.reward_scale)
+
+    def learning(self, split: str) -> Rng:
+        """What updates are drawn from."""
+        return self.rng(split).fold("learning") if self.endless else self.rng(split)
+
+    @torch.no_grad()
+    def score(self, life: Life, split: str) -> tuple[Tensor, Tensor]:
+        """Mean return of an episode by the policies as they are, float64 ``[P]``, and the steps."""
+        episodes = self.test_episodes
+        rng = self.rng(split).fold("test")
+        number = torch.arange(episodes, device=life.tasks.index.device)
+        index = life.tasks.index * episodes + number
+        data = {
+            name: leaf.expand(leaf.shape[0], episodes, *leaf.shape[2:])
+            for name, leaf in life.tasks.data.items()
+        }
+        # Where a task has an address of its own for noise, episodes need different ones too.
+        data |= {k: x + number for k, x in data.items() if k.rpartition(".")[2] == "start"}
+        agent, acting = self.learner.agent, self.learner.acting(life.state)
+        steps = min(self.test_steps, self.task.spec.horizon)
+        env = single(self.task, steps).make_env(self.device)
+        begin = loop.start(agent, acting, env, Tasks(index, data), rng)
+        kept = EpisodeReturns(*begin.ts.reward.shape, device=self.device)
+        act = self.learner.act(life.state)
+        loop.rollout(agent, env, begin, kept, until=steps, act=act)
+        return kept.returns.mean(dim=1), kept.steps.sum(dim=1)
+
+    def tasks(self, index: Tensor, split: str) -> Tasks:
+        """The task of each agent, leaves ``[P, 1, ...]``."""
+        found = self.task.sample(index.cpu(), split, Rng(self.seed).fold("tasks"))
+        data = {k: v.transpose(0, 1) for k, v in found.data.items()}
+        number = found.index.transpose(0, 1) // self.twins
+        return place_tasks(Tasks(number, data), self.device)
+
+    def rng(self, split: str) -> Rng:
+        """What lives of a split are drawn from."""
+        return Rng(self.seed).fold("training" if self.endless else "lives", split)
+
+    # --- storing -------------------------------------------------------------------------------
+
+    def save(self, life: Life, split: str) -> State:
+        """All that changes as plain tensors, leaves ``[P, ...]``."""
+        end, rows = life.end, len(life.index)
+        saved = {name: torch.full_like(life.index, n)
+                 for name, n in (("trial", life.trial), ("t", end.t))}  # fmt: skip
+        saved["index"] = life.index
+        leaves = {"state.": self.learner.save(life.state), "ts.": [*end.ts, end.active]}
+        for prefix, found in leaves.items():
+            saved |= {f"{prefix}{i}": leaf for i, leaf in enumerate(found)}
+        saved |= {f"memory.{name}": leaf for name, leaf in end.state.items()}
+        try:
+            leaves_of(end.env_state)
+        except TypeError:  # A simulator that cannot be stored: its agents begin a new trial.
+            saved["t"] = torch.full_like(life.index, self.task.spec.horizon)
+        else:
+            wider = self._wider(life, split)
+            saved |= rows_of(end.env_state, wider, rows)
+        return {name: leaf.cpu().clone() for name, leaf in saved.items()}
+
+    def _wider(self, life: Life, split: str) -> Any:
+        tasks = life.tasks
+        index = torch.cat([tasks.index, tasks.index[:1]])
+        data = {name: torch.cat([leaf, leaf[:1]]) for name, leaf in tasks.data.items()}
+        return life.env.reset(Tasks(index, data), self.rng(split), len(index))[0]
+
+    def restore(self, begun: Life, saved: State, split: str) -> Life:
+        """Lives that have just :meth:`begin` as they were saved; goes on bit for bit."""
+        saved = on_device(saved, self.device)
+        trial = int(saved["trial"][0])
+        state = self.learner.restore(begun.state, numbered(saved, "state."))
+        life = begun._replace(state=state, trial=trial)
+        end = self._first(life.env, life.tasks, state, trial, split)
+        *ts, active = numbered(saved, "ts.")
+        end = loop.End(
+            named(saved, "memory."),
+            with_rows(end.env_state, saved),
+            TimeStep(*ts),
+            int(saved["t"].max()),
+            active,
+        )
+        return life._replace(end=end)

@@ -123,6 +123,12 @@ class Trajectory(NamedTuple):
         return TimeStep(*(leaf[:-1] for leaf in self.ts))._replace(new_trial=stale)
 
     @property
+    def all_steps(self) -> TimeStep:
+        """:attr:`steps` and, behind them, what followed the last transition."""
+        stale = torch.cat([self.ts.new_trial[:1], ~self.active])
+        return self.ts._replace(new_trial=stale)
+
+    @property
     def after(self) -> TimeStep:
         """The time steps that the transitions led to, ``[T, P, B, ...]``."""
         return TimeStep(*(leaf[1:] for leaf in self.ts))
@@ -148,11 +154,44 @@ class Trajectory(NamedTuple):
         """Whether what follows it is worth nothing, as the episode ended there by itself."""
         return self.ts.terminated[1:] & self.active
 
+    def last(self, count: int) -> Trajectory:
+        """The newest ``count`` transitions; what memory was before them is not known."""
+        if count == len(self.action):
+            return self
+        ts = TimeStep(*(leaf[-count - 1 :] for leaf in self.ts))
+        assert self.out is None
+        return Trajectory({}, ts, self.action[-count:], self.active[-count:], None, self.end)
+
+    def then(self, later: Trajectory) -> Trajectory:
+        """This and what came after it."""
+
+        def joined(first: Tensor, second: Tensor) -> Tensor:
+            # Along the time of each member, which is how they lie in memory.
+            parts = first.transpose(0, 1), second.transpose(0, 1)
+            return torch.cat(parts, dim=1).transpose(0, 1)
+
+        ts = TimeStep(*(joined(a[:-1], b) for a, b in zip(self.ts, later.ts, strict=True)))
+        action, active = joined(self.action, later.action), joined(self.active, later.active)
+        assert self.out is None and later.out is None
+        return Trajectory(self.start, ts, action, active, None, later.end)
+
+    def scaled(self, factor: float) -> Trajectory:
+        """With rewards times ``factor``."""
+        if factor == 1.0:
+            return self
+        return self._replace(ts=self.ts._replace(reward=self.ts.reward * factor))
+
+    def between(self, low: int, high: int) -> Trajectory:
+        """Trials ``low`` .. ``high`` - 1 of every member."""
+        return self._some(lambda leaf, axis: leaf.narrow(axis, low, high - low))
+
     def trials(self, chosen: Tensor) -> Trajectory:
         """Some trials only, by their place in the batch, int64 ``[b]``."""
+        return self._some(lambda leaf, axis: leaf.index_select(axis, chosen))
+
+    def _some(self, choose: Callable[[Tensor, int], Tensor]) -> Trajectory:
         def some(tree: Any, axis: int) -> Any:
-            leaves = [leaf.index_select(axis, chosen) for leaf in leaves_of(tree)]
-            return with_leaves(tree, leaves)
+            return with_leaves(tree, [choose(leaf, axis) for leaf in leaves_of(tree)])
 
         start, *rows, end = self
         return Trajectory(some(start, 1), *(some(leaf, 2) for leaf in rows), some(end, 1))

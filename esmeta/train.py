@@ -71,6 +71,7 @@ def build(config: configs.Config, ranks: int = 1, node: Node | None = None) -> P
         scored = published(options).make(policy, published(task), **made)
     optimizer.check(objective, ranks)
     theta = {k: v.to(device) for k, v in objective.init(config.run.seed).items()}
+    policy = getattr(objective, "policy", None)  # agents of others are none that theta is of
     if policy is not None:
         policy.bind(theta)  # kernels for sizes that are new here are compiled before clocks run
     rng = Rng(config.run.seed).fold("optimizer")

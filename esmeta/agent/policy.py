@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from esmeta.agent.feedforward import Feedforward
 from esmeta.agent.heads import Distribution, half_range, middle
 from esmeta.agent.nets import Net, rows_of_norm
 from esmeta.errors import UserError
@@ -17,7 +18,7 @@ from esmeta.modes import affine
 from esmeta.options import options_class
 from esmeta.rng import Rng
 from esmeta.tree import shapes_of, size_of, stack_members
-from esmeta.types import Memory, Params, PolicyOut, Spec, State, TimeStep
+from esmeta.types import Discrete, Memory, Params, PolicyOut, Spec, State, TimeStep
 
 Need = Literal["value", "critics", "unit"]
 """What a loss needs of a policy besides its actions: V(s), two Q(s, a), EPG's memory unit."""
@@ -168,6 +169,37 @@ class Policy:
         """Whether it says what a state is worth."""
         return self.value is not None
 
+    def extended(
+        self,
+        kind: Literal["epg", "metagenrl"],
+        hidden: tuple[int, ...],
+        needs: frozenset[Need],
+        *,
+        std: float,
+    ) -> Policy:
+        """The policy with what an inner learner ``needs`` besides it.
+
+        Critics have layers ``hidden``. Agents of MetaGenRL act by a mean that is limited to the
+        range of the actions, with a fixed spread of ``std`` times half that range.
+        """
+        critics = critics_of(self.spec, kind, hidden) if "critics" in needs else ()
+        distribution = self.distribution
+        if kind == "metagenrl":
+            distribution = replace(distribution, std="fixed", first=std, limited=True)
+        widths = (*self.head.sizes[:-1], distribution.width)
+        return Policy(
+            self.spec,
+            inputs=self.inputs,
+            embed=self.embed,
+            memory=self.memory,
+            head=replace(self.head, sizes=widths),
+            distribution=distribution,
+            value=self.value,
+            critics=critics,
+            unit="unit" in needs,
+            config=self._config,
+        )
+
     # --- parameters ----------------------------------------------------------------------------
 
     def init_at(self, rng: Rng, numbers: Tensor) -> Params:
@@ -195,11 +227,7 @@ class Policy:
     def group(self, name: str) -> str:
         """What a leaf belongs to: ``value``, ``critics``, ``unit``, or ``actor``."""
         net = name.partition(".")[0]
-        if net in self.critics:
-            return "critics"
-        if net == "unit" or (self.value is not None and net == self.value.name):
-            return "unit" if net == "unit" else "value"
-        return "actor"
+        return "critics" if net in self.critics else net if net in ("value", "unit") else "actor"
 
     def part(self, params: Params, group: str) -> Params:
         """The leaves of one group."""
@@ -258,13 +286,16 @@ class Policy:
         parts = self.inputs.parts(ts, t, self.spec.horizon)
         return [part if part.dtype == bound.dtype else part.to(bound.dtype) for part in parts]
 
-    def heads(self, bound: Bound, y: Tensor) -> PolicyOut:
-        """Read-outs of the memory's output ``[(T,) P, B, size]``."""
-        raw = self.head.apply(bound.head, y)
-        value = None
-        if self.value is not None and bound.value is not None:
-            value = self.value.apply(bound.value, y).squeeze(-1)
-        return self.distribution.of(raw, bound.std, value)
+    def heads(
+        self, bound: Bound, y: Tensor, *, action: bool = True, value: bool = True
+    ) -> PolicyOut:
+        """Read-outs of the memory's output ``[(T,) P, B, size]``; of actions, of V, or both."""
+        worth = None
+        if value and self.value is not None and bound.value is not None:
+            worth = self.value.apply(bound.value, y).squeeze(-1)
+        if not action:
+            return PolicyOut(None, None, None, worth)
+        return self.distribution.of(self.head.apply(bound.head, y), bound.std, worth)
 
     def step_bound(
         self, bound: Bound, state: State, ts: TimeStep, t: int = 0, *, in_place: bool = False
@@ -304,21 +335,42 @@ class Policy:
         return self.heads(bound, y), state
 
     def read(
-        self, params: Params, state: State, recorded: TimeStep, rows: Tensor | None = None
+        self,
+        params: Params,
+        state: State,
+        recorded: TimeStep,
+        rows: Tensor | None = None,
+        *,
+        action: bool = True,
+        value: bool = True,
     ) -> PolicyOut:
         """The policy at steps of a recorded sequence, leaves ``[P, M, ...]``; differentiable.
 
         Steps are numbered trial by trial, M = B T of them; or ``rows`` int64 ``[P, m]`` of these.
-        Without a memory nothing but the rows is computed.
+        ``action`` and ``value`` say what is wanted. Without a memory nothing but the rows is
+        computed.
         """
-        if not self.stateless:
-            out, _ = self.unroll(params, state, recorded)
-            return _chosen_out(out, rows)
+        bound, y = self._remembered(params, state, recorded, rows)
+        return self.heads(bound, y, action=action, value=value)
+
+    def raw(self, params: Params, state: State, recorded: TimeStep) -> Tensor:
+        """What the head says at steps, ``[P, M, width]``, before it is made a distribution."""
+        bound, y = self._remembered(params, state, recorded, None)
+        return self.head.apply(bound.head, y)
+
+    def _remembered(
+        self, params: Params, state: State, recorded: TimeStep, rows: Tensor | None
+    ) -> tuple[Bound, Tensor]:
+        """The memory's output ``[P, M, size]`` at steps of a recorded sequence."""
         bound = self.bind(params)
         t = torch.arange(recorded.reward.shape[0], device=recorded.reward.device)
-        parts = [_chosen(part, rows) for part in self._parts(bound, recorded, t)]
-        y, _ = self.memory.step(bound.memory, state, self.embed.apply(bound.embed, *parts))
-        return self.heads(bound, y)
+        if self.stateless:
+            parts = [_chosen(part, rows) for part in self._parts(bound, recorded, t)]
+            x = self.embed.apply(bound.embed, *parts)
+            return bound, self.memory.step(bound.memory, state, x)[0]
+        x = self._embedded(bound, recorded, t)
+        y, _ = self.memory.scan(bound.memory, state, x, recorded.new_trial)
+        return bound, _chosen(y, rows)
 
     def critic(self, params: Params, name: str, obs: Tensor, action: Tensor) -> Tensor:
         """Q ``[P, M]`` by the critic ``name`` at ``obs [P, M, S]`` and ``action [P, M, A]``."""
@@ -351,15 +403,6 @@ def pick(leaf: Tensor, rows: Tensor) -> Tensor:
 def _chosen(leaf: Tensor, rows: Tensor | None) -> Tensor:
     leaf = steps_of(leaf)
     return leaf if rows is None else pick(leaf, rows)
-
-
-def _chosen_out(out: PolicyOut, rows: Tensor | None) -> PolicyOut:
-    def chosen(leaf: Tensor | None) -> Tensor | None:
-        return None if leaf is None else _chosen(leaf, rows)
-
-    shared = out.std is not None and out.std.ndim == 3  # a deviation that all steps share
-    std = out.std if shared else chosen(out.std)
-    return PolicyOut(chosen(out.logits), chosen(out.mean), std, chosen(out.value))
 
 
 def policy_of(
@@ -396,3 +439,55 @@ def policy_of(
         unit=unit,
         config=config,
     )
+
+
+def published_policy(
+    spec: Spec,
+    kind: Literal["epg", "metagenrl"],
+    hidden: tuple[int, ...],
+    needs: frozenset[Need],
+    *,
+    std: float,
+) -> Policy:
+    """The separate networks of EPG or MetaGenRL, which read observations and remember nothing.
+
+    ``epg``: a Gaussian whose log-std, ``log(std)`` at first, is learned. ``metagenrl``: the mean is
+    limited to the range of the actions, and ``std`` stays, in units of half that range.
+    """
+    limited = kind == "metagenrl"
+    distribution = Distribution(
+        spec.action, "fixed" if limited else "learned", std, leaf="log_std", limited=limited
+    )
+
+    def net(name: str, inputs: int, outputs: int) -> Net:
+        return Net(name, (inputs, *hidden, outputs), kind)
+
+    size = spec.obs_size
+    return Policy(
+        spec,
+        inputs=Inputs(past=False),
+        embed=Net("embed", (size,), kind),
+        memory=Feedforward(size, squash=False),
+        head=net("policy", size, distribution.width),
+        distribution=distribution,
+        value=net("value", size, 1) if "value" in needs else None,
+        critics=critics_of(spec, kind, hidden) if "critics" in needs else (),
+        unit="unit" in needs,
+    )
+
+
+def critics_of(
+    spec: Spec, kind: Literal["epg", "metagenrl"], hidden: tuple[int, ...]
+) -> tuple[Net, ...]:
+    """Two networks Q(s, a).
+
+    Raises ``UserError`` for discrete actions, in which they could not be differentiated.
+    """
+    if isinstance(spec.action, Discrete):
+        raise UserError(
+            f"the task has {spec.action.n} discrete actions, but this learner needs "
+            "continuous ones (its critics are differentiated in the action); choose a task "
+            "with continuous actions, or a learner such as ppo"
+        )
+    width = spec.obs_size + spec.action.size
+    return tuple(Net(name, (width, *hidden, 1), kind) for name in CRITICS)

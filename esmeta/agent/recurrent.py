@@ -183,35 +183,3 @@ class Lstm:
             state = self._cell(prepared, gates, state)
             outputs.append(state["h"])
         return torch.stack(outputs), state
-
-
-class Feedforward:
-    """No memory: the output is the embedding."""
-
-    def __init__(self, units: int) -> None:
-        self.size = units
-
-    def init(self, rng: Rng) -> Params:
-        return {}
-
-    def explain(self, device: torch.device | str, requires_grad: bool) -> str:
-        return "none"
-
-    def prepare(self, params: Params) -> None:
-        return None
-
-    def initial_state(self, params: Params, batch: int, rng: Rng, index: Tensor) -> State:
-        return {}
-
-    def reset(self, prepared: None, state: State, new_trial: Tensor) -> State:
-        return state
-
-    def step(
-        self, prepared: None, state: State, x: Tensor, *, in_place: bool = False
-    ) -> tuple[Tensor, State]:
-        return torch.tanh(x), state
-
-    def scan(
-        self, prepared: None, state: State, x: Tensor, new_trial: Tensor | None
-    ) -> tuple[Tensor, State]:
-        return torch.tanh(x), state

@@ -8,18 +8,18 @@ https://github.com/louiskirsch/metagenrl).
 from __future__ import annotations
 
 from esmeta import errors
-from esmeta.learners._episodes import Over
-from esmeta.learners._loss import Loss
-from esmeta.learners._off_policy_losses import OffPolicyReinforce
-from esmeta.learners._replay import ReplayLearner
 from esmeta.learners.td3 import OffPolicyOptions
 from esmeta.options import options_class
+from esmeta.policy import PolicyConfig
+from esmeta.rl.losses import Loss
+from esmeta.rl.off_policy import OffPolicyReinforce, ReplayLearner
+from esmeta.rl.replay import Over
 from esmeta.types import Spec
 
 
 @options_class
 class Learner(OffPolicyOptions):
-    """Options of off-policy REINFORCE, besides those of every learner from a replay.
+    """Options of off-policy REINFORCE, besides those of TD3.
 
     Attributes:
         snippet: steps in a row over which advantages are estimated.
@@ -36,7 +36,9 @@ class Learner(OffPolicyOptions):
         errors.positive_int("snippet", self.snippet, example=20)
         errors.fraction("gae_lambda", self.gae_lambda)
 
-    def make(self, spec: Spec, horizon: int) -> tuple[ReplayLearner, Loss]:
+    def make(
+        self, spec: Spec, horizon: int, policy: PolicyConfig | None = None
+    ) -> tuple[ReplayLearner, Loss]:
         """The learner and its loss for tasks of ``spec``, lives of ``horizon`` steps."""
         loss = OffPolicyReinforce(self.snippet, self.gamma, self.gae_lambda)
-        return self.learner(spec, horizon, loss), loss
+        return self.learner(spec, horizon, loss, policy), loss

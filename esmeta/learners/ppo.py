@@ -11,23 +11,19 @@ from __future__ import annotations
 from typing import get_args
 
 from esmeta import errors
-from esmeta.learners._agent import Agent
-from esmeta.learners._loss import Loss, PolicyGradient, ValueTarget
-from esmeta.learners._segments import SegmentLearner
+from esmeta.learners import inner_policy
 from esmeta.options import options_class
+from esmeta.policy import PolicyConfig
+from esmeta.rl.losses import Loss, PolicyGradient, ValueTarget
+from esmeta.rl.on_policy import SegmentLearner, SegmentOptions, ValuePasses
 from esmeta.types import Spec
 
 
 @options_class
-class Learner:
-    """Options of PPO.
+class Learner(SegmentOptions):
+    """Options of PPO, besides those of every learner from the newest steps.
 
     Attributes:
-        period: environment steps between updates.
-        epochs: passes over them.
-        minibatch: steps per gradient.
-        learning_rate: of Adam.
-        hidden: widths of the layers of policy and V.
         clip: of the probability ratio.
         gamma: discount.
         gae_lambda: of the advantages.
@@ -43,11 +39,6 @@ class Learner:
         reward_scale: factor on rewards; that of V's errors is its square.
     """
 
-    period: int = 2000
-    epochs: int = 10
-    minibatch: int = 50
-    learning_rate: float = 1e-3
-    hidden: tuple[int, ...] = (64, 64)
     clip: float = 0.2
     gamma: float = 0.99
     gae_lambda: float = 0.95
@@ -62,7 +53,7 @@ class Learner:
     reward_scale: float = 1.0
 
     def __post_init__(self) -> None:
-        check_segments(self.period, self.epochs, self.minibatch, self.learning_rate, self.hidden)
+        super().__post_init__()
         errors.finite_positive("clip", self.clip, example=0.2)
         errors.fraction("gamma", self.gamma)
         errors.fraction("gae_lambda", self.gae_lambda)
@@ -75,7 +66,9 @@ class Learner:
         errors.one_of("value_target", self.value_target, get_args(ValueTarget))
         errors.finite_positive("reward_scale", self.reward_scale, example=1.0)
 
-    def make(self, spec: Spec, horizon: int) -> tuple[SegmentLearner, Loss]:
+    def make(
+        self, spec: Spec, horizon: int, policy: PolicyConfig | None = None
+    ) -> tuple[SegmentLearner, Loss]:
         """The learner and its loss for tasks of ``spec``, lives of ``horizon`` steps."""
         loss = PolicyGradient(
             self.clip,
@@ -86,30 +79,7 @@ class Learner:
             reward_scale=self.reward_scale,
             value_target=self.value_target,
         )
-        agent = Agent(spec, self.hidden, heads=loss.heads, log_std=self.log_std)
-        learner = SegmentLearner(
-            agent,
-            period=self.period,
-            context=self.period,
-            epochs=self.epochs,
-            minibatch=self.minibatch,
-            learning_rate=self.learning_rate,
-            normalize=self.normalize,
-            kl_stop=self.kl_stop,
-            value_epochs=self.value_epochs,
-            value_minibatch=self.minibatch,
-            value_learning_rate=self.value_learning_rate,
-        )
+        agent = inner_policy(spec, policy, "epg", self.hidden, loss.needs, log_std=self.log_std)
+        value = ValuePasses(self.value_epochs, self.minibatch, self.value_learning_rate)
+        learner = SegmentLearner(agent, self, self.period, self.normalize, self.kl_stop, value)
         return learner, loss
-
-
-def check_segments(
-    period: int, epochs: int, minibatch: int, learning_rate: float, hidden: tuple[int, ...]
-) -> None:
-    """Refuse sizes that are no sizes."""
-    errors.positive_int("period", period, example=2000)
-    errors.positive_int("epochs", epochs, example=10)
-    errors.positive_int("minibatch", minibatch, example=50)
-    errors.finite_positive("learning_rate", learning_rate, example=0.001)
-    for width in hidden:
-        errors.positive_int("hidden", width, example=64)

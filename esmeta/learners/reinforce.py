@@ -9,11 +9,11 @@ from __future__ import annotations
 from typing import get_args
 
 from esmeta import errors
-from esmeta.learners._agent import Agent
-from esmeta.learners._loss import Loss, PolicyGradient, ValueTarget
-from esmeta.learners._segments import SegmentLearner
-from esmeta.learners.ppo import check_segments
+from esmeta.learners import inner_policy
 from esmeta.options import options_class
+from esmeta.policy import PolicyConfig
+from esmeta.rl.losses import Loss, PolicyGradient, ValueTarget
+from esmeta.rl.on_policy import SegmentLearner, SegmentOptions, ValuePasses
 from esmeta.types import Spec
 
 
@@ -50,9 +50,9 @@ class Learner:
     reward_scale: float = 1.0
 
     def __post_init__(self) -> None:
-        check_segments(
-            self.period, self.value_epochs, self.minibatch, self.learning_rate, self.hidden
-        )
+        errors.positive_int("minibatch", self.minibatch, example=50)
+        errors.positive_int("value_epochs", self.value_epochs, example=10)
+        self._steps  # refuses what is no size
         errors.finite_positive("value_learning_rate", self.value_learning_rate, example=0.001)
         errors.fraction("gamma", self.gamma)
         errors.fraction("gae_lambda", self.gae_lambda)
@@ -60,7 +60,14 @@ class Learner:
         errors.one_of("value_target", self.value_target, get_args(ValueTarget))
         errors.finite_positive("reward_scale", self.reward_scale, example=1.0)
 
-    def make(self, spec: Spec, horizon: int) -> tuple[SegmentLearner, Loss]:
+    @property
+    def _steps(self) -> SegmentOptions:
+        """One step of the policy on all of a period."""
+        return SegmentOptions(self.period, 1, self.period, self.learning_rate, self.hidden)
+
+    def make(
+        self, spec: Spec, horizon: int, policy: PolicyConfig | None = None
+    ) -> tuple[SegmentLearner, Loss]:
         """The learner and its loss for tasks of ``spec``, lives of ``horizon`` steps."""
         loss = PolicyGradient(
             0.0,
@@ -70,16 +77,6 @@ class Learner:
             reward_scale=self.reward_scale,
             value_target=self.value_target,
         )
-        agent = Agent(spec, self.hidden, heads=loss.heads, log_std=self.log_std)
-        learner = SegmentLearner(
-            agent,
-            period=self.period,
-            context=self.period,
-            minibatch=self.period,
-            learning_rate=self.learning_rate,
-            normalize=self.normalize,
-            value_epochs=self.value_epochs,
-            value_minibatch=self.minibatch,
-            value_learning_rate=self.value_learning_rate,
-        )
-        return learner, loss
+        agent = inner_policy(spec, policy, "epg", self.hidden, loss.needs, log_std=self.log_std)
+        value = ValuePasses(self.value_epochs, self.minibatch, self.value_learning_rate)
+        return SegmentLearner(agent, self._steps, self.period, self.normalize, 0.0, value), loss

@@ -20,10 +20,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import leaky_relu
 
+from esmeta.agent import heads
+from esmeta.agent.heads import half_range, middle
+from esmeta.agent.policy import UNIT, Need, Policy, pick, steps_of
 from esmeta.errors import UserError
-from esmeta.learners._agent import MEMORY, Agent, Head
-from esmeta.learners._loss import Batch, pick
 from esmeta.modes import affine
+from esmeta.rl.losses import Data, excess
 from esmeta.rng import Rng
 from esmeta.types import Discrete, Params, Spec
 
@@ -83,7 +85,7 @@ class LossNetwork:
         """Width of a step: 55 for Hopper."""
         action = self.spec.action
         statistics = action.size * (1 if isinstance(action, Discrete) else 2)
-        return self.spec.obs_size + action.size + 3 + statistics + MEMORY
+        return self.spec.obs_size + action.size + 3 + statistics + UNIT
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -120,15 +122,15 @@ class LossNetwork:
 
 @dataclass(frozen=True)
 class LearnedLoss:
-    """A :class:`esmeta.learners._loss.Loss`; every agent may have an eta of its own."""
+    """A :class:`esmeta.rl.losses.Loss`; every agent may have an eta of its own."""
 
     network: LossNetwork
     eta: Params
 
     @property
-    def heads(self) -> frozenset[Head]:
+    def needs(self) -> frozenset[Need]:
         """The memory unit is always an input."""
-        return frozenset({"memory", "log_std"})
+        return frozenset({"unit"})
 
     @property
     def context(self) -> int:
@@ -140,35 +142,38 @@ class LearnedLoss:
         """Steps in order."""
         return 0
 
-    def prepare(self, agent: Agent, params: Params, batch: Batch) -> Params:
+    def prepare(self, agent: Policy, params: Params, data: Data) -> Data:
         """Features of all steps that do not depend on the policy: ``[P, N, ...]``."""
-        steps, filled = batch.steps, batch.inside.to(batch.steps.reward.dtype)
-        reward = steps.reward if self.network.reward else torch.zeros_like(steps.reward)
-        flags = torch.stack([reward, filled, steps.ended.to(reward.dtype)], dim=-1)
+        steps, made = data.trajectory, data.constants
+        reward, ended = steps_of(steps.reward), steps_of(steps.ended)
+        filled = made["inside"].to(reward.dtype)
+        reward = reward if self.network.reward else torch.zeros_like(reward)
+        flags = torch.stack([reward, filled, ended.to(reward.dtype)], dim=-1)
         flags = flags * filled.unsqueeze(-1)
-        return {"x": torch.cat([steps.obs, batch.scaled_action, flags], dim=-1)}
+        x = torch.cat([steps_of(steps.steps.obs), made["scaled_action"], flags], dim=-1)
+        return data._replace(constants=made | {"x": x})
 
     def __call__(
-        self, agent: Agent, params: Params, batch: Batch, prepared: Params, rows: Tensor
+        self, agent: Policy, params: Params, data: Data, rows: Tensor | None = None
     ) -> Tensor:
         """Loss ``[P]``: mean over ``rows`` of the newest steps.
 
         Its gradient reaches the policy by its statistics at those steps and, through the context,
-        at all steps of the buffer; memory only at those steps.
+        at all steps of the buffer; the memory unit only at those steps.
         """
-        x = prepared["x"]
-        statistics = agent.policy_statistics(params, batch.steps.obs)
-        memory = agent.memory(params).unsqueeze(1)
+        x, whole = data.constants["x"], data.trajectory
+        rows = data.rows() if rows is None else pick(data.rows(), rows)
+        out = agent.read(params, whole.start, whole.steps, value=False)
+        statistics, unit = heads.statistics(out), agent.unit_output(params)
         if not self.network.memory:
-            memory = memory.detach()
-        everywhere = memory.detach().expand(-1, x.shape[1], -1)
+            unit = unit.detach()
+        everywhere = unit.detach().expand(-1, x.shape[1], -1)
         context = self.read(torch.cat([x, statistics, everywhere], dim=-1))
-        recent = x.shape[1] - batch.newest
-        chosen = pick(torch.cat([x, statistics], dim=-1)[:, recent:], rows)
+        chosen = pick(torch.cat([x, statistics], dim=-1), rows)
         own, policy = chosen[..., : x.shape[-1]], chosen[..., x.shape[-1] :]
         spread = (len(x), rows.shape[1], -1)
         y = torch.cat(
-            [own, context.unsqueeze(1).expand(spread), policy, memory.expand(spread)], dim=-1
+            [own, context.unsqueeze(1).expand(spread), policy, unit.expand(spread)], dim=-1
         )
         y = leaky_relu(self._layer("head.0", y), _SLOPE)
         return self._layer("head.1", y).squeeze(-1).mean(dim=1) + self._excess(policy)
@@ -178,10 +183,8 @@ class LearnedLoss:
         action = self.network.spec.action
         if self.network.saturation == 0 or isinstance(action, Discrete):
             return 0.0
-        middle, limit = (action.high + action.low) / 2, (action.high - action.low) / 2
-        mean = (policy[..., : action.size] - middle) / limit
-        excess = (mean.abs() - 1.0).relu().square().sum(dim=-1)
-        return self.network.saturation * excess.mean(dim=1)
+        mean = (policy[..., : action.size] - middle(action)) / half_range(action)
+        return self.network.saturation * excess(mean).mean(dim=1)
 
     def read(self, x: Tensor) -> Tensor:
         """The context ``[P, 32]`` of a buffer of features ``[P, N, features]``."""

@@ -12,11 +12,15 @@ import torch
 from torch import Tensor
 
 from esmeta import errors
+from esmeta.agent.policy import Policy
 from esmeta.evaluator import on_device, score_agents
-from esmeta.learners._loss import Loss
-from esmeta.learners._training import Agents, Training
+from esmeta.lives import AgentLives, Life, named, numbered
 from esmeta.objectives._objective_network import ObjectiveNetwork, value_after
+from esmeta.rl.diary import Scores
+from esmeta.rl.losses import Loss
+from esmeta.rl.off_policy import OffPolicy, ReplayLearner
 from esmeta.rng import Rng
+from esmeta.rollout import Trajectory
 from esmeta.tasks import task_from_table, task_groups
 from esmeta.tree import unravel_shapes
 from esmeta.types import Fitness, Hosted, Params, State, Task
@@ -26,9 +30,10 @@ if TYPE_CHECKING:
 
 
 class Group(NamedTuple):
-    """The agents of one environment on this rank, and the update rounds they still owe."""
+    """The agents of one environment on this rank, what they earned, and the rounds they owe."""
 
-    agents: Agents
+    life: Life
+    scores: Scores
     owed: int
 
 
@@ -42,6 +47,7 @@ class MetaGenRLObjective:
     def __init__(
         self,
         config: Objective,
+        policy: Policy | None,
         task: Task,
         *,
         trials: int,
@@ -49,6 +55,7 @@ class MetaGenRLObjective:
         device: str | torch.device,
     ) -> None:
         self.config = config
+        self._policy = None if policy is None else policy.config
         self.task = task
         self.trials = trials
         self.seed = seed
@@ -59,21 +66,25 @@ class MetaGenRLObjective:
         self.shapes = self.network.shapes
         example = '[{name = "pendulum", horizon = 200}]'
         more = [task_from_table("objective.more_tasks", t, example) for t in config.more_tasks]
-        self.trainings = [
-            self.training(t, "train", seed, number) for number, t in enumerate([task, *more])
+        self.environments = [
+            self.agent_lives(t, seed, number) for number, t in enumerate([task, *more])
         ]
 
-    def training(self, task: Task, split: str, seed: int, number: int = 0) -> Training:
-        """How agents of one environment are trained; ``number`` keeps environments apart."""
-        config, learner = self.config, self.config.learner(task)
-        seed = Rng(seed).fold("environment", number).key if number else seed
-        training = Training(
-            learner, task, seed, split, self.device, config.test_episodes,
-            config.timeout_is_terminal, config.reward_scale,
-        )  # fmt: skip
-        training.check()
+    def agent_lives(self, task: Task, seed: int, number: int = 0) -> AgentLives:
+        """Lives in one environment; ``number`` keeps environments apart."""
+        config, learner = self.config, self.config.learner(task, self._policy)
+        lives = AgentLives(
+            learner,
+            task,
+            Rng(seed).fold("environment", number).key if number else seed,
+            self.device,
+            endless=True,
+            timeout_is_terminal=config.timeout_is_terminal,
+            reward_scale=config.reward_scale,
+        )
+        lives.check_length()
         learner.check(self.network.loss({}))
-        return training
+        return lives
 
     def init(self, seed: int) -> Params:
         """Fresh alpha, leaves ``[1, ...]``."""
@@ -84,7 +95,7 @@ class MetaGenRLObjective:
         config = self.config
         count = sum(torch.Size(shape).numel() for shape in self.shapes.values())
         return (
-            f"objective function of {count:,} parameters; environments: {len(self.trainings)}, "
+            f"objective function of {count:,} parameters; environments: {len(self.environments)}, "
             f"agents in each: {config.agents}, snippets per update: {config.batch}"
         )
 
@@ -98,8 +109,8 @@ class MetaGenRLObjective:
                 f"at least objective.agents = {ranks}, or start fewer ranks"
             )
         own = -(-self.config.agents // ranks)
-        for training in self.trainings:
-            training.check_room(own + 2 * (training.task is self.task))
+        for lives in self.environments:
+            lives.check_room(own + 2 * (lives.task is self.task))
 
     def _own(self, rank: int, size: int) -> range:
         count = self.config.agents
@@ -109,31 +120,39 @@ class MetaGenRLObjective:
         """Fresh agents: this rank's share of those in each environment."""
         own = self._own(rank, size)
         index = torch.arange(own.start, own.stop, device=self.device)
-        return [Group(training.begin(index), 0) for training in self.trainings]
+        return [self._begun(lives, index) for lives in self.environments]
+
+    def _begun(self, lives: AgentLives, index: Tensor) -> Group:
+        scores = Scores.none(len(index), self.config.test_episodes, index.device)
+        return Group(lives.begin(index, "train"), scores, 0)
 
     def rows(self, agents: list[Group]) -> int:
         """Agents of this rank, in all environments."""
-        return sum(len(group.agents.state.index) for group in agents)
+        return sum(len(group.life.index) for group in agents)
 
     def save(self, agents: list[Group]) -> State:
         """Agents with their replays, leaves ``[P, ...]`` under a name per environment."""
         saved: State = {}
-        for number, (training, group) in enumerate(zip(self.trainings, agents, strict=True)):
-            own = training.save(group.agents)
-            own["owed"] = torch.full_like(own["count"], group.owed)
+        for number, (lives, group) in enumerate(zip(self.environments, agents, strict=True)):
+            own = lives.save(group.life, "train")
+            own["owed"] = torch.full_like(own["index"], group.owed)
+            own |= {f"scores.{i}": leaf.cpu() for i, leaf in enumerate(group.scores)}
             saved |= {f"{number}/{name}": leaf for name, leaf in own.items()}
         return saved
 
     def restore(self, saved: State, rank: int, size: int) -> list[Group]:
         """This rank's share of saved agents; goes on bit for bit where it is the share saved."""
         own, groups = self._own(rank, size), []
-        for number, training in enumerate(self.trainings):
+        for number, lives in enumerate(self.environments):
             mine = {
-                name.partition("/")[2]: leaf[own.start : own.stop]
-                for name, leaf in saved.items()
-                if name.startswith(f"{number}/")
+                name: leaf[own.start : own.stop]
+                for name, leaf in named(saved, f"{number}/").items()
             }
-            groups.append(Group(training.restore(mine), int(mine.pop("owed")[0])))
+            mine = on_device(mine, self.device)
+            begun = lives.begin(mine["index"], "train")
+            scores = Scores(*numbered(mine, "scores."))
+            life = lives.restore(begun, mine, "train")
+            groups.append(Group(life, scores, int(mine["owed"][0])))
         return groups
 
     def loss(
@@ -145,15 +164,14 @@ class MetaGenRLObjective:
         """
         low, groups, losses = 0, [], []
         columns: dict[str, list[Tensor]] = {}
-        for training, group in zip(self.trainings, agents, strict=True):
-            high = low + len(group.agents.state.index)
+        for lives, group in zip(self.environments, agents, strict=True):
+            high = low + len(group.life.index)
             alpha = {name: leaf[low:high] for name, leaf in params.items()}
-            before = group.agents.state.replay.count
-            group = self._live(training, group, {k: v.detach() for k, v in alpha.items()})
-            state, scores = group.agents.state, group.agents.scores
-            losses.append(-self._value(training, group.agents, alpha))
+            before = group.life.state.replay.count
+            group = self._live(lives, group, {k: v.detach() for k, v in alpha.items()})
+            losses.append(-self._value(lives, group.life.state, alpha))
             groups.append(group)
-            count = state.replay.count
+            count, scores = group.life.state.replay.count, group.scores
             taken = torch.full_like(scores.earned, count - before * (count >= before))
             found = {"env_steps": taken, "return": scores.recent.nanmean(dim=1)}
             for name, column in found.items():
@@ -168,38 +186,47 @@ class MetaGenRLObjective:
             return 1.0
         return max(0.0, done / max(1, self.config.anneal))
 
-    def _live(self, training: Training, group: Group, alpha: Params) -> Group:
-        config, (agents, owed) = self.config, group
-        if config.lifetime and owed == 0 and agents.state.replay.count >= config.lifetime:
-            agents = training.begin(agents.state.index + config.agents)
-        elif owed == 0 and self._is_due(agents):
-            rng = training.rng().fold("policy", agents.state.replay.count)
-            state = training.learner.with_fresh_policies(agents.state, rng)
-            agents = agents._replace(state=state)
+    def _live(self, lives: AgentLives, group: Group, alpha: Params) -> Group:
+        config, (life, scores, owed) = self.config, group
+        learner: ReplayLearner = lives.learner  # type: ignore[assignment]
+        rng = lives.learning("train")
+        if config.lifetime and owed == 0 and life.state.replay.count >= config.lifetime:
+            life, scores, owed = self._begun(lives, life.index + config.agents)
+        elif owed == 0 and self._is_due(life.state):
+            draw = rng.fold("policy", life.state.replay.count)
+            life = life._replace(state=learner.with_fresh_policies(life.state, draw))
         while owed == 0:
-            agents, new = training.act(agents)
-            replay = agents.state.replay.add(new)
-            agents = agents._replace(state=agents.state._replace(replay=replay))
+            life, new, scores = self._act(lives, life, scores, "train")
+            replay = life.state.replay.add(lives.taught(new))
+            life = life._replace(state=life.state._replace(replay=replay))
             owed = config.period if replay.count >= config.update_after else 0
-        loss = self.network.loss(alpha, self.share(agents.state.replay.count))
-        state = training.learner.rounds(agents.state, loss, training.rng(), config.delay)
-        return Group(agents._replace(state=state), owed - config.delay)
+        loss = self.network.loss(alpha, self.share(life.state.replay.count))
+        state = learner.rounds(life.state, loss, rng, config.delay)
+        return Group(life._replace(state=state), scores, owed - config.delay)
 
-    def _is_due(self, agents: Agents) -> bool:
+    def _act(
+        self, lives: AgentLives, life: Life, scores: Scores, split: str
+    ) -> tuple[Life, Trajectory, Scores]:
+        """One period of acting, and what the agents have earned with it."""
+        trial = life.trial
+        life, new = lives.act(life, split)
+        return life, new, (scores if life.trial == trial else scores.cut()).then(new)
+
+    def _is_due(self, state: OffPolicy) -> bool:
         """Whether policies are as old as they get."""
-        age, count = self.config.policy_lifetime, agents.state.replay.count
+        age, count = self.config.policy_lifetime, state.replay.count
         return age > 0 and count >= self.config.update_after and count % age == 0
 
-    def _value(self, training: Training, agents: Agents, alpha: Params) -> Tensor:
+    def _value(self, lives: AgentLives, state: OffPolicy, alpha: Params) -> Tensor:
         """What critics think of the policies after learning: ``[P]``, differentiable in alpha."""
-        config, state = self.config, agents.state
-        rng = training.rng().fold("meta", int(state.updates[0]))
+        config = self.config
+        learner: ReplayLearner = lives.learner  # type: ignore[assignment]
+        rng = lives.learning("train").fold("meta", int(state.updates[0]))
         count, size = config.inner_steps, config.batch
-        number = count * size + config.extra
-        drawn = state.replay.sample(rng, state.index, number, config.snippet, config.snippets)
-        batches = [drawn.part(k * size, (k + 1) * size) for k in range(count)]
+        drawn = learner.draw(state, rng, count * size + config.extra, config.snippet)
+        batches = [drawn.trials(k * size, (k + 1) * size) for k in range(count)]
         return value_after(
-            training.learner.agent, state.params, self.network.loss(alpha), batches, drawn,
+            learner.agent, state.params, self.network.loss(alpha), batches, drawn,
             rate=config.inner_rate, reduction=config.inner_reduction, clip=config.inner_clip,
         )  # fmt: skip
 
@@ -208,8 +235,8 @@ class MetaGenRLObjective:
     def fitness(self, params: Params | Tensor, step: int | Tensor) -> Fitness:
         """Scores of agents trained by frozen alphas on the training tasks of ``step``."""
         first = torch.as_tensor(step, dtype=torch.int64, device="cpu").unsqueeze(-1) * self.trials
-        training = self.training(self.task, "train", Rng(self.seed).fold("fitness").key)
-        return self._scores(params, first + torch.arange(self.trials, device="cpu"), training)
+        lives = self.agent_lives(self.task, Rng(self.seed).fold("fitness").key)
+        return self._scores(params, first + torch.arange(self.trials, device="cpu"), lives, "train")
 
     def heldout(
         self,
@@ -225,41 +252,46 @@ class MetaGenRLObjective:
         included. Metrics: ``first``, the return of its first episode (random actions, where
         ``random`` is long enough), and ``life``, the mean over all episodes.
         """
-        training = self.training(self.task, split, self.seed if seed is None else seed)
-        return self._scores(params, torch.arange(first, trials, device="cpu"), training)
+        lives = self.agent_lives(self.task, self.seed if seed is None else seed)
+        return self._scores(params, torch.arange(first, trials, device="cpu"), lives, split)
 
     def groups(self, index: Tensor, split: str) -> Tensor:
         """Numbers ``[B]``, the same for agents whose tasks share randomness."""
         return task_groups(self.task, index, split)
 
-    def lives(self, loss: Loss, index: Tensor, training: Training) -> Iterator[Agents]:
+    def trained(
+        self, loss: Loss, index: Tensor, lives: AgentLives, split: str
+    ) -> Iterator[tuple[Life, Trajectory, Scores]]:
         """Fresh agents ``index [P]`` after each window of their training by ``loss``."""
-        agents = training.begin(index)
+        life = lives.begin(index, split)
+        scores = Scores.none(len(index), self.config.test_episodes, self.device)
         for _ in range(self.config.steps // self.config.period):
-            agents, new = training.act(agents)
-            state = training.learner.update(agents.state, new, loss, training.rng())
-            agents = agents._replace(state=state)
-            yield agents
+            life, new, scores = self._act(lives, life, scores, split)
+            rng, taught = lives.learning(split), lives.taught(new)
+            life = life._replace(state=lives.learner.update(life.state, taught, loss, rng))
+            yield life, new, scores
 
     @torch.no_grad()
-    def _scores(self, params: Params | Tensor, index: Tensor, training: Training) -> Fitness:
+    def _scores(
+        self, params: Params | Tensor, index: Tensor, lives: AgentLives, split: str
+    ) -> Fitness:
         tree = unravel_shapes(params, self.shapes) if isinstance(params, Tensor) else params
         tree = on_device({**tree, "number": index}, self.device)
         numbers, trials = tree.pop("number"), index.shape[-1]
         population = len(next(iter(tree.values())))
         numbers = numbers.expand(population, trials).reshape(-1)
         most = self.config.chunk
-        if isinstance(training.env, Hosted):  # beside the agents of meta-training
-            most = min(most, max(2, training.env.most_worlds))
+        if isinstance(lives.env, Hosted):  # beside the agents of meta-training
+            most = min(most, max(2, lives.env.most_worlds))
 
         def score(rows: Tensor) -> dict[str, Tensor]:
             alpha = {name: leaf[rows // trials] for name, leaf in tree.items()}
-            *_, trained = self.lives(self.network.loss(alpha), numbers[rows], training)
-            scores = trained.scores
+            loss = self.network.loss(alpha)
+            *_, (life, _, scores) = self.trained(loss, numbers[rows], lives, split)
             found = {"return": scores.recent.nanmean(dim=1), "first": scores.first}
-            found["steps"] = torch.full_like(scores.episodes, trained.state.replay.count)
+            found["steps"] = torch.full_like(scores.episodes, life.state.replay.count)
             found["life"] = scores.total / scores.episodes
             return found
 
-        held_out = training.split != "train"
+        held_out = split != "train"
         return score_agents(score, (population, trials), most, self.device, held_out)

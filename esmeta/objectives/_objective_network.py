@@ -18,13 +18,16 @@ from torch.nn.functional import layer_norm
 
 from esmeta import errors
 from esmeta.agent import heads
-from esmeta.learners._agent import CRITICS, Agent, Head, glorot
-from esmeta.learners._loss import Batch, pick
-from esmeta.learners._off_policy_losses import flat, state_values
-from esmeta.learners._state import clip_norm
+from esmeta.agent.heads import half_range, middle
+from esmeta.agent.nets import glorot
+from esmeta.agent.policy import CRITICS, Need, Policy, steps_of
 from esmeta.modes import affine, differentiating
+from esmeta.rl.losses import Data, excess
+from esmeta.rl.off_policy import state_values
+from esmeta.rl.steppers import shortened
 from esmeta.rng import Rng
-from esmeta.types import Continuous, Params
+from esmeta.tree import ravel, shapes_of, unravel_shapes
+from esmeta.types import Params
 
 Time = Literal["snippet", "episode", "none"]
 Values = Literal["both", "now", "none"]
@@ -100,7 +103,7 @@ class ObjectiveNetwork:
 
 @dataclass(frozen=True)
 class LearnedObjective:
-    """A :class:`esmeta.learners._loss.Loss`: ``share * L_alpha - (1 - share) * Q_1(s, pi(s))``.
+    """A :class:`esmeta.rl.losses.Loss`: ``share * L_alpha - (1 - share) * Q_1(s, pi(s))``.
 
     What it is told of an agent besides ``pi(s)`` carries no gradient; else it could learn to be
     DDPG and nothing more. ``share`` is 1 but for the first steps of meta-training. The penalty on
@@ -112,7 +115,7 @@ class LearnedObjective:
     share: float = 1.0
 
     @property
-    def heads(self) -> frozenset[Head]:
+    def needs(self) -> frozenset[Need]:
         """Critics."""
         return frozenset({"critics"})
 
@@ -127,79 +130,87 @@ class LearnedObjective:
         return self.network.length
 
     @torch.no_grad()
-    def prepare(self, agent: Agent, params: Params, batch: Batch) -> Params:
-        """Inputs that are not of the policy: z(r), t, z(V'), z(V) ``[P, n, L, 4]``; constants."""
-        steps, inside = batch.steps, batch.inside.to(batch.steps.reward.dtype)
-        states = torch.cat([steps.obs, steps.next_obs[:, :, -1:]], dim=2)
-        values = state_values(agent, params, states)
+    def prepare(self, agent: Policy, params: Params, data: Data) -> Data:
+        """Inputs that are not of the policy: z(r), t, z(V'), z(V) ``[P, n L, 4]``; constants."""
+        snippets, shape = data.trajectory, data.trajectory.active.shape
+
+        def by_snippet(leaf: Tensor) -> Tensor:
+            return leaf.movedim(0, 2)
+
+        reward, ended, terminated = (
+            by_snippet(x) for x in (snippets.reward, snippets.ended, snippets.terminated)
+        )
+        inside = data.constants["inside"].unflatten(1, (shape[2], shape[0])).to(reward.dtype)
+        values = by_snippet(state_values(agent, params, snippets))
         value, following = values[..., :-1], values[..., 1:]
         # A time limit hides what came next: V of the step itself stands for it.
-        following = torch.where(steps.known | steps.terminated, following, value)
-        seen = torch.cat([inside, inside[..., -1:] * ~steps.ended[..., -1:]], dim=-1)
+        following = torch.where(~ended | terminated, following, value)
+        seen = torch.cat([inside, inside[..., -1:] * ~ended[..., -1:]], dim=-1)
         mean, std = _moments(torch.cat([value, following[..., -1:]], dim=-1), seen)
-        following = (following - mean) / std * ~steps.terminated
+        following = (following - mean) / std * ~terminated
         value = (value - mean) / std
-        mean, std = _moments(steps.reward, inside)
+        mean, std = _moments(reward, inside)
         none, shown = torch.zeros_like(value), self.network.values
         columns = [
-            (steps.reward - mean) / std,
-            self._time(agent, batch),
+            (reward - mean) / std,
+            self._time(agent, data, reward),
             following if shown == "both" else none,
             none if shown == "none" else value,
         ]
-        return {"told": torch.stack(columns, dim=-1) * inside.unsqueeze(-1)}
+        told = torch.stack(columns, dim=-1) * inside.unsqueeze(-1)
+        return data._replace(constants=data.constants | {"told": told.flatten(1, 2)})
 
-    def _time(self, agent: Agent, batch: Batch) -> Tensor:
-        reward, kind = batch.steps.reward, self.network.time
+    def _time(self, agent: Policy, data: Data, reward: Tensor) -> Tensor:
+        kind, length = self.network.time, reward.shape[-1]
         if kind == "episode":
             longest = agent.spec.horizon / agent.spec.episodes_per_trial
-            assert batch.time is not None
-            return batch.time.to(reward.dtype) / max(1.0, longest - 1.0)
-        length = reward.shape[-1]
+            time = data.constants["time"].unflatten(1, reward.shape[1:])
+            return time.to(reward.dtype) / max(1.0, longest - 1.0)
         place = torch.arange(length, device=reward.device, dtype=reward.dtype) / length
         return (place if kind == "snippet" else torch.zeros_like(place)).expand_as(reward)
 
     def __call__(
-        self, agent: Agent, params: Params, batch: Batch, prepared: Params, rows: Tensor
+        self, agent: Policy, params: Params, data: Data, rows: Tensor | None = None
     ) -> Tensor:
-        """The loss ``[P]``: a mean over the steps of the snippets ``rows [P, m]``."""
-        steps = batch.steps
-        obs, action, inside = (pick(x, rows) for x in (steps.obs, steps.action, batch.inside))
-        weight = flat(inside.to(obs.dtype))
+        """The loss ``[P]``: a mean over the steps of all snippets."""
+        snippets, made = data.trajectory, data.constants
+        inside, steps = made["inside"], snippets.steps
+        weight = inside.to(snippets.reward.dtype)
         weight = weight / weight.sum(dim=1, keepdim=True)
-        raw = agent.network(params, "policy", flat(obs))
-        mean = agent.limited(raw)
+        raw = agent.raw(params, snippets.start, steps)
+        mean = agent.distribution.mean(raw)
         total = torch.zeros_like(weight[:, 0])
         if self.share > 0:
-            now = mean.reshape(action.shape)
-            each = self.steps(agent, action, now, pick(prepared["told"], rows), inside)
-            total = total + self.share * (flat(each) * weight).sum(dim=1)
+            shape = (snippets.active.shape[2], snippets.active.shape[0])
+            action, now, told, within = (
+                leaf.unflatten(1, shape)
+                for leaf in (steps_of(snippets.action), mean, made["told"], inside)
+            )
+            each = self.steps(agent, action, now, told, within)
+            total = total + self.share * (each.flatten(1, 2) * weight).sum(dim=1)
         if self.share < 1:
-            worth = agent.critic(params, CRITICS[0], flat(obs), mean)
+            worth = agent.critic(params, CRITICS[0], steps_of(steps.obs), mean)
             total = total - (1.0 - self.share) * (worth * weight).sum(dim=1)
         if self.network.saturation > 0:
-            excess = agent.saturation(raw)
-            total = total + self.network.saturation * (excess * weight).sum(dim=1)
+            total = total + self.network.saturation * (excess(raw) * weight).sum(dim=1)
         return total
 
     def steps(
-        self, agent: Agent, action: Tensor, now: Tensor, told: Tensor, inside: Tensor
+        self, agent: Policy, action: Tensor, now: Tensor, told: Tensor, inside: Tensor
     ) -> Tensor:
         """``l_t [P, m, L]`` of the actions that were taken and those the policy takes now."""
         spec = agent.spec.action
-        assert isinstance(spec, Continuous)
-        middle, limit = (spec.high + spec.low) / 2, (spec.high - spec.low) / 2
         # A pair per action dimension [P, m, L, A, 2]: weights know nothing of their number.
-        pairs = (torch.stack([action, now], dim=-1) - middle) / limit
+        pairs = (torch.stack([action, now], dim=-1) - middle(spec)) / half_range(spec)
         x = self._normalised("action", 3, pairs.flatten(1, -2))
         x = x.reshape(*pairs.shape[:-1], WIDTH).mean(dim=-2)
-        x = self._scaled("action.2", flat(x)).reshape(x.shape)
-        y = flat(told)
+        x = self._scaled("action.2", x.flatten(1, 2)).reshape(x.shape)
+        y = told.flatten(1, 2)
         for i in range(2):
             y = _half_square(self._dense(f"other.{i}", y))
         y = self._dense("other.2", y).reshape(*told.shape[:-1], _OTHER)
         h = self._backwards(torch.cat([x, y], dim=-1), inside)
-        z = self._normalised("head", 2, flat(h))
+        z = self._normalised("head", 2, h.flatten(1, 2))
         raw = self._dense("head.2", z, after="head.1").reshape(inside.shape)
         return self.network.bound * torch.tanh(raw / self.network.bound)
 
@@ -213,7 +224,7 @@ class LearnedObjective:
         bias = self.alpha["lstm.bias"].unsqueeze(1)
         # Cut once: a slice per step would have the gradient of each filled up to the whole snippet.
         x = x.transpose(1, 2)
-        driven = affine(bias, flat(x), inputs).reshape(*x.shape[:-1], 4 * WIDTH).unbind(1)
+        driven = affine(bias, x.flatten(1, 2), inputs).reshape(*x.shape[:-1], 4 * WIDTH).unbind(1)
         mask = inside.transpose(1, 2).to(x.dtype).unsqueeze(-1).unbind(1)
         c = torch.zeros_like(driven[0][..., :WIDTH])
         h, states = c, []
@@ -264,20 +275,20 @@ def _moments(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     return mean, square.sqrt() + _EPS
 
 
-def inner_scale(batch: Batch, reduction: Literal["sum", "mean"]) -> Tensor | float:
-    """What turns the mean over a batch's steps into their sum, ``[P]`` (1 for the mean)."""
+def inner_scale(data: Data, reduction: Literal["sum", "mean"]) -> Tensor | float:
+    """What turns the mean over all steps into their sum, ``[P]`` (1 for the mean)."""
     if reduction == "mean":
         return 1.0
-    return batch.inside.sum(dim=(1, 2)).to(batch.steps.reward.dtype)
+    return data.constants["inside"].sum(dim=1).to(data.trajectory.reward.dtype)
 
 
 @differentiating
 def value_after(
-    agent: Agent,
+    agent: Policy,
     params: Params,
     loss: LearnedObjective,
-    batches: list[Batch],
-    where: Batch,
+    batches: list[Data],
+    where: Data,
     *,
     rate: float,
     reduction: Literal["sum", "mean"],
@@ -285,23 +296,24 @@ def value_after(
 ) -> Tensor:
     """Mean ``Q_1(s, pi_phi'(s))`` ``[P]`` over the steps of ``where``, after learning (eqs. 6, 8).
 
-    ``phi' = phi - rate * grad L_alpha`` once per entry of ``batches``, each ``[P, n, L, ...]``; a
+    ``phi' = phi - rate * grad L_alpha`` once per entry of ``batches``; a
     gradient that is longer than ``clip`` is cut to that norm (0: never).
     Differentiable in alpha, through Q_1's action alone: the critics and phi are constants.
     """
     frozen = {k: v.detach() for k, v in params.items()}
-    phi = {k: frozen.pop(k).requires_grad_() for k in list(frozen) if k.startswith("policy.")}
+    phi = {k: frozen.pop(k).requires_grad_() for k in agent.part(frozen, "actor")}
     with torch.enable_grad():
-        for batch in batches:
-            count = batch.steps.reward.shape[1]
-            rows = torch.arange(count, device=batch.inside.device).expand(len(batch.inside), -1)
-            prepared = loss.prepare(agent, {**frozen, **phi}, batch)
-            told = loss(agent, {**frozen, **phi}, batch, prepared, rows)
-            total = (told * inner_scale(batch, reduction)).sum()
-            found = torch.autograd.grad(total, list(phi.values()), create_graph=True)
-            found = clip_norm(dict(zip(phi, found, strict=True)), clip)
-            phi = {k: v - rate * found[k] for k, v in phi.items()}
-        obs, weight = flat(where.steps.obs), flat(where.inside.to(where.steps.obs.dtype))
-        action = heads.mode(agent.policy({**frozen, **phi}, obs))
-        worth = agent.critic(frozen, CRITICS[0], obs, action)
+        for data in batches:
+            ready = loss.prepare(agent, {**frozen, **phi}, data)
+            told = loss(agent, {**frozen, **phi}, ready)
+            total = (told * inner_scale(data, reduction)).sum()
+            found = torch.autograd.grad(
+                total, list(phi.values()), create_graph=True, materialize_grads=True
+            )
+            step = shortened(ravel(dict(zip(phi, found, strict=True))), clip)
+            moves = unravel_shapes(step, shapes_of(phi))
+            phi = {k: v - rate * moves[k] for k, v in phi.items()}
+        snippets, weight = where.trajectory, where.constants["inside"].to(step.dtype)
+        action = heads.mode(agent.read({**frozen, **phi}, snippets.start, snippets.steps))
+        worth = agent.critic(frozen, CRITICS[0], steps_of(snippets.steps.obs), action)
         return (worth * weight).sum(dim=1) / weight.sum(dim=1)

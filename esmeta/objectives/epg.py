@@ -11,22 +11,21 @@ never see PPO's.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from esmeta import errors
+from esmeta.agent.policy import Need, Policy
 from esmeta.evaluator import even_size, on_device, score_agents
-from esmeta.learners._agent import Agent, Head
-from esmeta.learners._life import Lives
-from esmeta.learners._loss import Loss, Mixture, PolicyGradient
-from esmeta.learners._segments import SegmentLearner
-from esmeta.objectives import refuse_policy
-from esmeta.objectives._epg_lives import EpgLives, Part, leaves_of_part, restored
+from esmeta.learners import inner_policy
+from esmeta.lives import AgentLives, Life
 from esmeta.objectives._loss_network import LossNetwork
 from esmeta.options import options_class
+from esmeta.rl.losses import Loss, Mixture, PolicyGradient
+from esmeta.rl.on_policy import SegmentLearner, SegmentOptions
 from esmeta.rng import Rng
 from esmeta.scoring import linked
 from esmeta.tasks import aid, single, task_groups
@@ -35,16 +34,15 @@ from esmeta.types import Fitness, Params, Reference, State, Task
 
 
 @options_class
-class Objective:
+class Objective(SegmentOptions):
     """Options of EPG; the defaults are those of its RandomHopper where nothing else is said.
 
+    Those of :class:`esmeta.rl.on_policy.SegmentOptions` are its agents'; a life is the task's
+    horizon. ``[policy]`` describes the agents: with ``policy.name = "none"`` they are the published
+    ones, separate networks for policy and V that remember nothing, with layers ``hidden``.
+
     Attributes:
-        period: environment steps between updates, M; a life is the task's horizon.
         buffer: steps of the past that the loss network reads, N.
-        epochs: passes over the newest M steps per update.
-        minibatch: steps per gradient step of an agent.
-        learning_rate: of the agents' Adam.
-        hidden: widths of the tanh layers of policy and V.
         reward: whether the loss network sees rewards (off: no-reward EPG).
         memory: whether the memory unit learns (off as in the released launcher).
         saturation: factor on the mean squared excess of the policies' means over the limits of the
@@ -68,11 +66,9 @@ class Objective:
     """
 
     period: int = 64
-    buffer: int = 512
     epochs: int = 1
     minibatch: int = 32
-    learning_rate: float = 1e-3
-    hidden: tuple[int, ...] = (64, 64)
+    buffer: int = 512
     reward: bool = True
     memory: bool = False
     saturation: float = 0.0
@@ -88,12 +84,9 @@ class Objective:
     chunk: int = 64
 
     def __post_init__(self) -> None:
-        sizes = ("period", "buffer", "epochs", "minibatch", "test_episodes", "test_steps", "twins")
-        for name in sizes:
+        super().__post_init__()
+        for name in ("buffer", "test_episodes", "test_steps", "twins"):
             errors.positive_int(name, getattr(self, name), example=64)
-        for width in self.hidden:
-            errors.positive_int("hidden", width, example=64)
-        errors.finite_positive("learning_rate", self.learning_rate, example=0.001)
         errors.non_negative_int("ppo_generations", self.ppo_generations, example=100)
         errors.fraction("ppo_first", self.ppo_first)
         errors.fraction("ppo_last", self.ppo_last)
@@ -122,11 +115,34 @@ class Objective:
         return Reference(known.random * part, known.best * part, note)
 
     def make(
-        self, policy: Any, task: Task, *, trials: int, seed: int, device: str | torch.device
+        self,
+        policy: Policy | None,
+        task: Task,
+        *,
+        trials: int,
+        seed: int,
+        device: str | torch.device,
     ) -> EpgObjective:
-        """Tie the objective to a task distribution; ``policy`` must be ``none``."""
-        refuse_policy(policy, "epg")
-        return EpgObjective(self, task, trials=trials, seed=seed, device=device)
+        """Tie the objective to a task distribution; ``policy`` is what its agents are."""
+        return EpgObjective(self, policy, task, trials=trials, seed=seed, device=device)
+
+
+class Part(NamedTuple):
+    """One batch of agents: ``rows`` of all agents, their lives, and their last score ``[A]``."""
+
+    rows: Tensor
+    life: Life
+    score: Tensor
+
+
+@dataclass(frozen=True)
+class EpgLives:
+    """Lives number ``life`` of ``population`` members, after ``updates`` updates."""
+
+    life: int
+    updates: int
+    population: int
+    parts: tuple[Part, ...]
 
 
 class EpgObjective:
@@ -139,6 +155,7 @@ class EpgObjective:
     def __init__(
         self,
         config: Objective,
+        policy: Policy | None,
         task: Task,
         *,
         trials: int,
@@ -153,20 +170,15 @@ class EpgObjective:
         self.network = LossNetwork(
             task.spec, config.buffer, config.reward, config.memory, config.saturation
         )
-        heads: frozenset[Head] = frozenset({"log_std", "memory"})
+        needs: frozenset[Need] = frozenset({"unit"})
         self._ppo = PolicyGradient(clip=0.2, kl_coef=0.001)
         if config.ppo_generations:
-            heads |= self._ppo.heads
-        agent = Agent(task.spec, config.hidden, heads=heads)
-        self.learner = SegmentLearner(
-            agent,
-            period=config.period,
-            context=config.buffer,
-            epochs=config.epochs,
-            minibatch=config.minibatch,
-            learning_rate=config.learning_rate,
-        )
-        self.lives = Lives(
+            needs |= self._ppo.needs
+        chosen = None if policy is None else policy.config
+        self._agent = (task.spec, chosen, "epg", config.hidden)
+        agent = inner_policy(*self._agent, needs)
+        self.learner = SegmentLearner(agent, config, config.buffer)
+        self.lives = AgentLives(
             self.learner,
             task,
             seed,
@@ -176,6 +188,7 @@ class EpgObjective:
             twins=config.twins,
         )
         self.lives.check_own()
+        self.lives.check_length()
         self._chunk = self.lives.most_agents(config.chunk)
         first = shapes_of(self._init_leaves()) if config.evolve_init else {}
         self.shapes = {**self.network.shapes, **first}
@@ -191,8 +204,7 @@ class EpgObjective:
     def _init_leaves(self) -> Params:
         agent = self.learner.agent
         first = torch.zeros(1, dtype=torch.int64, device="cpu")
-        params = agent.init(Rng(self.seed).fold("eta"), first)
-        return {k: v for k, v in params.items() if k.partition(".")[0] in ("policy", "log_std")}
+        return agent.part(agent.init_at(Rng(self.seed).fold("eta"), first), "actor")
 
     def explain(self, gradient: bool) -> str:
         """In one line, what runs."""
@@ -201,6 +213,12 @@ class EpgObjective:
             f"loss network of {size_of(self.shapes):,} parameters; {self.trials} lives of "
             f"{updates} updates every {period} steps"
         )
+
+    def with_value(self) -> AgentLives:
+        """Its lives with agents that also have V, as hand-written losses need it."""
+        needs = self._ppo.needs | {"unit"}
+        learner = replace(self.learner, agent=inner_policy(*self._agent, needs))
+        return replace(self.lives, learner=learner)
 
     def share(self, generation: int) -> float:
         """PPO's share of the loss in a generation."""
@@ -284,7 +302,7 @@ class EpgObjective:
         index: Tensor,
         split: str,
         share: float,
-        lives: Lives | None = None,
+        lives: AgentLives | None = None,
         *,
         updates: int = 0,
         more: bool = False,
@@ -304,7 +322,7 @@ class EpgObjective:
             total = torch.zeros(len(rows), dtype=torch.float64, device=self.device)
             for _ in range(updates):
                 life, new = lives.advance(life, self.loss(eta, share), split)
-                total = total + new.reward.double().sum(dim=1)
+                total = total + new.reward[..., 0].double().sum(dim=0)
             found["return"], found["steps"] = lives.score(life, split)
             found["steps"] = found["steps"] + life.end.t
             if more:
@@ -318,7 +336,8 @@ class EpgObjective:
     @property
     def life_steps(self) -> int:
         """Updates of an agent's life."""
-        return self.lives.windows()
+        self.lives.check_left()
+        return self.lives.updates
 
     def begin(self, params: Params | Tensor, life: int) -> EpgLives:
         """Members ``[P, ...]`` at the start of life number ``life`` (``trials`` agents each)."""
@@ -364,7 +383,7 @@ class EpgObjective:
 
     def save(self, lives: EpgLives) -> State:
         """Lives as plain tensors, leaves ``[P, trials, ...]``; tasks and noise are drawn again."""
-        saved = [leaves_of_part(part) for part in lives.parts]
+        saved = [self.lives.save(p.life, "train") | {"score": p.score.cpu()} for p in lives.parts]
         count = lives.population * self.trials
         shape = (lives.population, self.trials)
         where = torch.tensor([[lives.life, lives.updates]], dtype=torch.int64, device="cpu").expand(
@@ -373,7 +392,7 @@ class EpgObjective:
         out = {"life": where[:, 0].clone(), "updates": where[:, 1].clone()}
         for name in saved[0]:
             whole = torch.cat([part[name] for part in saved])[:count]
-            out[name] = whole.reshape(*shape, *whole.shape[1:]).cpu()
+            out[name] = whole.reshape(*shape, *whole.shape[1:])
         return out
 
     def restore(self, saved: State) -> EpgLives:
@@ -392,5 +411,6 @@ class EpgObjective:
         for rows in self._batches(len(numbers)):
             begun = self.lives.begin(numbers[rows], "train")
             own = {name: leaf[rows] for name, leaf in flat.items()}
-            parts.append(restored(begun, rows, own))
+            life = self.lives.restore(begun, own, "train")
+            parts.append(Part(rows, life, own["score"]))
         return EpgLives(life, int(saved["updates"][0]), population, tuple(parts))

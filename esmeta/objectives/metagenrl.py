@@ -14,35 +14,39 @@ update rounds, and the short ends of episodes are masked.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 
 from esmeta import errors
-from esmeta.learners._agent import Agent
-from esmeta.learners._episodes import OVERS, Over
-from esmeta.learners._replay import ReplayLearner
-from esmeta.objectives import refuse_policy
+from esmeta.agent.policy import Policy
+from esmeta.learners import inner_policy
 from esmeta.objectives._metagenrl import MetaGenRLObjective
 from esmeta.objectives._objective_network import Time, Values
 from esmeta.options import options_class
+from esmeta.policy import PolicyConfig
+from esmeta.rl.off_policy import ReplayLearner, ReplayOptions
+from esmeta.rl.replay import Over
 from esmeta.types import Reference, Task
 
 
 @options_class
-class Objective:
+class Objective(ReplayOptions):
     """Options of MetaGenRL; the defaults are the paper's.
+
+    Those of :class:`esmeta.rl.off_policy.ReplayOptions` are its agents': ``batch`` counts snippets,
+    and critics see ``batch * snippet`` transitions per step if ``critic_batch`` is 0. ``[policy]``
+    describes the agents' policies: with ``policy.name = "none"`` they are the published ones, which
+    remember nothing, with layers ``hidden``, as the critics always have.
 
     Attributes:
         agents: in each environment, over all ranks.
         more_tasks: other environments, e.g. ``[{name = "hopper", horizon = 1000}]``, each with as
             many agents as the task of the run.
         steps: environment steps of an agent's training in meta-test.
-        period: environment steps between updates, and update rounds that follow them.
-        batch, snippet: snippets per update, and steps of a snippet.
-        snippets: what they are drawn over: ``episodes``, each as likely, and whole where it is long
-            enough (the release's; the critics' transitions are those of such snippets), or
-            ``steps``, each as likely to begin one, which may be cut by the end of its episode.
+        snippet: steps of a snippet.
+        policy_rate: rate of the policies' Adam, if another (0: the same).
         extra: snippets on which updated policies are judged, besides those they were updated on.
         inner_steps: updates of the policy before it is judged, on snippets of their own.
         inner_rate: learning rate of these.
@@ -51,8 +55,6 @@ class Objective:
             theta learn a direction, and agents' own clipped Adam steps use nothing else.
         saturation: factor on the mean squared excess over 1 of what enters the policies' tanh, a
             term of every loss of theirs. Beyond 3 or so no gradient is left, theta's neither.
-        learning_rate: of the agents' Adams; ``policy_rate`` of the policies' (0: the same).
-        clip: norm of a policy's gradient at most.
         anneal: steps over which the share of ``-Q(s, pi(s))`` in the policy's loss falls to zero in
             meta-training.
         anneal_after: steps before that, in which it is the whole loss.
@@ -60,14 +62,8 @@ class Objective:
         policy_lifetime: steps after which they begin with a fresh policy, but keep their critics
             and their replay (0: never): theta then meets policies that have yet to learn beside
             critics that know what to tell it.
-        random, update_after: steps of uniformly random actions at first, and before any update.
-        capacity: steps in the replay of an agent.
-        critic_batch: transitions per critic step; 0: ``batch * snippet``.
-        delay: critic steps per step of policies, targets and theta.
+        random: steps of uniformly random actions at first.
         reward_scale: factor on the rewards that agents learn from; scores are not scaled.
-        gamma: discount.
-        polyak: what targets keep of themselves per step.
-        hidden: widths of the layers of policy and critics.
         std: spread of exploring actions, in units of the action limit.
         time: t as ``snippet``, ``episode`` or ``none``.
         values: V as ``both``, ``now`` (no V_{t+1}) or ``none``.
@@ -81,8 +77,6 @@ class Objective:
     agents: int = 20
     more_tasks: tuple[dict[str, Any], ...] = ()
     steps: int = 1_000_000
-    period: int = 50
-    batch: int = 100
     snippet: int = 20
     snippets: Over = "episodes"
     extra: int = 100
@@ -91,7 +85,6 @@ class Objective:
     inner_reduction: Literal["sum", "mean"] = "sum"
     inner_clip: float = 0.0
     saturation: float = 0.0
-    learning_rate: float = 1e-3
     policy_rate: float = 0.0
     clip: float = 1.0
     anneal: int = 10_000
@@ -99,14 +92,7 @@ class Objective:
     lifetime: int = 0
     policy_lifetime: int = 0
     random: int = 10_000
-    update_after: int = 1_000
-    capacity: int = 1_000_000
-    critic_batch: int = 0
-    delay: int = 2
     reward_scale: float = 1.0
-    gamma: float = 0.99
-    polyak: float = 0.995
-    hidden: tuple[int, ...] = (350, 350)
     std: float = 0.1
     time: Time = "snippet"
     values: Values = "both"
@@ -117,21 +103,15 @@ class Objective:
     chunk: int = 64
 
     def __post_init__(self) -> None:
-        for name in ("agents", "steps", "period", "batch", "snippet", "inner_steps", "delay",
-                     "update_after", "capacity", "test_episodes"):  # fmt: skip
+        super().__post_init__()
+        for name in ("agents", "steps", "snippet", "inner_steps", "test_episodes"):
             errors.positive_int(name, getattr(self, name), example=20)
-        for name in ("extra", "anneal", "anneal_after", "lifetime", "policy_lifetime", "random",
-                     "critic_batch"):  # fmt: skip
+        for name in ("extra", "anneal", "anneal_after", "lifetime", "policy_lifetime", "random"):
             errors.non_negative_int(name, getattr(self, name), example=100)
-        for name in ("inner_rate", "learning_rate", "std", "reward_scale"):
+        for name in ("inner_rate", "std", "reward_scale"):
             errors.finite_positive(name, getattr(self, name), example=0.001)
-        for name in ("clip", "inner_clip", "saturation", "policy_rate", "terminal_bonus"):
+        for name in ("inner_clip", "saturation", "policy_rate", "terminal_bonus"):
             errors.non_negative(name, getattr(self, name), example=1.0)
-        for name in ("gamma", "polyak"):
-            errors.fraction(name, getattr(self, name), example=0.99)
-        for width in self.hidden:
-            errors.positive_int("hidden", width, example=350)
-        errors.one_of("snippets", self.snippets, OVERS)
         errors.one_of("inner_reduction", self.inner_reduction, ("sum", "mean"))
         errors.positive_int("chunk", self.chunk, example=64)
         self._check_lengths()
@@ -169,30 +149,27 @@ class Objective:
         known, episodes = task.reference, task.spec.episodes_per_trial
         return Reference(known.random / episodes, known.best / episodes, f"{known.note}; each")
 
-    def learner(self, task: Task) -> ReplayLearner:
+    def learner(self, task: Task, policy: PolicyConfig | None) -> ReplayLearner:
         """What trains agents of one task."""
-        agent = Agent(task.spec, self.hidden, "relu", frozenset({"critics"}), self.std)
+        needs = frozenset({"critics"})
+        agent = inner_policy(task.spec, policy, "metagenrl", self.hidden, needs, std=self.std)
+        options = replace(self, critic_batch=self.critic_batch or self.batch * self.snippet)
         return ReplayLearner(
             agent,
-            period=self.period,
-            capacity=self.capacity,
-            batch=self.batch,
-            critic_batch=self.critic_batch or self.batch * self.snippet,
-            snippets=self.snippets,
+            options,
             start=self.random,
-            update_after=self.update_after,
-            gamma=self.gamma,
-            polyak=self.polyak,
-            delay=self.delay,
-            learning_rate=self.learning_rate,
             policy_rate=self.policy_rate,
-            clip=self.clip,
             terminal_bonus=self.terminal_bonus,
         )
 
     def make(
-        self, policy: Any, task: Task, *, trials: int, seed: int, device: str | torch.device
+        self,
+        policy: Policy | None,
+        task: Task,
+        *,
+        trials: int,
+        seed: int,
+        device: str | torch.device,
     ) -> MetaGenRLObjective:
-        """Tie the objective to its tasks; ``policy`` must be ``none``."""
-        refuse_policy(policy, "metagenrl")
-        return MetaGenRLObjective(self, task, trials=trials, seed=seed, device=device)
+        """Tie the objective to its tasks; ``policy`` is what its agents are."""
+        return MetaGenRLObjective(self, policy, task, trials=trials, seed=seed, device=device)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from esmeta.agent.feedforward import Feedforward
 from esmeta.agent.policy import Policy, PolicyConfig, policy_of
-from esmeta.agent.recurrent import Feedforward
 from esmeta.options import options_class
 from esmeta.types import Spec
 
