@@ -52,7 +52,7 @@ class Learner:
     def __post_init__(self) -> None:
         errors.positive_int("minibatch", self.minibatch, example=50)
         errors.positive_int("value_epochs", self.value_epochs, example=10)
-        self._steps  # refuses what is no size
+        assert self._steps  # refuses what is no size
         errors.finite_positive("value_learning_rate", self.value_learning_rate, example=0.001)
         errors.fraction("gamma", self.gamma)
         errors.fraction("gae_lambda", self.gae_lambda)
