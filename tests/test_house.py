@@ -32,7 +32,6 @@ MAY_CHOOSE_DEVICE = {
     "esmeta/evaluate.py",
     "esmeta/evaluator.py",
     "esmeta/envs/gym.py",
-    "esmeta/envs/host.py",
     "esmeta/envs/remote.py",
 }
 GLOBAL_SEEDING = {

@@ -21,7 +21,7 @@ from esmeta.comm import SelfComm
 from esmeta.errors import UserError
 from esmeta.rng import Rng
 from esmeta.tasks import displacement  # pyright: ignore[reportAttributeAccessIssue]
-from esmeta.tasks.mixed import Task  # pyright: ignore[reportMissingImports]  # see esmeta.tasks
+from esmeta.tasks.mixed import Task
 from esmeta.tree import leaves_of, ravel, with_leaves
 from esmeta.types import Continuous, Hosted, Tasks
 
