@@ -14,7 +14,19 @@ MAX_FUNCTION_LINES = 60
 
 # A module may import from its own row and from the rows above it.
 LAYERS = [
-    {"types", "rng", "tree", "config", "errors", "options", "modes", "sharing", "capture"},
+    {
+        "types",
+        "rng",
+        "tree",
+        "config",
+        "names",
+        "older",
+        "errors",
+        "options",
+        "modes",
+        "sharing",
+        "capture",
+    },
     {"kernels"},
     {"policy", "ranks", "comm", "transport", "wire"},
     {"envs", "tasks", "returns"},

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from esmeta import errors
+from esmeta import errors, names
 from esmeta.evaluator import on_device, score_agents
 from esmeta.learners._loss import Loss
 from esmeta.learners._training import Agents, Training
 from esmeta.objectives._objective_network import ObjectiveNetwork, value_after
 from esmeta.rng import Rng
-from esmeta.tasks import task_from_table, task_groups
+from esmeta.tasks import task_groups
 from esmeta.tree import unravel_shapes
 from esmeta.types import Fitness, Hosted, Params, State, Task
 
@@ -58,7 +58,10 @@ class MetaGenRLObjective:
         )
         self.shapes = self.network.shapes
         example = '[{name = "pendulum", horizon = 200}]'
-        more = [task_from_table("objective.more_tasks", t, example) for t in config.more_tasks]
+        more = [
+            names.from_table("task", table, "objective.more_tasks", example)
+            for table in config.more_tasks
+        ]
         self.trainings = [
             self.training(t, "train", seed, number) for number, t in enumerate([task, *more])
         ]

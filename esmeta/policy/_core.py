@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ _MIN_STD = 1e-3
 
 @options_class
 class PolicyConfig:
-    """Options that every policy shares.
+    """Options that every policy shares; a policy is one of these that names its :meth:`memory`.
 
     ``hidden``: widths of the embedding's tanh layers; ``head_hidden``: width of the one tanh layer
     of each head; ``extra``: one more input, a constant 1 (``bias``), t/T (``time``) or ``none``;
@@ -40,6 +40,16 @@ class PolicyConfig:
     std: Literal["fixed", "learned", "state"] = "fixed"
     std_value: float = 0.1
     squash_embedding: bool = False
+    own_inputs: ClassVar[bool] = False
+    """Whether the memory has input weights of its own, so that the embedding ends before them."""
+
+    def memory(self) -> Memory:
+        """What carries information from step to step, between embedding and heads."""
+        raise NotImplementedError(f"{type(self).__qualname__} defines no memory()")
+
+    def make(self, spec: Spec, *, value: bool) -> Policy:
+        """The policy for tasks of ``spec``; with a value head if ``value`` is set."""
+        return Policy(spec, self, self.memory(), value=value)
 
     def __post_init__(self) -> None:
         from esmeta import errors
@@ -69,25 +79,17 @@ class Policy:
     ``step`` and ``unroll`` compute the same numbers: ``unroll`` runs embedding and heads on all T
     steps as large products and only the memory in sequence.
 
-    ``tanh_layers_only``: the embedding ends after the ``hidden`` layers, for a memory that has
-    input weights of its own; else a linear layer of ``neurons`` (squashed, if wanted) follows.
+    The embedding ends after the ``hidden`` tanh layers where the memory has ``own_inputs``; else a
+    linear layer of ``neurons`` (squashed, if wanted) follows.
     """
 
-    def __init__(
-        self,
-        spec: Spec,
-        config: PolicyConfig,
-        memory: Memory,
-        *,
-        value: bool,
-        tanh_layers_only: bool = False,
-    ) -> None:
+    def __init__(self, spec: Spec, config: PolicyConfig, memory: Memory, *, value: bool) -> None:
         self.spec = spec
         self.config = config
         self.memory = memory
         self.has_value = value
-        self._widths = config.hidden if tanh_layers_only else (*config.hidden, config.neurons)
-        self._squash = tanh_layers_only or config.squash_embedding
+        self._widths = config.hidden if config.own_inputs else (*config.hidden, config.neurons)
+        self._squash = config.own_inputs or config.squash_embedding
         self._embed_gain = 1.0 if config.squash_embedding else math.sqrt(2.0)
         self.input_size = spec.obs_size + spec.action.size + 1
         self.input_size += config.episode_input + (config.extra != "none")
