@@ -11,9 +11,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
-import importlib
 import json
-import pkgutil
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -21,20 +19,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from esmeta import errors
-from esmeta.errors import UserError, check_options, listed, nearest
+from esmeta import errors, names, older
+from esmeta.errors import UserError, listed, nearest
 from esmeta.options import options_class, plain
 
 Table = dict[str, Any]
 
-# kind of section -> (package that is searched, name of the dataclass in its modules)
-KINDS = {
-    "task": ("esmeta.tasks", "Task"),
-    "policy": ("esmeta.policy", "Config"),
-    "objective": ("esmeta.objectives", "Objective"),
-    "optimizer": ("esmeta.optimizers", "Optimizer"),
-}
-PACKAGES = {**KINDS, "learner": ("esmeta.learners", "Learner")}
+KINDS = ("task", "policy", "objective", "optimizer")
+"""Sections that name a module; see :mod:`esmeta.names`."""
 SECTIONS = (*KINDS, "budget", "run")
 NO_POLICY = "none"
 """``policy.name`` of runs whose objective trains agents of its own."""
@@ -205,94 +197,22 @@ def load(preset_or_path: str | Path) -> Table:
         ) from error
 
 
-_LATER = {("objective", "metagenrl"): {"snippets": "steps"}}
-"""Options that came after runs were made without them, and what those did."""
-
-
 def parse(text: str) -> dict[str, Any]:
-    """Tables of a TOML text; what a run of an older esmeta wrote is completed as it was meant."""
-    tables = tomllib.loads(text)
-    run = tables.get("run", {})
-    # A run writes every key there is; the second came with the validation split.
-    if "rank_timeout" in run and "evaluate_as_trained" not in run:
-        for (section, name), options in _LATER.items():
-            if tables.get(section, {}).get("name") == name:
-                tables[section] = {**options, **tables[section]}
-    return tables
-
-
-# --- names of modules ------------------------------------------------------------------------
-
-
-def _modules(package: str) -> dict[str, str]:
-    """Public name -> module name; one trailing underscore stands for a Python keyword."""
-    paths = importlib.import_module(package).__path__
-    modules = (info.name for info in pkgutil.iter_modules(paths))
-    return {name.removesuffix("_"): name for name in modules if not name.startswith("_")}
-
-
-def module_names(package: str) -> list[str]:
-    """Public names in the folder(s) of ``package``, without importing the modules."""
-    return sorted(_modules(package))
-
-
-def canonical(name: Any) -> Any:
-    """The name of a module: ``cheetah-dir`` is ``cheetah_dir``, as module names have no hyphens."""
-    return name.replace("-", "_") if isinstance(name, str) and ":" not in name else name
-
-
-def load_class(kind: str, name: str) -> type:
-    """The dataclass that ``name`` stands for; ``package.module:Name`` loads one from outside."""
-    name = canonical(name)
-    package, class_name = PACKAGES[kind]
-    if ":" in name:
-        module_name, _, class_name = name.partition(":")
-    else:
-        modules = _modules(package)
-        if name not in modules:
-            raise UserError(
-                f"{kind} {name!r} does not exist{nearest(name, modules)}; there are: "
-                f"{listed(modules)}; or write package.module:{class_name} for your own"
-            )
-        module_name = f"{package}.{modules[name]}"
-    if not all(part.isidentifier() for part in (*module_name.split("."), class_name)):
-        raise UserError(f"{kind} {name!r}: not a name; write package.module:Name")
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        missing = str(error.name)
-        if f"{module_name}.".startswith(f"{missing}."):
-            raise UserError(
-                f"{kind} {name!r}: no module {module_name!r} can be imported; write "
-                "package.module:Name of a module on PYTHONPATH"
-            ) from error
-        raise UserError(
-            f"{kind} {name!r} needs the Python package {missing!r}, which is not installed; "
-            f"install it, for example with: pip install {missing}"
-        ) from error
-    found = getattr(module, class_name, None)
-    if not isinstance(found, type):
-        classes = [key for key, value in vars(module).items() if isinstance(value, type)]
-        raise UserError(
-            f"{kind} {name!r}: module {module_name!r} has no class {class_name!r}"
-            f"{nearest(class_name, classes)}; it must define one"
-        )
-    if not dataclasses.is_dataclass(found):
-        raise UserError(
-            f"{kind} {name!r}: {class_name} is not a dataclass; decorate it with "
-            "@dataclass(frozen=True), so that its fields are its options"
-        )
-    return found
+    """Tables of a TOML text, also of one that an older run wrote."""
+    return older.tables(tomllib.loads(text))
 
 
 # --- resolution ------------------------------------------------------------------------------
 
 
 def parse_override(text: str) -> tuple[str, str, Any]:
-    """``section.key=value`` as (section, key, value); the value is TOML, else a bare string."""
+    """``section.key=value`` as (section, key, value); the value is TOML, else a bare string.
+
+    The key of a nested option has dots: ``section.key.inner=value``.
+    """
     address, equals, value_text = text.partition("=")
-    section, dot, key = address.strip().partition(".")
-    if not (equals and section and dot and key) or "." in key:
+    section, _, key = address.strip().partition(".")
+    if not (equals and section and all(key.split("."))):
         raise UserError(f"--set {text!r}: write section.key=value, for example run.seed=1")
     if section not in SECTIONS:
         raise UserError(
@@ -320,10 +240,10 @@ def merge(raw: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Table]:
             raise UserError(f"{name} = {table!r}: must be a section; write a line [{name}]")
         tables[name] = copy.deepcopy(dict(table))
         if name in KINDS and "name" in table:
-            tables[name]["name"] = canonical(table["name"])
+            tables[name]["name"] = names.canonical(table["name"])
     tables["objective"].setdefault("name", "return")
     parsed = [parse_override(text) for text in overrides]
-    parsed = [(s, k, canonical(v) if s in KINDS and k == "name" else v) for s, k, v in parsed]
+    parsed = [(s, k, names.canonical(v) if s in KINDS and k == "name" else v) for s, k, v in parsed]
     for section, key, value in parsed:
         if key == "name" and section in KINDS and value != tables[section].get("name"):
             kept = {k: v for k, v in tables[section].items() if (section, k) == ("task", "trials")}
@@ -333,8 +253,19 @@ def merge(raw: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Table]:
         other = _SYNONYMS.get(key)
         if section == "budget" and other and (section, other) not in given:
             tables[section].pop(other, None)
-        tables[section][key] = value
+        _set(tables[section], key, value)
     return tables
+
+
+def _set(table: Table, key: str, value: Any) -> None:
+    outer, dot, inner = key.partition(".")
+    if not dot:
+        table[key] = value
+        return
+    nested = table.setdefault(outer, {})
+    if not isinstance(nested, dict):
+        raise UserError(f"{outer} = {nested!r} is no table; leave out what follows it in {key!r}")
+    _set(nested, inner, value)
 
 
 def _section(kind: str, table: Table) -> Section:
@@ -350,11 +281,14 @@ def _section(kind: str, table: Table) -> Section:
         given = "is missing" if name is None else f"= {name!r} is not a name"
         raise UserError(
             f'{kind}.name {given}; write name = "..." in [{kind}]; there are: '
-            f"{listed(module_names(KINDS[kind][0]))}"
+            f"{listed(names.known(kind))}"
         )
-    instance = check_options(load_class(kind, name), table, kind)
-    options = {f.name: getattr(instance, f.name) for f in dataclasses.fields(instance) if f.init}
-    return Section(name, options, instance)
+    instance = names.make(kind, name, table)
+    return Section(name, _options(instance), instance)
+
+
+def _options(instance: Any) -> Table:
+    return {f.name: getattr(instance, f.name) for f in dataclasses.fields(instance) if f.init}
 
 
 def resolve(raw: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
@@ -369,8 +303,8 @@ def resolve(raw: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
     trials = plain(tables["task"].pop("trials", DEFAULT_TRIALS))
     errors.positive_int("task.trials", trials, example=DEFAULT_TRIALS)
     sections = {kind: _section(kind, tables[kind]) for kind in KINDS}
-    budget = check_options(Budget, tables["budget"], "budget")
-    run = check_options(Run, tables["run"], "run")
+    budget = names.check_options(Budget, tables["budget"], "budget")
+    run = names.check_options(Run, tables["run"], "run")
     for name in ("target", "plateau"):
         if getattr(budget, name) is not None and run.evaluate_every == 0:
             raise UserError(
@@ -388,17 +322,18 @@ def to_tables(config: Config) -> dict[str, Table]:
             return "none"
         if isinstance(value, Mapping):
             return {key: toml(item) for key, item in value.items()}
+        if dataclasses.is_dataclass(value):
+            return toml(_options(value))
         value = plain(value)  # what a class of the user's own makes of its options
         return [toml(item) for item in value] if isinstance(value, list | tuple) else value
 
     tables: dict[str, Table] = {}
     for kind in KINDS:
         section = getattr(config, kind)
-        options = {key: toml(value) for key, value in section.options.items()}
         trials = {"trials": config.trials} if kind == "task" else {}
-        tables[kind] = {"name": section.name, **trials, **options}
+        tables[kind] = {"name": section.name, **trials, **toml(section.options)}
     for name, part in (("budget", config.budget), ("run", config.run)):
-        tables[name] = {key: toml(value) for key, value in vars(part).items()}
+        tables[name] = toml(vars(part))
     return tables
 
 

@@ -110,7 +110,6 @@ def open_run(
 
     Task and objective of the configuration are those that the run is scored by.
     """
-    from esmeta.policy import build_policy
     from esmeta.record import load_theta
     from esmeta.scoring import without_aids
 
@@ -135,7 +134,7 @@ def open_run(
     policy = None
     if config.policy.instance is not None:
         value = config.optimizer.instance.gradient
-        policy = build_policy(task.spec, config.policy.instance, value=value)
+        policy = config.policy.instance.make(task.spec, value=value)
     objective = config.objective.instance.make(
         policy, task, trials=config.trials, seed=config.run.seed, device=device
     )

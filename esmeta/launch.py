@@ -172,7 +172,7 @@ class Attempts:
 
     def run(self) -> int:
         """Start until the run is over or there were too many restarts; returns the exit code."""
-        failure = ""
+        failure, code = "", 0
         for restart in range(self.job.max_restarts + 1):
             if restart:
                 self._pause(min(_FIRST_PAUSE_S * 2 ** (restart - 1), _LONGEST_PAUSE_S))

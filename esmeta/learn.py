@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from esmeta import config as configs
-from esmeta import errors
+from esmeta import errors, names
 from esmeta.cli import Parser, prepare_process, simulators_closed
 from esmeta.options import for_json
 from esmeta.terminal import prepare_streams
@@ -92,10 +92,8 @@ def build(args: argparse.Namespace) -> tuple[Lives, Loss]:
         errors.positive_int(name, value, example=4)
     errors.non_negative_int("--seed", args.seed)
     errors.non_negative_int("--test-episodes", args.test_episodes)
-    options = configs.load_class("learner", args.learner)
-    maker = errors.check_options(options, tables["learner"], "learner")
-    kind = configs.load_class("task", args.task)
-    task: Task = errors.check_options(kind, tables["task"], "task")
+    maker = names.make("learner", args.learner, tables["learner"])
+    task: Task = names.make("task", args.task, tables["task"])
     learner, loss = maker.make(task.spec, task.spec.horizon)
     lives = Lives(
         learner,

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import sys
 import time
 import tomllib
@@ -30,6 +29,7 @@ from typing import Any
 import torch
 
 from esmeta import config as configuration
+from esmeta import older
 from esmeta.config import Config
 from esmeta.errors import UserError
 from esmeta.lock import NAME as LOCK
@@ -56,8 +56,6 @@ class Checkpoint:
     config_toml: str
     simulators: dict[str, str | None] = field(default_factory=dict)
 
-
-_OLD_SCORES = re.compile("^heldout_")
 
 # --- reading and writing files -----------------------------------------------------------------
 
@@ -90,8 +88,7 @@ def _replace(path: Path, data: bytes) -> None:
 
 
 def _read_checkpoint(path: Path) -> Checkpoint:
-    saved = decode(path.read_bytes())
-    saved.setdefault("simulators", {})  # older checkpoints do not say
+    saved = older.checkpoint(decode(path.read_bytes()))
     return Checkpoint(**{name: saved[name] for name in Checkpoint.__dataclass_fields__})
 
 
@@ -151,28 +148,13 @@ def load_theta(path: Path | str) -> tuple[Params, dict[str, str]]:
         ) from error
 
 
-def read_config(run_dir: Path | str) -> Config:
-    """The configuration a run was made with."""
-    return configuration.resolve(configuration.load(Path(run_dir) / "config.toml"))
-
-
 def read_metrics(run_dir: Path | str) -> list[dict[str, Any]]:
-    """All lines of ``metrics.jsonl`` in order; a line cut off by a kill is left out.
-
-    Runs made before there was a validation split were scored on the test split all along: their
-    ``heldout_*`` are what ``validation_*`` is to others, and are called so here.
-    """
-    lines = _lines(run_dir)
-    return [{_OLD_SCORES.sub("validation_", k): v for k, v in line.items()} for line in lines]
+    """All lines of ``metrics.jsonl`` in order; a line cut off by a kill is left out."""
+    return [older.metrics(line) for line in written_lines(run_dir)]
 
 
-def last_old_scores(run_dir: Path | str) -> int | None:
-    """The last step that a run scored before there was a validation split; None where none is."""
-    steps = [line["step"] for line in _lines(run_dir) if any(map(_OLD_SCORES.match, line))]
-    return max(steps, default=None)
-
-
-def _lines(run_dir: Path | str) -> list[dict[str, Any]]:
+def written_lines(run_dir: Path | str) -> list[dict[str, Any]]:
+    """:func:`read_metrics` in the words in which they were written."""
     records = []
     try:
         text = (Path(run_dir) / "metrics.jsonl").read_text(encoding="utf-8", errors="replace")
@@ -216,7 +198,7 @@ def _differences(ours: str, theirs: str) -> str:
 
 
 def _same_course(checkpoint: Checkpoint, config: Config) -> bool:
-    """Whether a run was made with this configuration, perhaps before some option was there."""
+    """Whether a run was made with this configuration, as what it wrote is read today."""
     if checkpoint.digest == configuration.digest(config):
         return True
     try:
@@ -297,7 +279,7 @@ class RunDir:
         (path / "checkpoint").mkdir(parents=True, exist_ok=True)
         _replace(path / "config.toml", configuration.to_toml(config).encode())
         last = resumed.step if resumed else -1
-        kept = [json.dumps(r) + "\n" for r in _lines(path) if r["step"] <= last]
+        kept = [json.dumps(r) + "\n" for r in written_lines(path) if r["step"] <= last]
         _replace(path / "metrics.jsonl", "".join(kept).encode())
         run = cls(path, config, resumed, source == "current.ckpt", lock)
         run._write_summary({"stopped_by": None, "steps": max(last, 0)})

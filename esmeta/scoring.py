@@ -48,13 +48,13 @@ def variant(trained: Config, scored: Config) -> str:
 class Summary(NamedTuple):
     """Of the entries that are not NaN: their mean, its standard error, their standard deviation.
 
-    ``count`` is how many there are, ``independent`` how many groups they are of.
+    ``trials`` is how many there are, ``independent`` how many groups they are of.
     """
 
     mean: float
     se: float
     sd: float
-    count: int
+    trials: int
     independent: int
 
 

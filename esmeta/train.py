@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from esmeta import config as configs
-from esmeta import errors
+from esmeta import errors, older
 from esmeta.cli import close_simulators, configuration, parser, prepare_process, refuse
 from esmeta.terminal import prepare_streams
 
@@ -51,7 +51,6 @@ def build(config: configs.Config, ranks: int = 1, node: Node | None = None) -> P
     """Build what a resolved config names, for a number of ranks; ``node`` runs environments."""
     import torch
 
-    from esmeta.policy import build_policy
     from esmeta.rng import Rng
     from esmeta.scoring import training_aids
     from esmeta.tasks import published
@@ -62,7 +61,7 @@ def build(config: configs.Config, ranks: int = 1, node: Node | None = None) -> P
     optimizer: Optimizer = config.optimizer.instance
     policy = None
     if config.policy.instance is not None:
-        policy = build_policy(task.spec, config.policy.instance, value=optimizer.gradient)
+        policy = config.policy.instance.make(task.spec, value=optimizer.gradient)
     options = config.objective.instance
     made = {"trials": config.trials, "seed": config.run.seed, "device": device}
     objective: RunObjective = options.make(policy, task, **made)
@@ -112,14 +111,6 @@ class Counters:
     peak_step: int = 0
 
 
-def _counters(saved: dict[str, Any]) -> Counters:
-    """Counters as saved; those of before there was a validation split forget what was best."""
-    kept = {k: v for k, v in saved.items() if k in ("step", "env_steps", "restarts")}
-    if "heldout" not in saved:
-        return Counters(**saved)
-    return Counters(**kept, best_step=saved["step"], peak_step=saved["step"])
-
-
 class Trainer:
     """The outer loop over optimizer steps; the same on every rank, files on rank 0 only."""
 
@@ -147,7 +138,7 @@ class Trainer:
         payload = share(self.comm, None if resumed is None else resumed.payload)
         if payload is None:
             return self.parts.state
-        self.count = _counters(payload["counters"])
+        self.count = Counters(**older.counters(payload["counters"]))
         return self.parts.optimizer.load_state_dict(payload["optimizer"], self.parts.theta)
 
     def train(self) -> str:

@@ -14,11 +14,10 @@ from torch import Tensor
 from esmeta import errors
 from esmeta.envs.bodies import Body, Snapshot
 from esmeta.options import options_class
-from esmeta.tasks import (
-    _locomotion as walk,  # pyright: ignore[reportAttributeAccessIssue]  # see esmeta.tasks
-)
 from esmeta.tasks import aid
 from esmeta.types import Spec
+
+from . import _locomotion as walk
 
 XML = "ant.xml"
 BODIES = 14

@@ -15,11 +15,10 @@ from torch import Tensor
 
 from esmeta import errors
 from esmeta.rng import Rng
-from esmeta.tasks import (
-    _locomotion as walk,  # pyright: ignore[reportAttributeAccessIssue]  # see esmeta.tasks
-)
 from esmeta.tasks import check_split, task_numbers
 from esmeta.types import Tasks
+
+from . import _locomotion as walk
 
 REWARDS = ("dense", "gated")
 MODELS = Path(__file__).parent / "models"

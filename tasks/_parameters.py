@@ -17,17 +17,12 @@ from esmeta import errors
 from esmeta.envs.bodies import Data, Definition, Snapshot
 from esmeta.options import options_class
 from esmeta.rng import Rng
-from esmeta.tasks import (
-    _locomotion as walk,  # pyright: ignore[reportAttributeAccessIssue]  # see esmeta.tasks
-)
-from esmeta.tasks import (
-    _random_models as random_models,  # pyright: ignore[reportAttributeAccessIssue]
-)
-from esmeta.tasks import (
-    _standard as standard,  # pyright: ignore[reportAttributeAccessIssue]  # see esmeta.tasks
-)
 from esmeta.tasks import check_split, task_numbers
 from esmeta.types import Tasks
+
+from . import _locomotion as walk
+from . import _random_models as random_models
+from . import _standard as standard
 
 
 @options_class

@@ -14,10 +14,9 @@ from torch import Tensor
 from esmeta.envs.bodies import Data, Definition, Noise, Snapshot
 from esmeta.options import options_class
 from esmeta.rng import Rng
-from esmeta.tasks import (
-    _locomotion as walk,  # pyright: ignore[reportAttributeAccessIssue]  # see esmeta.tasks
-)
 from esmeta.types import Tasks
+
+from . import _locomotion as walk
 
 SMALL_NOISE = Noise("uniform", 5e-3, "uniform", 5e-3)
 

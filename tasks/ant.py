@@ -8,16 +8,11 @@ from torch import Tensor
 from esmeta import errors
 from esmeta.envs.bodies import Body, Data, Definition, Snapshot
 from esmeta.options import options_class
-from esmeta.tasks import (
-    _ant as ant,  # pyright: ignore[reportAttributeAccessIssue]  # see esmeta.tasks
-)
-from esmeta.tasks import (
-    _locomotion as walk,  # pyright: ignore[reportAttributeAccessIssue]  # see esmeta.tasks
-)
-from esmeta.tasks import (
-    _standard as standard,  # pyright: ignore[reportAttributeAccessIssue]  # see esmeta.tasks
-)
 from esmeta.types import Reference, Spec
+
+from . import _ant as ant
+from . import _locomotion as walk
+from . import _standard as standard
 
 _HEALTHY = walk.upright(0.2, 1.0, ant.HEIGHT)
 

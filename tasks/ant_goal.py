@@ -15,14 +15,11 @@ from esmeta import errors
 from esmeta.envs.bodies import Data, Definition, Snapshot
 from esmeta.options import options_class
 from esmeta.rng import Rng
-from esmeta.tasks import (
-    _ant as ant,  # pyright: ignore[reportAttributeAccessIssue]  # see esmeta.tasks
-)
-from esmeta.tasks import (
-    _locomotion as walk,  # pyright: ignore[reportAttributeAccessIssue]  # see esmeta.tasks
-)
 from esmeta.tasks import aid, check_split, task_numbers
 from esmeta.types import Reference, Tasks
+
+from . import _ant as ant
+from . import _locomotion as walk
 
 GOALS = ("disc", "square")
 

@@ -18,14 +18,11 @@ from esmeta import errors
 from esmeta.envs.bodies import Body, Data, Definition, Snapshot
 from esmeta.options import options_class
 from esmeta.rng import Rng
-from esmeta.tasks import (
-    _ant as ant,  # pyright: ignore[reportAttributeAccessIssue]  # see esmeta.tasks
-)
-from esmeta.tasks import (
-    _maesn as maesn,  # pyright: ignore[reportAttributeAccessIssue]  # see esmeta.tasks
-)
 from esmeta.tasks import aid
 from esmeta.types import Reference, Tasks
+
+from . import _ant as ant
+from . import _maesn as maesn
 
 
 @options_class

@@ -18,14 +18,11 @@ from torch import Tensor
 from esmeta.envs.bodies import Body, Data, Definition, Noise, Snapshot
 from esmeta.options import options_class
 from esmeta.rng import Rng
-from esmeta.tasks import (
-    _locomotion as walk,  # pyright: ignore[reportAttributeAccessIssue]  # see esmeta.tasks
-)
-from esmeta.tasks import (
-    _maesn as maesn,  # pyright: ignore[reportAttributeAccessIssue]  # see esmeta.tasks
-)
 from esmeta.tasks import aid, check_split, task_numbers
 from esmeta.types import Reference, Spec, Tasks
+
+from . import _locomotion as walk
+from . import _maesn as maesn
 
 BLOCKS = 5
 GRIPPER = 3

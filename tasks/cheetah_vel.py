@@ -12,13 +12,10 @@ from torch import Tensor
 from esmeta.envs.bodies import Data, Definition, Snapshot
 from esmeta.options import options_class
 from esmeta.rng import Rng
-from esmeta.tasks import (
-    _cheetah as cheetah,  # pyright: ignore[reportAttributeAccessIssue]  # see esmeta.tasks
-)
-from esmeta.tasks import (
-    _locomotion as walk,  # pyright: ignore[reportAttributeAccessIssue]  # see esmeta.tasks
-)
 from esmeta.types import Reference, Tasks
+
+from . import _cheetah as cheetah
+from . import _locomotion as walk
 
 
 @options_class

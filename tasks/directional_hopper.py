@@ -13,14 +13,11 @@ from torch import Tensor
 from esmeta.envs.bodies import Body, Definition, Snapshot
 from esmeta.options import options_class
 from esmeta.rng import Rng
-from esmeta.tasks import (
-    _epg as epg,  # pyright: ignore[reportAttributeAccessIssue]  # see esmeta.tasks
-)
-from esmeta.tasks import (
-    _locomotion as walk,  # pyright: ignore[reportAttributeAccessIssue]  # see esmeta.tasks
-)
 from esmeta.tasks import aid
 from esmeta.types import Reference, Spec, Tasks
+
+from . import _epg as epg
+from . import _locomotion as walk
 
 
 @options_class

@@ -7,13 +7,10 @@ from torch import Tensor
 
 from esmeta.envs.bodies import Body, Data, Definition, Snapshot
 from esmeta.options import options_class
-from esmeta.tasks import (
-    _locomotion as walk,  # pyright: ignore[reportAttributeAccessIssue]  # see esmeta.tasks
-)
-from esmeta.tasks import (
-    _standard as standard,  # pyright: ignore[reportAttributeAccessIssue]  # see esmeta.tasks
-)
 from esmeta.types import Reference, Spec
+
+from . import _locomotion as walk
+from . import _standard as standard
 
 
 @options_class

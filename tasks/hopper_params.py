@@ -9,16 +9,11 @@ from typing import ClassVar
 
 from esmeta.envs.bodies import Body, Definition
 from esmeta.options import options_class
-from esmeta.tasks import (
-    _locomotion as walk,  # pyright: ignore[reportAttributeAccessIssue]  # see esmeta.tasks
-)
-from esmeta.tasks import (
-    _parameters as parameters,  # pyright: ignore[reportAttributeAccessIssue]
-)
-from esmeta.tasks import (
-    _random_models as random_models,  # pyright: ignore[reportAttributeAccessIssue]
-)
 from esmeta.types import Reference, Spec
+
+from . import _locomotion as walk
+from . import _parameters as parameters
+from . import _random_models as random_models
 
 
 @options_class

@@ -18,11 +18,10 @@ from torch import Tensor
 
 from esmeta.options import options_class
 from esmeta.rng import Rng
-from esmeta.tasks import (
-    _maze_boards as maker,  # pyright: ignore[reportAttributeAccessIssue]  # see esmeta.tasks
-)
 from esmeta.tasks import check_int, check_split, task_numbers
 from esmeta.types import Discrete, Reference, Spec, Tasks, TimeStep
+
+from . import _maze_boards as maker
 
 GENERATORS = ("pillars", "carve")
 _REWARD = 10.0

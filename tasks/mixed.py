@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from esmeta import names
 from esmeta.envs import mixed
 from esmeta.errors import UserError, finite_positive
 from esmeta.options import options_class
@@ -26,7 +27,6 @@ from esmeta.tasks import (
     check_split,
     published,
     single,
-    task_from_table,
     task_groups,
     task_numbers,
 )
@@ -209,7 +209,7 @@ def _make(table: Table, horizon: int) -> _Part:
     label, factor = table.get("label", table.get("name")), table.get("factor", 1.0)
     finite_positive(f"parts: {table!r}: factor", factor, example=1.0)
     options = {key: value for key, value in table.items() if key not in _OWN}
-    task = task_from_table("parts", {**options, "horizon": horizon}, _EXAMPLE)
+    task = names.from_table("task", {**options, "horizon": horizon}, "parts", _EXAMPLE)
     label = label.replace("-", "_") if isinstance(label, str) else ""
     if not label.isidentifier():
         raise UserError(

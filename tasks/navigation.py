@@ -17,13 +17,10 @@ from torch import Tensor
 from esmeta import errors
 from esmeta.options import options_class
 from esmeta.rng import Rng
-from esmeta.tasks import (
-    _plane,  # pyright: ignore[reportAttributeAccessIssue]  # see esmeta.tasks
-    check_split,
-    episode_steps,
-    task_numbers,
-)
+from esmeta.tasks import check_split, episode_steps, task_numbers
 from esmeta.types import Continuous, Reference, Spec, Tasks
+
+from . import _plane
 
 REWARDS = ("distance", "squared")
 _HALF_WIDTH, _STEP, _ARRIVAL = 0.5, 0.1, 0.01

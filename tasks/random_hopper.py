@@ -15,16 +15,11 @@ from torch import Tensor
 
 from esmeta.envs.bodies import Body, Definition, Snapshot
 from esmeta.options import options_class
-from esmeta.tasks import (
-    _epg as epg,  # pyright: ignore[reportAttributeAccessIssue]  # see esmeta.tasks
-)
-from esmeta.tasks import (
-    _locomotion as walk,  # pyright: ignore[reportAttributeAccessIssue]  # see esmeta.tasks
-)
-from esmeta.tasks import (
-    _random_models as random_models,  # pyright: ignore[reportAttributeAccessIssue]
-)
 from esmeta.types import Reference, Spec
+
+from . import _epg as epg
+from . import _locomotion as walk
+from . import _random_models as random_models
 
 
 @options_class

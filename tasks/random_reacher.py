@@ -18,14 +18,11 @@ from esmeta import errors
 from esmeta.envs.bodies import Body, Data, Definition, Noise, Snapshot
 from esmeta.options import options_class
 from esmeta.rng import Rng
-from esmeta.tasks import (
-    _locomotion as walk,  # pyright: ignore[reportAttributeAccessIssue]  # see esmeta.tasks
-)
-from esmeta.tasks import (
-    _random_models as random_models,  # pyright: ignore[reportAttributeAccessIssue]
-)
 from esmeta.tasks import check_split, task_numbers
 from esmeta.types import Reference, Spec, Tasks
+
+from . import _locomotion as walk
+from . import _random_models as random_models
 
 # Numbers of bodies and geoms in reacher.xml, its lengths in m.
 FINGERTIP, TARGET = 3, 4

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from esmeta.envs.bodies import Body, Definition
 from esmeta.options import options_class
-from esmeta.tasks import (
-    _locomotion as walk,  # pyright: ignore[reportAttributeAccessIssue]  # see esmeta.tasks
-)
-from esmeta.tasks import (
-    _standard as standard,  # pyright: ignore[reportAttributeAccessIssue]  # see esmeta.tasks
-)
 from esmeta.types import Reference, Spec
+
+from . import _locomotion as walk
+from . import _standard as standard
 
 
 @options_class

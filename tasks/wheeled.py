@@ -16,14 +16,11 @@ from esmeta import errors
 from esmeta.envs.bodies import Body, Data, Definition, Snapshot
 from esmeta.options import options_class
 from esmeta.rng import Rng
-from esmeta.tasks import (
-    _locomotion as walk,  # pyright: ignore[reportAttributeAccessIssue]  # see esmeta.tasks
-)
-from esmeta.tasks import (
-    _maesn as maesn,  # pyright: ignore[reportAttributeAccessIssue]  # see esmeta.tasks
-)
 from esmeta.tasks import aid
 from esmeta.types import Reference, Spec, Tasks
+
+from . import _locomotion as walk
+from . import _maesn as maesn
 
 MOTOR = 2.0
 """Largest control of a motor: an action of 1."""

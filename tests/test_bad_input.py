@@ -298,12 +298,12 @@ def test_nan_is_not_a_number_anywhere() -> None:
     """Every float option of every section refuses nan, whoever wrote its class."""
     import dataclasses
 
-    from esmeta import config as configs
+    from esmeta import names
 
-    for kind, (package, _) in configs.KINDS.items():
-        for name in configs.module_names(package):
-            cls = configs.load_class(kind, name)
+    for kind in names.KINDS:
+        for name in names.known(kind):
+            cls = names.load(kind, name)
             for field in dataclasses.fields(cls):
                 if isinstance(field.default, float):
                     with pytest.raises(UserError, match=rf"{field.name} = nan"):
-                        configs.check_options(cls, {field.name: math.nan}, kind)
+                        names.check_options(cls, {field.name: math.nan}, kind)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from esmeta import config, errors
+from esmeta import config, errors, names
 from esmeta.errors import UserError
 
 OUTSIDE = """
@@ -60,6 +60,11 @@ class OpenES:
 class PPO:
     learning_rate: float = 3e-4
     epochs: int = 4
+
+@dataclass(frozen=True)
+class Nested:
+    inner: PPO = PPO()
+    weight: float = 1.0
 
 @dataclass(frozen=True)
 class Needy:
@@ -114,6 +119,25 @@ def test_defaults_and_given_values_are_resolved() -> None:
     without = raw()
     del without["task"]["trials"]
     assert config.resolve(without).trials == config.DEFAULT_TRIALS == 16
+
+
+def test_options_can_be_nested() -> None:
+    given = raw(objective={"name": "outside_mod:Nested", "inner": {"epochs": 3}})
+    c = config.resolve(given, ["objective.inner.learning_rate=1"])
+    inner = c.objective.instance.inner
+    assert (inner.epochs, inner.learning_rate, type(inner).__name__) == (3, 1.0, "PPO")
+    again = config.resolve(config.parse(config.to_toml(c)))
+    assert again == c and again.objective.instance == c.objective.instance
+    assert config.digest(again) == config.digest(c) != config.digest(config.resolve(given))
+    for change, *words in (
+        ("inner.epohs=3", "objective.inner.epohs", "did you mean 'epochs'"),
+        ("inner.epochs=x", "objective.inner.epochs = 'x'", "an integer"),
+        ("inner=3", "objective.inner = 3", "a table"),
+        ("weight.x=3", "objective.weight = {'x': 3}", "a finite number"),
+    ):
+        refused(*words, overrides=["objective.name=outside_mod:Nested", f"objective.{change}"])
+    refused("weight = 2.0", "no table", "'weight.x'", overrides=["objective.weight.x=3"],
+            objective={"weight": 2.0})  # fmt: skip
 
 
 def test_types_are_converted_or_refused() -> None:
@@ -196,7 +220,7 @@ def test_override_values_are_toml_else_bare_strings() -> None:
     assert parse("task.tag=1\nseed = 3") == ("task", "tag", "1\nseed = 3")
     assert parse("task.fast = true") == ("task", "fast", True)
     assert parse("task.tag=") == ("task", "tag", "")
-    for bad in ("seed=3", "run.seed", "run.a.b=3", ".seed=3", "run.=3", "="):
+    for bad in ("seed=3", "run.seed", "run.a..b=3", ".seed=3", "run.=3", "="):
         with pytest.raises(UserError, match="section.key=value"):
             parse(bad)
     with pytest.raises(UserError, match="did you mean 'run'"):
@@ -273,12 +297,12 @@ def test_modules_are_listed_without_being_imported(
     make_package(tmp_path, "fake_objectives", files)
     make_package(tmp_path / "fake_objectives", "folder", {"__init__.py": good})
     monkeypatch.syspath_prepend(tmp_path)
-    assert config.module_names("fake_objectives") == ["boom", "folder", "return"]
-    monkeypatch.setitem(config.PACKAGES, "objective", ("fake_objectives", "Objective"))
-    assert config.load_class("objective", "return").__module__ == "fake_objectives.return_"
-    assert config.load_class("objective", "folder").__name__ == "Objective"
+    monkeypatch.setitem(names.KINDS, "objective", ("fake_objectives", "Objective"))
+    assert names.known("objective") == ["boom", "folder", "return"]
+    assert names.load("objective", "return").__module__ == "fake_objectives.return_"
+    assert names.load("objective", "folder").__name__ == "Objective"
     with pytest.raises(UserError, match=r"'retrun' .*did you mean 'return'.*boom, folder, return"):
-        config.load_class("objective", "retrun")
+        names.load("objective", "retrun")
     without = raw()
     del without["objective"]
     assert config.resolve(without).objective.name == "return"
@@ -299,12 +323,12 @@ def test_modules_are_listed_without_being_imported(
 )
 def test_outside_classes_that_cannot_be_loaded(name: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        config.load_class("task", name)
+        names.load("task", name)
 
 
 def test_a_bug_inside_a_module_is_not_the_users() -> None:
     with pytest.raises(ValueError, match="a bug in the module") as caught:
-        config.load_class("task", "broken_mod:Task")
+        names.load("task", "broken_mod:Task")
     assert not isinstance(caught.value, UserError)
 
 

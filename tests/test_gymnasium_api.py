@@ -54,7 +54,7 @@ def test_every_field_of_a_task_can_be_set(name: str) -> None:
                 with pytest.raises(ValueError, match=rf"\b{field}\b.*Ellipsis"):
                     make(api.environment_id(name), **table)
         for table in ({"nonsense": 1}, {"options": {"nonsense": 1}}):
-            with pytest.raises(ValueError, match="has no option 'nonsense'.*it takes"):
+            with pytest.raises(ValueError, match="nonsense is not an option.*options are"):
                 make(api.environment_id(name), **table)
 
 
@@ -235,7 +235,7 @@ def refused(words: str, call: Any) -> None:
 def test_bad_requests() -> None:
     make, vec = gymnasium.make, gymnasium.make_vec
     refused("size is 99.*4 to 12", lambda: make("esmeta/Maze-v0", size=99))
-    refused("'sise'.*did you mean 'size'", lambda: make("esmeta/Maze-v0", sise=8))
+    refused("task.sise .*did you mean 'size'", lambda: make("esmeta/Maze-v0", sise=8))
     refused("split is 'valid'", lambda: make("esmeta/Maze-v0", split="valid"))
     refused("split is 'valid'", lambda: vec("esmeta/Maze-v0", split="valid"))
     refused("num_envs is 0", lambda: vec("esmeta/Maze-v0", num_envs=0))

@@ -14,7 +14,19 @@ MAX_FUNCTION_LINES = 60
 
 # A module may import from its own row and from the rows above it.
 LAYERS = [
-    {"types", "rng", "tree", "config", "errors", "options", "modes", "sharing", "capture"},
+    {
+        "types",
+        "rng",
+        "tree",
+        "config",
+        "names",
+        "older",
+        "errors",
+        "options",
+        "modes",
+        "sharing",
+        "capture",
+    },
     {"kernels"},
     {"agent", "ranks", "comm", "transport", "wire"},
     {"policy"},
@@ -33,7 +45,6 @@ MAY_CHOOSE_DEVICE = {
     "esmeta/evaluate.py",
     "esmeta/evaluator.py",
     "esmeta/envs/gym.py",
-    "esmeta/envs/host.py",
     "esmeta/envs/remote.py",
 }
 GLOBAL_SEEDING = {

@@ -196,7 +196,7 @@ def test_processes_that_miss_a_size_compile_it_once_and_never_load_the_compiler(
     assert (
         len(files) == 2
         and "lock" in files[0]
-        and files[1].startswith(f"plastic-{_cpu_run.LANES}-3-1-1-0-")
+        and files[1].startswith(f"plastic-{_cpu_run.LANES}-3-1-1-base-")
     )
 
 
@@ -206,11 +206,11 @@ def test_a_compiler_that_fails_is_reported_and_leaves_nothing(tmp_path, monkeypa
     monkeypatch.setattr(_cpu_build, "_SOURCE", broken)
     monkeypatch.setattr(_cpu_build, "cache_folders", lambda: [tmp_path])
     with pytest.raises(RuntimeError, match="reinstall llvmlite(.|\n)*no LLVM here"):
-        _cpu_build._machine_code("plastic", 3, 1, 1, 0)
+        _cpu_build._machine_code("plastic", 3, 1, 1, "base")
     assert sorted(os.listdir(tmp_path)) == ["broken.py", f"compiling-{os.geteuid()}.lock"]
 
 
-SIZE = ("plastic", 3, 1, 1, 0)
+SIZE = ("plastic", 3, 1, 1, "base")
 
 
 @pytest.fixture
@@ -224,7 +224,7 @@ def cache(tmp_path, monkeypatch):
 
     def counted(words):
         count.append(words)
-        return code if words[2:] == ["3", "1", "1", "0"] else compiled(words)
+        return code if words[2:] == ["3", "1", "1", "base"] else compiled(words)
 
     monkeypatch.setattr(_cpu_build, "_compiled", counted)
     return file, code, count
@@ -252,7 +252,7 @@ def test_damaged_code_is_compiled_again_and_repaired(cache, how):
 
 def test_code_of_another_size_is_not_taken(cache):
     file, code, count = cache
-    other = _cpu_build._machine_code("plastic", 4, 1, 1, 0)
+    other = _cpu_build._machine_code("plastic", 4, 1, 1, "base")
     (theirs,) = set(file.parent.glob("*.o")) - {file}
     file.write_bytes(theirs.read_bytes())
     assert _cpu_build._machine_code(*SIZE) == code != other and len(count) == 2
@@ -324,7 +324,7 @@ def test_where_the_cache_lies(tmp_path, monkeypatch):
 def test_code_placed_by_us_and_code_linked_by_llvm_are_the_same(monkeypatch):
     case = long_case("base", 20, 2)
     want = case.scan()
-    code = _cpu_build._machine_code("plastic", 20, 2, 1, 0)
+    code = _cpu_build._machine_code("plastic", 20, 2, 1, "base")
     linked = _cpu_build._PROTOTYPE(_cpu_build._linked(code))
     monkeypatch.setattr(_cpu_build, "function", lambda *size: linked)
     assert all(torch.equal(a, b) for a, b in zip(case.scan(), want, strict=True))
@@ -337,9 +337,9 @@ import importlib.util
 spec = importlib.util.spec_from_file_location("compiler", sys.argv[1] + "/__main__.py")
 compiler = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(compiler)
-kind, row, *numbers = sys.argv[3:]
+kind, row, *words = sys.argv[3:]
 with open(sys.argv[2], "wb") as file:
-    file.write(compiler.machine_code(kind, int(row), [int(n) for n in numbers], "haswell"))
+    file.write(compiler.machine_code(kind, int(row), words, "haswell"))
 """
 
 
@@ -350,17 +350,16 @@ with open(sys.argv[2], "wb") as file:
 def test_bits_do_not_depend_on_the_width_of_vectors(variant, n, S, tmp_path, monkeypatch):
     case = long_case(variant, n, S).require_grad()
     want = [*case.scan(), *backward(case.scan(), case.inputs)]
-    linear = variant == "linear"
 
-    def narrow(kind, *numbers):
+    def narrow(kind):
         path = tmp_path / kind
-        words = [kind, *(str(int(number)) for number in (_cpu_run.LANES, *numbers))]
+        words = [kind, *map(str, (_cpu_run.LANES, n, S, 1, variant))]
         folder = str(_cpu_build._SOURCE)
         subprocess.run([sys.executable, "-c", NARROW, folder, str(path), *words], check=True)
         return _cpu_build._PROTOTYPE(_cpu_build._placed(_cpu_build._text(path.read_bytes())))
 
-    known = {kind: narrow(kind, n, S, 1, linear) for kind in ("plastic", "backward")}
-    monkeypatch.setattr(_cpu_build, "function", lambda kind, *numbers: known[kind])
+    known = {kind: narrow(kind) for kind in ("plastic", "backward")}
+    monkeypatch.setattr(_cpu_build, "function", lambda kind, *words: known[kind])
     got = [*case.scan(), *backward(case.scan(), case.inputs)]
     for index, (a, b) in enumerate(zip(got, want, strict=True)):
         assert torch.equal(a, b), index
@@ -386,7 +385,7 @@ def test_bits_do_not_depend_on_the_padding_of_rows(variant, n, S, monkeypatch):
 
 
 def test_code_that_needs_linking_is_recognised():
-    code = _cpu_build._machine_code("plastic", 20, 2, 1, 0)
+    code = _cpu_build._machine_code("plastic", 20, 2, 1, "base")
     assert len(_cpu_build._text(code)) > 1000
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
@@ -403,25 +402,24 @@ import sys
 import torch
 from fences import fenced
 from test_kernels import Case
-from esmeta.kernels import _cpu, _cpu_build
+from esmeta.kernels import _cpu, _cpu_build, prepare
+from esmeta.kernels._rule import Plan
 
 variant, n, S, more = sys.argv[1], *map(int, sys.argv[2:])
 case = Case(variant, 2, 5, n, S, T=4, dtype=torch.float32, per_trial=True)
 case.new_trial[:] = False
 case.new_trial[1, 0, 4] = True
 room, plain, padded = _cpu._room, _cpu.plain, _cpu._padded
-names = (case.W.mT, case.x, case.W0.mT, case.new_trial)
+plan = Plan(3, case.new_trial[..., None, None], [True] * 4)
 
 def whole(t):
     return t.as_strided((*t.shape[:-1], t.stride(-2)), t.stride())
 
 def results():
-    folded = fold(as_rule(case.alpha, case.kappa, case.beta, case.write))
-    rule = _cpu.rule(folded.alpha_t, folded.kappa, folded.composite, folded.write)
-    return _cpu.run(rule, *names, every=3)
+    forward = prepare(case.alpha, case.kappa, case.beta, case.write).code.forward
+    y, last, kept = forward(plan, case.W.mT, case.x, case.W0.mT, True)
+    return y, last, *kept.checkpoints, *kept.reads
 
-from esmeta.kernels._recurrence import fold
-from esmeta.kernels._shapes import as_rule
 want = results()
 for at_end in (True, False):
     _cpu._room = lambda like, shape: fenced(whole(room(like, shape)), at_end)[..., :n]
@@ -429,7 +427,7 @@ for at_end in (True, False):
     _cpu._padded = lambda t: fenced(whole(padded(t)), at_end)[..., :n]
     blank, _cpu.blank = _cpu.blank, lambda *shape: fenced(blank(*shape), at_end)
     empty_like, torch.empty_like = torch.empty_like, lambda t: fenced(empty_like(t), at_end)
-    call = _cpu_build.function("plastic", n, S, variant != "no-alpha", variant == "linear")
+    call = _cpu_build.function("plastic", n, S, int(variant != "no-alpha"), variant)
     function, _cpu_build.function = (
         _cpu_build.function, lambda *size: lambda table, low, high: call(table, low, high + more)
     )
@@ -445,7 +443,7 @@ import torch
 from fences import fenced
 from test_kernels import Case, backward
 from esmeta.kernels import _cpu, _cpu_build
-from esmeta.kernels._adjoint import Carried
+from esmeta.tree import leaves_of, with_leaves
 
 variant, n, S, more = sys.argv[1], *map(int, sys.argv[2:])
 case = Case(variant, 2, 5, n, S, T=4, dtype=torch.float32, per_trial=True).require_grad()
@@ -454,20 +452,18 @@ case.new_trial[1, 0, 4] = True
 want = backward(case.scan(store_every=3), case.inputs)
 pack, plain, back = _cpu.pack, _cpu.plain, _cpu.back
 
-def near(leaf, at_end):
-    if isinstance(leaf, list):
-        return [near(one, at_end) for one in leaf]
-    return leaf if leaf is None else fenced(leaf, at_end)
+def near(tree, at_end):
+    return with_leaves(tree, [fenced(leaf, at_end) for leaf in leaves_of(tree)])
 
 for at_end in (True, False):
     def fenced_back(segment, carried):
         function = _cpu_build.function
-        _cpu.pack = lambda s: type(p := pack(s))(*(near(leaf, at_end) for leaf in p))
+        _cpu.pack = lambda s: near(pack(s), at_end)
         _cpu.plain = lambda t: fenced(plain(t), at_end)
         _cpu_build.function = lambda *size: (
             lambda table, low, high: function(*size)(table, low, high + more)
         )
-        done = back(segment, Carried(*(near(c, at_end) for c in carried)))
+        done = back(segment, near(carried, at_end))
         _cpu.pack, _cpu.plain, _cpu_build.function = pack, plain, function
         return done
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,8 +19,14 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
 
-from esmeta.kernels import _dispatch, _gpu, explain, plastic_reference  # noqa: E402
-from esmeta.kernels._scan import Code  # noqa: E402
+from esmeta.kernels import (  # noqa: E402
+    _dispatch,
+    _gpu,
+    explain,
+    plastic_reference,
+    prepare,
+    step_prepared,
+)
 
 # (variant, n, S): widths below, at and between powers of two.
 SIZES = [
@@ -41,7 +48,7 @@ def test_explain_names_the_kernel() -> None:
 @pytest.fixture(autouse=True)
 def on_gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
     """All calls go to the Triton kernels, and memory that is not written is NaN."""
-    monkeypatch.setattr(_dispatch, "_code", lambda folded: Code(_gpu.forward(folded), _gpu.back))
+    monkeypatch.setattr(_dispatch, "_code", _gpu.code)
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     yield
@@ -75,7 +82,7 @@ def test_outputs_and_gradients_are_exact_to_float32(variant: str, n: int, S: int
 
 def test_a_loop_of_steps_is_the_scan_and_runs_are_alike() -> None:
     one = case("base", 12, 2)
-    prepared = _dispatch.prepare(one.alpha, one.kappa, one.beta)
+    prepared = prepare(one.alpha, one.kappa, one.beta)
     with torch.no_grad():
         for in_place in (False, True):
             W, ys = one.W.clone(), []
@@ -83,7 +90,7 @@ def test_a_loop_of_steps_is_the_scan_and_runs_are_alike() -> None:
                 fresh = one.new_trial[t][..., None, None]
                 start = one.W0 if one.W0.dim() == 4 else one.W0.unsqueeze(1)
                 W = torch.where(fresh, start, W).mT.contiguous().mT
-                y, new = _dispatch.step_prepared(prepared, W, one.x[t], in_place=in_place)
+                y, new = step_prepared(prepared, W, one.x[t], in_place=in_place)
                 assert (new.data_ptr() == W.data_ptr()) == in_place
                 W = new
                 ys.append(y)
@@ -108,10 +115,9 @@ from fences import fenced
 from test_kernel_gpu import case
 from test_kernels import backward
 from esmeta.kernels import _dispatch, _gpu, _triton_code
-from esmeta.kernels._scan import Code
 
 one = case("linear", 5, 2, T=3).require_grad()
-_dispatch._code = lambda folded: Code(_gpu.forward(folded), _gpu.back)
+_dispatch._code = _gpu.code
 want = backward(one.scan(store_every=2), one.inputs)
 more = int(sys.argv[1])
 
@@ -146,15 +152,19 @@ def test_nothing_is_read_or_written_out_of_bounds() -> None:
 
 
 COMPILE = """
-import sys
+import torch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
-from esmeta.kernels import _gpu, _triton_code
+from esmeta.kernels import _gpu, _triton_code, prepare
+from test_kernels import Case
 
 for kernel in (_triton_code.forward, _triton_code.backward):
-    for linear in (False, True):
-        fixed = {"KEEP": True, "RESETS": True, "ALPHA": not linear, "LINEAR": linear}
-        sizes = _gpu._sizes(20, 2)
+    for variant in ("base", "linear"):
+        one = Case(variant, 1, 1, 20, 2, dtype=torch.float32)
+        alpha = one.alpha if variant == "base" else None
+        rule = prepare(alpha, one.kappa, one.beta, one.write)
+        fixed = {"KEEP": True, "RESETS": True}
+        sizes = _gpu._options(rule, 20)
         options = {"num_warps": sizes.pop("num_warps")}
         fixed = {k: v for k, v in (fixed | sizes).items() if k in kernel.arg_names}
         kinds = dict.fromkeys(kernel.arg_names, "*fp32") | dict.fromkeys(fixed, "constexpr")
@@ -170,6 +180,7 @@ for kernel in (_triton_code.forward, _triton_code.backward):
 def test_the_kernels_compile_for_a_gpu(tmp_path: Any) -> None:
     # The interpreter accepts what the compiler does not; this needs no GPU.
     env = environment({"TRITON_CACHE_DIR": str(tmp_path)})
+    env["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), env["PYTHONPATH"]])
     env.pop("TRITON_INTERPRET", None)
     command = [sys.executable, "-c", COMPILE]
     done = subprocess.run(command, env=env, capture_output=True, text=True)

@@ -17,6 +17,7 @@ from esmeta.kernels import (
     prepare,
     step_prepared,
 )
+from esmeta.kernels._writes import WRITES, Write
 
 VARIANTS = ["base", "no-alpha", "linear", "mlp"]
 SPEC = importlib.util.spec_from_file_location(
@@ -333,6 +334,54 @@ SPLITS = [
     (0, 2, 0, 15),
     (2, 3, 36, 37),
 ]
+
+
+# Rules by name ---------------------------------------------------------------------------------
+
+
+def gain(write, v):
+    return write[0] * v, None
+
+
+GAIN = Write(
+    (("g", 2),),
+    gain,
+    back=lambda write, _, grad: write[0] * grad,
+    gradients=lambda write, v, _, grad: ((v * grad).sum(1, keepdim=True),),
+    fused=(),
+)
+
+
+def test_one_more_rule_is_one_entry(monkeypatch):
+    monkeypatch.setitem(WRITES, "gain", GAIN)
+    case = Case("base", 2, 3, 5, 3, T=6).require_grad()
+    g = (1 + torch.arange(10.0, dtype=torch.float64).view(2, 5) / 10).requires_grad_()
+    inputs = [*case.inputs, g]
+    with pytest.raises(ValueError, match="A has shape"):
+        case.scan(write=(g,))  # without a name, one tensor is the A of linear
+    got = case.scan(write=(g,), variant="gain")
+    want = case.scan(write=(torch.diag_embed(g),))  # U(v) = diag(g) v
+    assert all(relative_error(a, b) < 1e-12 for a, b in zip(got, want, strict=True))
+    for a, b in zip(backward(got, inputs), backward(want, inputs), strict=True):
+        assert relative_error(a, b) < 1e-12
+    options = {"write": (g,), "variant": "gain"}
+    step = [case.W, case.x[0], case.alpha, case.kappa, case.beta]
+    exact = plastic_reference(*step, **options)
+    assert all(map(torch.allclose, plastic_step(*step, **options), exact))
+    assert "not know the write variant gain" in explain("cpu", 5, 3, variant="gain")
+
+
+def test_a_rule_is_told_by_its_name():
+    case = Case("linear", 1, 2, 3, 1)
+    rule = prepare(case.alpha, case.kappa, case.beta, case.write)
+    assert rule.name == "linear"
+    assert prepare(None, case.kappa, case.beta).name == "no-alpha"
+    assert prepare(None, case.kappa, case.beta, case.write).name == "linear"
+    for name, message in [("cubic", "must be one of base"), ("mlp", "write has 1 tensors")]:
+        with pytest.raises(ValueError, match=message):
+            prepare(case.alpha, case.kappa, case.beta, case.write, variant=name)
+    with pytest.raises(ValueError, match="alpha=None"):
+        prepare(case.alpha, case.kappa, case.beta, variant="no-alpha")
 
 
 # Memory ----------------------------------------------------------------------------------------

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from esmeta import learn
-from esmeta.config import module_names
+from esmeta import learn, names
 
 SHORT = {
     "ppo": ["learner.period=20", "learner.minibatch=10", "learner.epochs=2"],
@@ -28,7 +27,7 @@ def changes(*pairs: str) -> list[str]:
 
 
 def test_every_learner_is_tried_here() -> None:
-    assert module_names("esmeta.learners") == sorted(SHORT)
+    assert names.known("learner") == sorted(SHORT)
 
 
 @pytest.mark.parametrize("name", sorted(SHORT))

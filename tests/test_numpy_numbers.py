@@ -11,19 +11,16 @@ import pytest
 import torch
 
 import esmeta
-from esmeta import config, errors
-from esmeta.errors import UserError, check_options
+from esmeta import config, errors, names
+from esmeta.errors import UserError
 from esmeta.kernels import plastic_scan
+from esmeta.names import check_options
 from esmeta.options import options_class, plain
 from esmeta.rng import Rng
 from esmeta.tasks import make_task, task_numbers
 from esmeta.types import Continuous, Discrete, Reference, Spec
 
-OPTIONS = [
-    (kind, name)
-    for kind, (package, _) in config.PACKAGES.items()
-    for name in config.module_names(package)
-]
+OPTIONS = [(kind, name) for kind in names.KINDS for name in names.known(kind)]
 
 
 def from_numpy(value: Any) -> Any:
@@ -63,7 +60,7 @@ def assert_same(made: Any, model: Any) -> None:
 
 @pytest.mark.parametrize(("kind", "name"), OPTIONS)
 def test_options_from_numpy_are_those_of_python(kind: str, name: str) -> None:
-    cls = config.load_class(kind, name)
+    cls = names.load(kind, name)
     model = cls()
     values = values_of(model)
     given = {key: from_numpy(value) for key, value in values.items()}
@@ -132,9 +129,7 @@ def test_what_is_refused_of_python_is_refused_of_numpy() -> None:
         with pytest.raises(UserError, match="policy.neurons = "):
             esmeta.make_policy("mlp", Spec(2, Discrete(2), 5), neurons=value)
     with pytest.raises(UserError, match="optimizer.sigma = nan: must be a finite number"):
-        check_options(
-            config.load_class("optimizer", "openes"), {"sigma": np.float64("nan")}, "optimizer"
-        )
+        check_options(names.load("optimizer", "openes"), {"sigma": np.float64("nan")}, "optimizer")
 
 
 def test_plain_leaves_other_values_alone() -> None:

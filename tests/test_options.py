@@ -21,8 +21,7 @@ from test_metagenrl_runs import parts as metagenrl_parts
 from torch import Tensor
 
 from esmeta import config as configs
-from esmeta import learn, train
-from esmeta.policy import build_policy
+from esmeta import learn, names, train
 from esmeta.rng import Rng
 from esmeta.tasks import make_task
 from esmeta.types import Fitness, Params, State, TimeStep
@@ -56,7 +55,7 @@ def compare(results: Callable[[Given], Results], option: str, row: Row, default:
 
 
 def defaults(section: str, name: str) -> Given:
-    fields = dataclasses.fields(configs.load_class(section, name))
+    fields = dataclasses.fields(names.load(section, name))
     return {field.name: field.default for field in fields if field.init}
 
 
@@ -76,7 +75,7 @@ def policy(name: str, given: Given) -> Results:
     """``shapes`` and ``init`` of the leaves, ``state`` at the start, ``out`` after four steps."""
     options = {"neurons": 4, "hidden": (3,), "head_hidden": 3} | given
     spec = make_task("pendulum", horizon=8).spec
-    made = build_policy(spec, configs.load_class("policy", name)(**options), value=True)
+    made = names.load("policy", name)(**options).make(spec, value=True)
     params = made.init(3)
     state = made.initial_state(params, 3)
     first = bits(*state.values())
@@ -174,7 +173,7 @@ def search(name: str, given: Given) -> Results:
     given = dict(given)
     objective = Bumpy(given.pop("fails", False))
     options = {"popsize": 8, "sigma": 0.3} | given
-    optimizer = configs.load_class("optimizer", name)(**options)
+    optimizer = names.load("optimizer", name)(**options)
     state, log = optimizer.init(MATRIX, Rng(2)), []
     error = ""
     try:
@@ -381,7 +380,7 @@ class Pulled:
 
 def meta_gradient(given: Given) -> Results:
     """``theta`` after three updates, ``first`` after one."""
-    optimizer = configs.load_class("optimizer", "adam")(**{"adam_eps": 0.5} | given)
+    optimizer = names.load("optimizer", "adam")(**{"adam_eps": 0.5} | given)
     state, thetas = optimizer.init({"a": torch.zeros(1, 2)}, Rng(0)), []
     for _ in range(3):
         state, _ = optimizer.step(state, Pulled(), solo(), Rng(0))
@@ -640,8 +639,7 @@ def test_no_option_is_left_out() -> None:
     # Recording is for GPUs; on a CPU it is refused (see test_capture.py).
     known = FIXED | {("return", "capture")} | {(c, "squash_embedding") for c in ("lstm", "rl2")}
     for section, rows in tables.items():
-        package, _ = configs.PACKAGES[section]
-        assert set(rows) == set(configs.module_names(package)), section
+        assert set(rows) == set(names.known(section)), section
         for name in rows:
             missing = {option for option in defaults(section, name) if (name, option) not in known}
             assert missing == set(rows[name]), f"{section} {name}"

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 
-from esmeta.config import load_class
+from esmeta import names
 from esmeta.rng import Rng
 from esmeta.tasks import SPLITS, make_task, task_names
 from esmeta.types import Discrete
@@ -380,13 +380,13 @@ ALSO = {
 
 def owner(name: str, option: str) -> tuple[str, str]:
     """The class that defines an option last, for a task."""
-    cls = load_class("task", name)
+    cls = names.load("task", name)
     found = next(c for c in cls.__mro__ if option in c.__dict__.get("__annotations__", {}))
     return found.__module__, option
 
 
 def options_of(name: str) -> list[str]:
-    return [field.name for field in dataclasses.fields(load_class("task", name)) if field.init]
+    return [field.name for field in dataclasses.fields(names.load("task", name)) if field.init]
 
 
 BY_OWNER = {owner(name, option): (name, row) for name, (_, rows) in ROWS.items()
@@ -409,7 +409,7 @@ def test_no_option_is_left_out() -> None:
 
 
 def default_of(name: str, option: str) -> Any:
-    fields = {field.name: field for field in dataclasses.fields(load_class("task", name))}
+    fields = {field.name: field for field in dataclasses.fields(names.load("task", name))}
     return fields[option].default
 
 

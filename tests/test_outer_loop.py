@@ -15,7 +15,7 @@ from test_metagenrl_runs import SMALL
 from tiny_runs import PRESET
 
 from esmeta import config as configs
-from esmeta import record, train, watch
+from esmeta import older, record, train, watch
 from esmeta.record import NullRun, RunDir, load_checkpoint, load_theta, read_metrics
 from esmeta.rng import Rng
 from esmeta.train import Counters, Parts, Trainer
@@ -243,7 +243,7 @@ def test_the_last_step_is_scored(tmp_path: Path) -> None:
 
 def test_counters_of_before_the_validation_split_forget_what_was_best() -> None:
     old = {"step": 7, "env_steps": 70, "heldout": 0.4, "best": 0.9, "best_step": 3, "restarts": 1}
-    kept = train._counters(old | {"peak": 0.5, "peak_step": 6})
+    kept = Counters(**older.counters(old | {"peak": 0.5, "peak_step": 6}))
     assert kept == Counters(7, 70, kept.validation, -math.inf, 7, 1, -math.inf, 7)
     assert math.isnan(kept.validation)
 

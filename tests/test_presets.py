@@ -13,12 +13,12 @@ import torch
 from conftest import ROOT
 
 from esmeta import config as configs
-from esmeta import train
+from esmeta import names, train
 from esmeta.comm import SelfComm
 from esmeta.tree import ravel, size_of
 
 PRESETS = sorted(path.stem for path in (ROOT / "runs" / "presets").glob("*.toml"))
-OPTIMIZERS = configs.module_names("esmeta.optimizers")
+OPTIMIZERS = names.known("optimizer")
 NAME = re.compile(
     rf"([a-z0-9-]+?)(?:-small)?-(gru-|lstm-)?({'|'.join([*OPTIMIZERS, 'epg', 'metagenrl'])})"
 )
@@ -40,8 +40,7 @@ def subject(config: configs.Config) -> str:
     lunar = ["LunarLander" in table.get("id", "") for table in tables]
     if len(tables) == 1 and not lunar[0]:
         return config.task.name
-    names = [table["name"] for table in tables]
-    words = [SHORT.get(name, name) for name in names]
+    words = [SHORT.get(table["name"], table["name"]) for table in tables]
     return "_".join("lunar" if there else word for there, word in zip(lunar, words, strict=True))
 
 
@@ -66,7 +65,7 @@ def test_a_preset_builds_and_its_name_is_true(name: str) -> None:
     )
     learned = config.objective.name != "return"
     last = config.objective.name if learned else config.optimizer.name
-    assert configs.canonical(match[1]) == subject(config) and match[3] == last
+    assert names.canonical(match[1]) == subject(config) and match[3] == last
     assert config.policy.name == ("none" if learned else MEMORIES[match[2]])
     again = configs.resolve(configs.load(name), [])
     assert configs.digest(again) == configs.digest(config)

@@ -506,10 +506,11 @@ def test_simulators_are_recorded_and_another_version_is_told(
     assert 'contact_rule = "legacy"' in saved.config_toml
     assert "another" not in capsys.readouterr().err
     monkeypatch.setattr(record, "simulators", lambda: {"mujoco": "3.3.0"})
-    run = record.RunDir.create(path, record.read_config(path), resume=True)
+    again = config.resolve(config.load(path / "config.toml"))
+    run = record.RunDir.create(path, again, resume=True)
     assert run.resumed is not None
     run.save_checkpoint(2, run.resumed.theta, run.resumed.payload)
     run.close()
     capsys.readouterr()
-    record.RunDir.create(path, record.read_config(path), resume=True).close()
+    record.RunDir.create(path, again, resume=True).close()
     assert f"made with mujoco 3.3.0, this is {version}" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Discounted sums and advantages: by hand, and against the double sum of their definition."""
+"""Advantages: by hand, and against the double sum of their definition."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from esmeta.rl.returns import discounted_sum, gae
+from esmeta.rl.returns import gae
 
 
 def f64(*values: float) -> Tensor:
@@ -65,17 +65,9 @@ def test_limits_of_lambda_and_gamma() -> None:
     delta = gae(R, V, NEXT, none, none, gamma=0.5, lambda_=0.0)
     assert delta.tolist() == [1, -3, -6]
     assert gae(R, V, NEXT, none, none, gamma=0.0, lambda_=1.0).tolist() == [-9, -18, -26]
-    # lambda = 1: the discounted sum less the value.
-    sums = discounted_sum(R, LAST, 0.5)
+    # lambda = 1: the discounted sum (3, 4, 4) less the value.
     full = gae(R, V, NEXT, LAST, none, gamma=0.5, lambda_=1.0)
-    assert torch.equal(full, sums - V)
-
-
-def test_discounted_sums_by_hand() -> None:
-    assert discounted_sum(f64(1, 2, 4), NONE, 0.5).tolist() == [3, 4, 4]
-    assert discounted_sum(f64(1, 2, 4), flags(1, 0, 0), 0.5).tolist() == [1, 4, 4]
-    assert discounted_sum(f64(1, 2, 4), NONE, 0.0).tolist() == [1, 2, 4]
-    assert discounted_sum(f64(1, 2, 4), NONE, 1.0).tolist() == [7, 6, 4]
+    assert full.tolist() == [3 - 10, 4 - 20, 4 - 30]
 
 
 def by_definition(
@@ -112,12 +104,7 @@ def test_against_the_definition(gamma: float, lambda_: float) -> None:
         gamma=gamma,
         lambda_=lambda_,
     )
-    sums = discounted_sum(data["r"], data["term"], gamma)
     for at in [(p, b) for p in range(2) for b in range(4)]:
         want = torch.tensor(by_definition(data, gamma, lambda_, at), dtype=torch.float64)
         assert torch.allclose(got[(slice(None), *at)], want, rtol=1e-12, atol=1e-12)
-        zero = torch.zeros_like(data["v"])
-        plain = {"r": data["r"], "v": zero, "nv": zero, "term": data["term"], "trunc": zero > 1}
-        want_sums = torch.tensor(by_definition(plain, gamma, 1.0, at), dtype=torch.float64)
-        assert torch.allclose(sums[(slice(None), *at)], want_sums, rtol=1e-12, atol=1e-12)
     assert single.dtype == torch.float32 and torch.allclose(single.double(), got, atol=1e-4)

@@ -124,7 +124,7 @@ def test_standard_error_over_groups() -> None:
     values = torch.tensor([1.0, 3.0, 5.0, 7.0, math.nan])
     alone = scoring.summary(values)
     assert alone == scoring.summary(values, torch.arange(5))
-    assert (alone.mean, alone.count, alone.independent) == (4.0, 4, 4)
+    assert (alone.mean, alone.trials, alone.independent) == (4.0, 4, 4)
     assert alone.sd == pytest.approx(math.sqrt(20 / 3))
     assert alone.se == pytest.approx(alone.sd / 2)
     # Twins: the means 2 and 6 of two groups, (6 - 2) / 2.

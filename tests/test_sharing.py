@@ -144,7 +144,7 @@ def test_copies_of_bound_parameters_hold_their_own_memory(way: str) -> None:
     bound = policy.bind(params)
     copied = WAYS[way](bound)
     assert bound.embed.compiled is not None
-    for held in (*bound.embed.compiled.padded, *bound.memory.rule.folded.kappa):
+    for held in (*bound.embed.compiled.padded, *bound.memory.rule.kappa):
         held.fill_(7.0)  # whoever looks there by an old address sees it
     got = policy.step_bound(copied, state, ts)[0].logits
     assert expected is not None and got is not None and torch.equal(got, expected)

@@ -21,7 +21,7 @@ from esmeta.comm import SelfComm
 from esmeta.errors import UserError
 from esmeta.rng import Rng
 from esmeta.tasks import displacement  # pyright: ignore[reportAttributeAccessIssue]
-from esmeta.tasks.mixed import Task  # pyright: ignore[reportMissingImports]  # see esmeta.tasks
+from esmeta.tasks.mixed import Task
 from esmeta.tree import leaves_of, ravel, with_leaves
 from esmeta.types import Continuous, Hosted, Tasks
 
@@ -227,10 +227,10 @@ def test_sizes_can_be_wider() -> None:
 
 WRONG: list[tuple[dict[str, Any], list[str]]] = [
     ({"parts": ()}, ["parts is ()", "at least one", 'write parts = [{name = "half_cheetah"}']),
-    ({"parts": ("hopper",)}, ["('hopper',)", "tables of a name"]),
+    ({"parts": ("hopper",)}, ["('hopper',)", "must be a table"]),
     ({"parts": ({"size": 8},)}, ["'size'", "has no name", 'parts = [{name = "half_cheetah"}']),
     ({"parts": ({"name": "hoper"},)}, ["'hoper'", "did you mean 'hopper'"]),
-    ({"parts": ({"name": "hopper", "episods": 2},)}, ["'episods'", "did you mean 'episodes'"]),
+    ({"parts": ({"name": "hopper", "episods": 2},)}, ["task.parts.episods", "mean 'episodes'"]),
     ({"parts": ({"name": "hopper", "horizon": 9},)}, ["have one", "horizon = 9 of the task"]),
     ({"parts": ({"name": "maze"},)}, ["'maze'", "4 discrete actions", "continuous"]),
     ({"parts": ({"name": "hopper"}, {"name": "hopper", "episodes": 2})},

@@ -20,7 +20,7 @@ from tiny_runs import final_hash, overrides, run_here, summary, write_preset
 import esmeta
 from esmeta import config as configs
 from esmeta import evaluate, launch, train
-from esmeta.record import load_checkpoint, load_theta, read_config, read_metrics
+from esmeta.record import load_checkpoint, load_theta, read_metrics
 from esmeta.tree import theta_sha256
 
 NATIVE = ["openes", "nres", "pes", "pgpe", "snes", "sepcma"]
@@ -101,7 +101,7 @@ def test_a_run_directory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         "current.ckpt",
         "previous.ckpt",
     ]
-    config = read_config(out)
+    config = configs.resolve(configs.load(out / "config.toml"))
     given = configs.resolve(configs.load(preset))
     assert configs.digest(config) == configs.digest(given)
     assert "learning_rate = 0.02" in (out / "config.toml").read_text()  # a default, written out
@@ -190,7 +190,7 @@ def test_flags_choose_task_optimizer_and_place(
     assert run_here(write_preset(tmp_path), "--device", "cpu", *args) == 0
     (out,) = (tmp_path / "runs" / "out").iterdir()
     assert re.fullmatch(r"tiny-7-\d{8}-\d{6}", out.name)
-    config = read_config(out)
+    config = configs.resolve(configs.load(out / "config.toml"))
     assert (config.task.name, config.optimizer.name, config.run.seed) == ("harlow", "a2c", 7)
     assert config.trials == 3 and config.task.instance.horizon == 9
     assert config.policy.instance.neurons == 4

@@ -13,14 +13,13 @@ from esmeta.rng import Rng
 from esmeta.types import Params, State
 
 Variant = Literal["base", "no-alpha", "linear", "mlp"]
+_LAYERS = tuple(f"write.{i}.{leaf}" for i in range(2) for leaf in ("weight", "bias"))
+_WRITE = {"linear": ("write.A",), "mlp": _LAYERS}
+"""Parameters of the write rule, in the order of its tensors."""
 
 
 class _Prepared(NamedTuple):
-    rule: kernels.Prepared
-    alpha: Tensor | None
-    kappa: Tensor
-    beta: Tensor
-    write: tuple[Tensor, ...]
+    rule: kernels.Rule
     W0: Tensor | None
 
 
@@ -93,17 +92,14 @@ class Plastic:
         return (self.w0_std * flat).reshape(1, self.size, self.size).to(like.dtype)
 
     def prepare(self, params: Params) -> _Prepared:
-        kappa, beta, alpha = params["kappa"], params["beta"], params.get("alpha")
-        write: tuple[Tensor, ...] = ()
-        if self.variant == "linear":
-            write = (params["write.A"],)
-        if self.variant == "mlp":
-            write = tuple(params[f"write.{i}.{k}"] for i in range(2) for k in ("weight", "bias"))
-        w0 = params.get("W0")
+        kappa, w0 = params["kappa"], params.get("W0")
+        write = tuple(params[name] for name in _WRITE.get(self.variant, ()))
         if self.w0 == "fixed":
             w0 = self._fixed_w0(kappa).expand(kappa.shape[0], -1, -1)
-        rule = kernels.prepare(alpha, kappa, beta, write)
-        return _Prepared(rule, alpha, kappa, beta, write, w0)
+        rule = kernels.prepare(
+            params.get("alpha"), kappa, params["beta"], write, variant=self.variant
+        )
+        return _Prepared(rule, w0)
 
     def initial_state(self, params: Params, batch: int, rng: Rng, index: Tensor) -> State:
         kappa, n = params["kappa"], self.size
@@ -133,16 +129,8 @@ class Plastic:
     def scan(
         self, prepared: _Prepared, state: State, x: Tensor, new_trial: Tensor | None
     ) -> tuple[Tensor, State]:
-        y, fast = kernels.plastic_scan(
-            state["W"],
-            x,
-            prepared.alpha,
-            prepared.kappa,
-            prepared.beta,
-            W0=None if new_trial is None else self._start(prepared, state),
-            new_trial=new_trial,
-            write=prepared.write,
-        )
+        start = None if new_trial is None else self._start(prepared, state)
+        y, fast = kernels.scan_prepared(prepared.rule, state["W"], x, W0=start, new_trial=new_trial)
         return y, state | {"W": fast}
 
 

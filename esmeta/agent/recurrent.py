@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,8 @@ class RecurrentConfig(PolicyConfig):
 
     Its input weights follow the ``hidden`` tanh layers directly, with no linear layer between.
     """
+
+    own_inputs: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from esmeta import config as configs
+from esmeta import older
 from esmeta.analysis.series import Series, common_end, from_rows, over_seeds
 from esmeta.errors import UserError
 from esmeta.scoring import variant, without_aids
@@ -125,13 +126,14 @@ class Group:
 
 def read_run(path: Path) -> RunData:
     """Read a run directory that esmeta.train wrote."""
-    from esmeta.record import last_old_scores, read_metrics
+    from esmeta.record import written_lines
 
     if not (path / "config.toml").is_file():
         raise UserError(
             f"{path}: not a run directory (no config.toml); give one that esmeta.train wrote"
         )
-    rows = read_metrics(path)
+    lines = written_lines(path)
+    rows = [older.metrics(line) for line in lines]
     if not rows:
         raise UserError(
             f"{path}: no metrics yet; wait for its first logged step, or train longer (every "
@@ -147,7 +149,7 @@ def read_run(path: Path) -> RunData:
             f"{path / 'config.toml'}: a section is missing; a run has all of: "
             f"{', '.join(configs.SECTIONS)}; restore the file or leave out this run"
         )
-    return RunData(path, tables, facts, rows, last_old_scores(path))
+    return RunData(path, tables, facts, rows, older.last_scores(lines))
 
 
 def _flat(run: RunData) -> dict[str, Any]:

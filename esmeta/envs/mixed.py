@@ -46,13 +46,13 @@ class _Places(NamedTuple):
     """Where the trials of one part are among all ``P * B``.
 
     ``rows`` int64 ``[n]``, on the agent's device, and ``host`` the same on the CPU. A part with no
-    trial (``count`` 0) has one row, which is never stepped: it gives its state and metrics a form.
+    trial (``used`` 0) has one row, which is never stepped: it gives its state and metrics a form.
     Parts with simulators need none.
     """
 
     rows: Tensor
     host: Tensor
-    count: int
+    used: int
 
     def take(self, leaf: Tensor) -> Tensor:
         """Leaves ``[P or 1, B, ...]`` as ``[n, 1, ...]``."""
@@ -64,7 +64,7 @@ class _Places(NamedTuple):
         """Leaves ``[n, 1, ...]`` as ``[P, B, ...]``, zero elsewhere."""
         rows = self.host if leaf.device.type == "cpu" else self.rows
         whole = leaf.new_zeros(shape.numel(), *leaf.shape[2:])
-        whole[rows[: self.count]] = leaf[: self.count, 0]
+        whole[rows[: self.used]] = leaf[: self.used, 0]
         return whole.unflatten(0, shape)
 
 
@@ -125,7 +125,7 @@ class MixedEnv:
         last, shape = self._recall(state), state.part.shape
         steps, inner, own = [], list(state.inner), list(last.own)
         for number, (one, place) in enumerate(zip(self._parts, last.places, strict=True)):
-            if place.count == 0:
+            if place.used == 0:
                 continue
             given = place.take(action.detach())
             after, ts = one.env.step(last.own[number], given[..., : one.action_size])
@@ -196,7 +196,7 @@ class MixedEnv:
             if not count and not isinstance(self._parts[number].env, Hosted):
                 rows = rows.new_zeros(1)
             found.append(_Places(rows, rows.cpu(), count))
-        back = torch.cat([place.rows[: place.count] for place in found]).argsort()
+        back = torch.cat([place.rows[: place.used] for place in found]).argsort()
         return tuple(found), back
 
     def _recall(self, state: State) -> _Last:
@@ -237,7 +237,7 @@ class MixedEnv:
         self, one: Part, place: _Places, ts: TimeStep, given: Tensor | None = None
     ) -> tuple[TimeStep, Tensor]:
         """Time steps ``[n, ...]`` of a part in the sizes of all, and the reward as it paid it."""
-        ts = TimeStep(*(leaf[: place.count, 0] for leaf in ts))
+        ts = TimeStep(*(leaf[: place.used, 0] for leaf in ts))
         obs = torch.nn.functional.pad(ts.obs, (0, self._obs_size - one.obs_size))
         if given is None:
             rest = ts.obs.new_zeros(len(ts.obs), self._action_size - one.action_size)

@@ -1,25 +1,26 @@
 """The plastic recurrence of MetODS: reading and writing a matrix of fast weights.
 
 ``plastic_reference`` is the oracle, ``plastic_step`` one exact step without intermediate matrices,
-``plastic_scan`` a differentiable sequence of steps. Hot loops call ``prepare`` once per rollout and
-``step_prepared`` once per time step. ``explain`` says which code a call would run. ``network`` and
-``dense`` are the layers around it, compiled for the CPU.
+``plastic_scan`` a differentiable sequence of steps. Who takes many steps calls ``prepare`` once and
+``step_prepared`` or ``scan_prepared`` with the ``Rule`` that it gives. ``explain`` says which code
+a call would run. ``network`` and ``dense`` are the layers around it, compiled for the CPU.
 """
 
 from esmeta.kernels._dense import Network, dense, network
 from esmeta.kernels._dispatch import (
-    Prepared,
     explain,
     plastic_scan,
     plastic_step,
     prepare,
+    scan_prepared,
     step_prepared,
 )
 from esmeta.kernels._reference import plastic_reference
+from esmeta.kernels._rule import Rule
 
 __all__ = [
     "Network",
-    "Prepared",
+    "Rule",
     "dense",
     "explain",
     "network",
@@ -27,5 +28,6 @@ __all__ = [
     "plastic_scan",
     "plastic_step",
     "prepare",
+    "scan_prepared",
     "step_prepared",
 ]

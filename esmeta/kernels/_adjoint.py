@@ -21,34 +21,29 @@ outermost, so that sums over time of small products are taken for a segment at o
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from esmeta.kernels._recurrence import (
-    Constants,
-    Folded,
-    constants,
-    mix,
-    outer,
-    presynaptic,
-    product,
-)
+from esmeta.kernels._recurrence import Constants, constants, mix, outer, respond
+from esmeta.kernels._rule import Plan, Rule, Saved
+from esmeta.tree import leaves_of, with_leaves
 
 
 class Rows(NamedTuple):
     """Activations of a segment ``[P, R, n]``, or of one step ``[P, B, n]``, by round.
 
-    ``slopes`` K_s and ``responses[s-1][j]`` c_{s-1,j} alpha (U_j * V_{s-1}); ``gates`` (mlp) the
-    derivative of its tanh; ``posts_stack`` and ``pres_stack`` ``[P, R, S, n]``, in a step flattened
-    to ``[P B, S, n]``; ``decayed`` is ``posts_stack`` times b_s.
+    ``kept`` by U for its adjoint; ``slopes`` K_s and ``responses[s-1][j]`` c_{s-1,j} alpha
+    (U_j * V_{s-1}); ``posts_stack`` and ``pres_stack`` ``[P, R, S, n]``; ``decayed`` is
+    ``posts_stack`` times b_s.
     """
 
     posts: list[Tensor]
     pres: list[Tensor]
-    gates: list[Tensor]
+    kept: list[Tensor | None]
     slopes: list[Tensor]
     responses: list[list[Tensor]]
     posts_stack: Tensor
@@ -56,11 +51,27 @@ class Rows(NamedTuple):
     decayed: Tensor
 
 
-class Adjoints(NamedTuple):
-    """Gradients of a segment by round ``[P, S, R, n]``, for the parameter gradients.
+class Segment(NamedTuple):
+    """k steps to go back through.
 
-    ``post`` g_s, ``drive`` z_s, ``pull`` W^T z_s, s = 1..S, ``pre`` dU_j; ``written`` D U_j
-    ``[P, R, S, n]``; ``x`` dJ/dx ``[k, P, B, n]`` of its k steps.
+    ``w_t`` ``[P, B, n, n]`` are the fast weights before the first reset, ``masks[i]``
+    ``[P, B, 1, 1]``, ``grad_y`` ``[k, P, B, n]``.
+    """
+
+    rule: Rule
+    k: Constants
+    rows: Rows
+    w_t: Tensor
+    start_t: Tensor | None
+    masks: list[Tensor | None]
+    grad_y: Tensor
+
+
+class Adjoints(NamedTuple):
+    """Gradients of a segment, for the parameter gradients: ``[k, P B, S, n]``, but ``x``.
+
+    ``post`` g_s, ``drive`` z_s, ``pull`` W^T z_s, s = 1..S, ``pre`` dU_j, ``written`` D U_j;
+    ``x`` is dJ/dx ``[k, P, B, n]``.
     """
 
     post: Tensor
@@ -85,126 +96,126 @@ class Carried(NamedTuple):
     decay: Tensor
 
 
-class Segment(NamedTuple):
-    """What it takes to go back through k steps: see :meth:`Sweep.segment`."""
-
-    folded: Folded
-    k: Constants
-    rows: Rows
-    w_t: Tensor
-    start_t: Tensor | None
-    masks: list[Tensor | None]
-    grad_y: Tensor
-
-
 Back = Callable[[Segment, Carried], tuple[Adjoints, Carried]]
 """Goes back through a segment: :func:`back`, or a fused kernel."""
 
 
-class Sweep:
-    """Backward sweep over segments: carries dJ/dW and sums the gradients of the parameters."""
+def sweep(
+    back: Back, rule: Rule, plan: Plan, saved: Saved, grad_y: Tensor, grad_w: Tensor
+) -> Sequence[Tensor | None]:
+    """``Code.backward`` by segments, from the last to the first; ``grad_w`` is overwritten."""
+    w_t, x, start_t, (checkpoints, kept) = saved
+    every, depth, k = plan.every, rule.depth, constants(rule)
+    zeros = torch.zeros_like(grad_w)
+    carried = Carried(grad_w, zeros, zeros.clone(), grad_w.new_zeros(grad_w.shape[:2]))
+    totals = [None if tensor is None else torch.zeros_like(tensor) for tensor in rule.tensors]
+    grad_x: list[Tensor] = []
+    for number, first in reversed(list(enumerate((w_t, *checkpoints)))):
+        low, high = number * every, min((number + 1) * every, len(x))
+        steps = range(low, high)
+        masks = [plan.mask[t] if plan.mask is not None and plan.resets[t] else None for t in steps]
+        reads = [torch.cat(kept[low * depth + s : high * depth : depth], 1) for s in range(depth)]
+        rows, queries = _rebuild(k, x[low:high], reads)
+        segment = Segment(rule, k, rows, first, start_t, masks, grad_y[low:high])
+        adjoints, carried = back(segment, carried)
+        _reduce(rule, Rule.of(rule.name, totals, rule.code), rows, reads, queries, adjoints)
+        grad_x.append(adjoints.x)
+    _, composite, alpha, *_ = totals
+    assert composite is not None
+    composite[:, -1, 0] += carried.decay.sum(1)
+    if alpha is not None:
+        alpha += carried.alpha.sum(1)
+    start = None if start_t is None else carried.start.sum_to_size(start_t.shape)
+    return carried.w, torch.cat(grad_x[::-1]), start, *totals
 
-    def __init__(self, folded: Folded, start_t: Tensor | None, grad_w: Tensor, back: Back) -> None:
-        """Begin behind the last step with ``grad_w`` ``[P, B, n, n]`` transposed."""
-        self.back = back
-        self.k = constants(folded)
-        self.folded = folded
-        self.start_t = start_t
-        zeros = torch.zeros_like(grad_w)
-        self.carried = Carried(grad_w, zeros, zeros.clone(), grad_w.new_zeros(grad_w.shape[:2]))
-        self._kappa = torch.zeros_like(folded.kappa)
-        self._composite = torch.zeros_like(folded.composite)
-        self._alpha = None if folded.alpha_t is None else torch.zeros_like(folded.alpha_t)
-        self._write = [torch.zeros_like(tensor) for tensor in folded.write]
 
-    def segment(
-        self,
-        x: Tensor,
-        reads: list[Tensor],
-        w_t: Tensor,
-        masks: list[Tensor | None],
-        grad_y: Tensor,
-    ) -> Tensor:
-        """Go back through one segment; return dJ/dx of its steps.
+def _rebuild(k: Constants, x: Tensor, reads: list[Tensor]) -> tuple[Rows, list[list[Tensor]]]:
+    """What a segment computed, from x ``[k, P, B, n]`` and tanh by round ``[P, R, n]``."""
+    posts = [x.transpose(0, 1).flatten(1, 2)]
+    for coefficients, read in zip(k.kappa[:-1], reads[:-1], strict=True):
+        posts.append(mix(coefficients, posts, read))
+    factor = k.spec.factor
+    pairs = [(v, None) if factor is None else factor(k.write, v) for v in posts]
+    pres = [pre for pre, _ in pairs]
+    queries = [[pre * post for pre in pres[:s]] for s, post in enumerate(posts)]
+    posts_stack = torch.stack(posts, 2)
+    return Rows(
+        posts,
+        pres,
+        [kept for _, kept in pairs],
+        [row[-1] * (1 - h * h) for row, h in zip(k.kappa, reads, strict=True)],
+        [[respond(k, s, j, q) for j, q in enumerate(row)] for s, row in enumerate(queries)],
+        posts_stack,
+        posts_stack if factor is None else torch.stack(pres, 2),
+        posts_stack * torch.stack(k.decay, 2),
+    ), queries
 
-        Shapes: x and ``grad_y`` ``[k, P, B, n]``, ``reads[s-1]`` ``[P, k B, n]``, ``w_t``
-        ``[P, B, n, n]`` before the first reset, ``masks[i]`` ``[P, B, 1, 1]``.
-        """
-        rows, hidden, queries = _rebuild(self.k, x, reads)
-        segment = Segment(self.folded, self.k, rows, w_t, self.start_t, masks, grad_y)
-        adjoints, self.carried = self.back(segment, self.carried)
-        self._reduce(rows, reads, adjoints, queries)
-        if self._write:
-            self._reduce_write(rows, hidden, adjoints)
-        return adjoints.x
 
-    def parameter_gradients(self) -> tuple[Tensor | None, ...]:
-        """Gradients of kappa, composite, alpha_t and the write tensors."""
-        self._composite[:, -1, 0] += self.carried.decay.sum(1)
-        alpha = None if self._alpha is None else self._alpha + self.carried.alpha.sum(1)
-        return self._kappa, self._composite, alpha, *self._write
-
-    def _reduce(
-        self, rows: Rows, reads: list[Tensor], adjoints: Adjoints, queries: list[list[Tensor]]
-    ) -> None:
-        depth = len(reads)
-        post, drive, pull, written = adjoints.post, adjoints.drive, adjoints.pull, adjoints.written
-        posts = torch.stack(rows.posts, 1).flatten(2)
-        self._kappa[:, :, :depth] += torch.bmm(post.flatten(2), posts.mT).tril()
-        own = (post * torch.stack(reads, 1)).sum((2, 3))
-        self._kappa.diagonal(1, 1, 2).add_(own)
-        self._composite[:, :depth, 0] += (pull.flatten(2) * posts).sum(2)
-        self._composite[:, depth, 1:] += (written * rows.posts_stack).sum((1, 3))
-        for s in range(2, depth + 1):
-            for j, query in enumerate(queries[s - 1]):
-                error = drive[:, s - 1] * rows.posts[j]
-                coefficient = self.folded.composite[:, s - 1, 1 + j]
-                if self.folded.alpha_t is None or self._alpha is None:
-                    response = query.sum(-1, keepdim=True)
-                else:
-                    response = torch.bmm(query, self.folded.alpha_t)
-                    self._alpha += coefficient[:, None, None] * torch.bmm(query.mT, error)
-                self._composite[:, s - 1, 1 + j] += (error * response).sum((1, 2))
-
-    def _reduce_write(self, rows: Rows, hidden: list[Tensor], adjoints: Adjoints) -> None:
-        pre = adjoints.pre.flatten(1, 2)
-        posts = torch.cat(rows.posts, 1)
-        if not hidden:
-            self._write[0] += torch.bmm(posts.mT, pre)
-            return
-        self._write[2] += torch.bmm(torch.cat(hidden, 1).mT, pre)
-        self._write[3] += pre.sum(1, keepdim=True)
-        inner = torch.bmm(pre, self.folded.write[2].mT) * torch.cat(rows.gates, 1)
-        self._write[0] += torch.bmm(posts.mT, inner)
-        self._write[1] += inner.sum(1, keepdim=True)
+def _reduce(
+    rule: Rule, totals: Rule, rows: Rows, reads: list[Tensor], queries: list[list[Tensor]],
+    adjoints: Adjoints,
+) -> None:  # fmt: skip
+    """Add a segment's share to the gradients of the rule's tensors, ``totals``."""
+    depth, batch = len(reads), adjoints.x.shape[2]
+    post, drive, pull, pre, written = (
+        # [P, S, R, n]
+        t.unflatten(1, (-1, batch)).permute(1, 3, 0, 2, 4).flatten(2, 3)
+        for t in adjoints[:-1]
+    )
+    posts = torch.stack(rows.posts, 1).flatten(2)
+    totals.kappa[:, :, :depth] += torch.bmm(post.flatten(2), posts.mT).tril()
+    own = (post * torch.stack(reads, 1)).sum((2, 3))
+    totals.kappa.diagonal(1, 1, 2).add_(own)
+    totals.composite[:, :depth, 0] += (pull.flatten(2) * posts).sum(2)
+    written = written.transpose(1, 2)
+    totals.composite[:, depth, 1:] += (written * rows.posts_stack).sum((1, 3))
+    for s in range(2, depth + 1):
+        for j, query in enumerate(queries[s - 1]):
+            error = drive[:, s - 1] * rows.posts[j]
+            coefficient = rule.composite[:, s - 1, 1 + j]
+            if rule.alpha_t is None or totals.alpha_t is None:
+                response = query.sum(-1, keepdim=True)
+            else:
+                response = torch.bmm(query, rule.alpha_t)
+                totals.alpha_t.add_(coefficient[:, None, None] * torch.bmm(query.mT, error))
+            totals.composite[:, s - 1, 1 + j] += (error * response).sum((1, 2))
+    if rule.spec.gradients is not None:
+        kept = [h for h in rows.kept if h is not None]
+        together = torch.cat(kept, 1) if kept else None
+        grads = rule.spec.gradients(
+            rule.write, torch.cat(rows.posts, 1), together, pre.flatten(1, 2)
+        )
+        for total, grad in zip(totals.write, grads, strict=True):
+            total += grad
 
 
 def back(segment: Segment, carried: Carried) -> tuple[Adjoints, Carried]:
     """Go back through a segment in torch operations."""
-    _, k, rows, _, _, masks, grad_y = segment
-    steps = _split(rows, grad_y.shape[2])
-    change = outer(rows.pres_stack, k.gain * rows.posts_stack).split(grad_y.shape[2], 1)
+    k, rows, batch = segment.k, segment.rows, segment.grad_y.shape[2]
+    parts = zip(*(leaf.split(batch, 1) for leaf in leaves_of(rows)), strict=True)
+    steps = [with_leaves(rows, part) for part in parts]
+    change = outer(rows.pres_stack, k.gain * rows.posts_stack).split(batch, 1)
     weights = _weights(segment, change)
     grad_w, start, alpha, decay = carried
-    trace: list[_Step] = []
+    trace: list[Adjoints] = []
     for i in reversed(range(len(steps))):
         alpha = torch.addcmul(alpha, grad_w, change[i])
         decay = decay + (grad_w * weights[i]).sum((2, 3))
-        step, grad_w = _step_back(k, steps[i], weights[i], grad_w, grad_y[i])
+        step, grad_w = _step_back(k, steps[i], weights[i], grad_w, segment.grad_y[i])
         trace.append(step)
-        mask = masks[i]
+        mask = segment.masks[i]
         if mask is not None:
             start = start + grad_w.masked_fill(~mask, 0)
             grad_w = grad_w.masked_fill(mask, 0)
-    trace.reverse()
-    post, drive = _by_round([s.post for s in trace]), _by_round([s.drive for s in trace])
-    pull, pre = _by_round([s.pull for s in trace]), _by_round([s.pre for s in trace])
-    written = torch.cat([step.written for step in trace], 1)
-    adjoints = Adjoints(post, drive, pull, pre, written, torch.stack([step.x for step in trace]))
+    adjoints = Adjoints._make(torch.stack(leaves[::-1]) for leaves in zip(*trace, strict=True))
     return adjoints, Carried(grad_w, start, alpha, decay)
 
 
-def _weights(segment: Segment, changes: tuple[Tensor, ...]) -> list[Tensor]:
+backward = functools.partial(sweep, back)
+"""``Code.backward`` in torch operations."""
+
+
+def _weights(segment: Segment, changes: Sequence[Tensor]) -> list[Tensor]:
     """The fast weights before every step, behind its reset."""
     k, w_t = segment.k, segment.w_t
     weights = []
@@ -218,96 +229,23 @@ def _weights(segment: Segment, changes: tuple[Tensor, ...]) -> list[Tensor]:
     return weights
 
 
-class _Step(NamedTuple):
-    """As :class:`Adjoints`, of one step: lists by round ``[P, B, n]``."""
-
-    post: list[Tensor]
-    drive: list[Tensor]
-    pull: list[Tensor]
-    pre: list[Tensor]
-    written: Tensor
-    x: Tensor
-
-
-def _rebuild(
-    k: Constants, x: Tensor, reads: list[Tensor]
-) -> tuple[Rows, list[Tensor], list[list[Tensor]]]:
-    posts = [x.transpose(0, 1).flatten(1, 2)]
-    for coefficients, read in zip(k.kappa[:-1], reads[:-1], strict=True):
-        posts.append(mix(coefficients, posts, read))
-    hidden: list[Tensor] = []
-    if len(k.write) == 4:
-        hidden = [torch.tanh(product(v, k.write[0]) + k.write[1]) for v in posts]
-        pres = [product(h, k.write[2]) + k.write[3] for h in hidden]
-    else:
-        pres = [presynaptic(k.write, v) for v in posts]
-    queries = [[pre * post for pre in pres[:s]] for s, post in enumerate(posts)]
-    responses = [
-        [
-            c * q.sum(-1, keepdim=True) if k.alpha_t is None else product(q, c)
-            for c, q in zip(k.correction[s], row, strict=True)
-        ]
-        for s, row in enumerate(queries)
-    ]
-    posts_stack = torch.stack(posts, 2)
-    pres_stack = torch.stack(pres, 2) if k.write else posts_stack
-    rows = Rows(
-        posts,
-        pres,
-        [1 - h * h for h in hidden],
-        [row[-1] * (1 - h * h) for row, h in zip(k.kappa, reads, strict=True)],
-        responses,
-        posts_stack,
-        pres_stack,
-        posts_stack * torch.stack(k.decay, 2),
-    )
-    return rows, hidden, queries
-
-
-def _split(rows: Rows, batch: int) -> list[Rows]:
-    def by_step(tensors: list[Tensor]) -> list[list[Tensor]]:
-        if not tensors:
-            return [[] for _ in range(count)]
-        pieces = [tensor.split(batch, 1) for tensor in tensors]
-        return [list(step) for step in zip(*pieces, strict=True)]
-
-    count = rows.posts_stack.shape[1] // batch
-    posts, pres, gates, slopes = (by_step(tensors) for tensors in rows[:4])
-    responses = [by_step(row) for row in rows.responses]
-    posts_stack, pres_stack, decayed = (
-        stack.unflatten(1, (count, batch)).transpose(0, 1).flatten(1, 2).unbind(0)
-        for stack in (rows.posts_stack, rows.pres_stack, rows.decayed)
-    )
-    return [
-        Rows(
-            posts[i],
-            pres[i],
-            gates[i],
-            slopes[i],
-            [row[i] for row in responses],
-            posts_stack[i],
-            pres_stack[i],
-            decayed[i],
-        )
-        for i in range(count)
-    ]
-
-
 def _step_back(
     k: Constants, rows: Rows, w_t: Tensor, grad_w: Tensor, grad_y: Tensor
-) -> tuple[_Step, Tensor]:
-    rows_total, depth, neurons = rows.posts_stack.shape
-    shape = (*grad_y.shape[:2], depth, neurons)
-    flat = w_t.view(rows_total, neurons, neurons).mT
+) -> tuple[Adjoints, Tensor]:
+    """Through one step; its :class:`Adjoints`, without the axis of steps, and dJ/dW."""
+    shape = rows.posts_stack.shape
+    depth, neurons = shape[2:]
+    stacks = (rows.pres_stack, rows.posts_stack, rows.decayed)
+    pres, posts, decayed = (stack.reshape(-1, depth, neurons) for stack in stacks)
+    flat = w_t.view(-1, neurons, neurons).mT
     change = (grad_w if k.alpha_t is None else grad_w * k.alpha_t).view(flat.shape)
-    written = torch.bmm(rows.pres_stack, change).view(shape)
-    heard = torch.bmm(rows.posts_stack, change.mT).view(shape)
-    if k.write:
-        post = list((k.gain * written).unbind(2))
-        pre = list((k.gain * heard).unbind(2))
-    else:
-        # In the base rule U_j is V_j: one list takes both gradients.
+    written = torch.bmm(pres, change).view(shape)
+    heard = torch.bmm(posts, change.mT).view(shape)
+    if k.spec.factor is None:
+        # U_j is V_j: one list takes both gradients.
         post = pre = list((k.gain * (written + heard)).unbind(2))
+    else:
+        post, pre = (list((k.gain * part).unbind(2)) for part in (written, heard))
     post.append(grad_y)
     drive, pull = [], []
     for s in range(depth, 0, -1):
@@ -321,29 +259,17 @@ def _step_back(
             post[s - 1] = torch.addcmul(post[s - 1], error, rows.pres[j])
         pulled = torch.bmm(z.view(-1, 1, neurons), flat).view(z.shape)
         post[s - 1] = torch.addcmul(post[s - 1], k.decay[s - 1], pulled)
-        if k.write:
-            post[s - 1] = post[s - 1] + _write_back(k, rows, pre[s - 1], s - 1)
+        if k.spec.back is not None:
+            post[s - 1] = post[s - 1] + k.spec.back(k.write, rows.kept[s - 1], pre[s - 1])
         drive.append(z)
         pull.append(pulled)
-    drive.reverse()
-    pull.reverse()
-    driven = torch.stack(drive, 2).view(rows.posts_stack.shape)
-    before = torch.bmm(rows.decayed.mT, driven).view(grad_w.shape).addcmul_(k.decay_out, grad_w)
-    return _Step(post[1:], drive, pull, pre[:depth], written, post[0]), before
+    rounds = (post[1:], drive[::-1], pull[::-1], pre[:depth])
+    tables = [torch.stack(table, 2).view(posts.shape) for table in rounds]
+    before = torch.bmm(decayed.mT, tables[1]).view(grad_w.shape).addcmul_(k.decay_out, grad_w)
+    return Adjoints._make((*tables, written.view(posts.shape), post[0])), before
 
 
 def _spread_back(k: Constants, correction: Tensor, error: Tensor) -> Tensor:
     if k.alpha_t is None:
         return correction * error.sum(-1, keepdim=True)
     return torch.bmm(error, correction.mT)
-
-
-def _write_back(k: Constants, rows: Rows, pre: Tensor, j: int) -> Tensor:
-    if len(k.write) == 1:
-        return torch.bmm(pre, k.write[0].mT)
-    return torch.bmm(torch.bmm(pre, k.write[2].mT) * rows.gates[j], k.write[0].mT)
-
-
-def _by_round(by_step: list[list[Tensor]]) -> Tensor:
-    # [P, S, R, n] from lists by step and round.
-    return torch.stack([torch.cat(rounds, 1) for rounds in zip(*by_step, strict=True)], 1)

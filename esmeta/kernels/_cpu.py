@@ -4,9 +4,8 @@ Four trials are run together through all their steps, so that their fast weights
 and every product with a matrix that they share (alpha, the write's A) is loaded once for four.
 Rows of matrices are padded to whole vector registers (LANES): no loop has a remainder, no load
 crosses a line of the cache, and what lies in the padding, which may be anything, never reaches a
-real neuron. Every trial is computed by the
-same instructions in the same order wherever it stands in the batch, so bits depend neither on the
-batch nor on the threads.
+real neuron. Every trial is computed by the same instructions in the same order wherever it stands
+in the batch, so bits depend neither on the batch nor on the threads.
 """
 
 from __future__ import annotations
@@ -17,94 +16,85 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from esmeta.kernels import _cpu_build
-from esmeta.kernels._adjoint import Adjoints, Carried, Segment
+from esmeta.kernels._adjoint import Adjoints, Carried, Segment, sweep
 from esmeta.kernels._cpu_run import CONSTANTS, LANES, TOGETHER, address, blank, plain, run_blocks
-from esmeta.kernels._segments import pack, unpack
+from esmeta.kernels._rule import Code, Kept, Plan, Rule
+from esmeta.kernels._segments import pack
 
 
-class Rule(NamedTuple):
-    """Parameters as the compiled function takes them, float32 and contiguous.
-
-    ``matrices``, those that the variant has: alpha and then the write's A, transposed and padded
-    ``[P, n, m]``, m = n rounded up to a multiple of LANES; ``kappa`` ``[P, S, S+1]``; ``composite``
-    ``[P, S+1, S+1]``; ``addresses`` of alpha, kappa, composite and A, 0 for what is missing.
-    """
-
-    matrices: tuple[Tensor, ...]
-    kappa: Tensor
-    composite: Tensor
-    addresses: tuple[int, int, int, int]
-
-
-class Result(NamedTuple):
-    """``y`` ``[T, P, B, n]``, transposed fast weights ``[P, B, n, n]``, and what a gradient needs.
-
-    ``reads`` ``[T, S, P, B, n]`` are the values of tanh, ``checkpoints`` ``[K, P, B, n, n]`` every
-    k-th fast weights before their reset, not those that came in; both are None
-    unless asked for.
-    """
-
-    y: Tensor
-    w_t: Tensor
-    reads: Tensor | None
-    checkpoints: Tensor | None
-
-
-def rule(
-    alpha_t: Tensor | None, kappa: Tensor, composite: Tensor, write: tuple[Tensor, ...]
-) -> Rule:
-    """Pad parameters; ``alpha_t`` and ``write`` (nothing, or A) are transposed ``[P, n, n]``."""
-    alpha = None if alpha_t is None else _padded(alpha_t)
-    linear = _padded(write[0]) if write else None
-    kappa, composite = plain(kappa), plain(composite)
-    matrices = tuple(matrix for matrix in (alpha, linear) if matrix is not None)
-    if matrices:
+def code(rule: Rule) -> Code:
+    """The compiled code with these parameters."""
+    alpha = None if rule.alpha_t is None else _padded(rule.alpha_t)
+    write = _block(rule.write, _strides((rule.neurons,) * 2)[0]) if rule.write else None
+    held = (alpha, plain(rule.kappa), plain(rule.composite), write)
+    if rule.neurons:
         # What is missing is compiled here rather than in the middle of a timed rollout.
-        size = matrices[0].shape[-1], kappa.shape[1]
-        _cpu_build.function("plastic", *size, alpha is not None, linear is not None)
-    addresses = address(alpha), address(kappa), address(composite), address(linear)
-    return Rule(matrices, kappa, composite, addresses)
+        _function("plastic", rule, rule.neurons)
+    forward = _Forward(rule, held, tuple(map(address, held)))
+    return Code(forward, functools.partial(sweep, back))
 
 
-def run(
-    k: Rule,
-    w_t: Tensor,
-    x: Tensor,
-    start_t: Tensor | None = None,
-    reset: Tensor | None = None,
-    every: int = 0,
-    in_place: bool = False,
-) -> Result:
-    """T steps from transposed fast weights ``w_t`` ``[P, B, n, n]`` over x ``[T, P, B, n]``.
+class _Forward(NamedTuple):
+    """``_rule.Forward``; ``held`` are alpha, kappa, composite and U's tensors, padded."""
 
-    ``start_t`` ``[P, 1 or B, n, n]``, transposed, replaces the fast weights before step t of the
-    trials where ``reset`` (bool ``[T, P, B]``) is set. ``every`` > 0 keeps what a gradient needs,
-    with fast weights at every that many steps. ``in_place`` may overwrite ``w_t``. Threads:
-    ``torch.get_num_threads()``.
-    """
-    steps, population, batch, neurons = x.shape
-    depth = k.kappa.shape[1]
-    x, first = plain(x), _padded(w_t)
-    y, last = torch.empty_like(x), first if in_place else _room(x, first.shape)
-    reads = checkpoints = None
-    if every:
-        reads = blank(steps, depth, population, batch, neurons)
-        checkpoints = _room(x, ((steps - 1) // every, *first.shape))
-    start = None if start_t is None or reset is None else _padded(start_t)
-    mask = None if start is None or reset is None else plain(reset)
-    inputs, outputs = (first, x, start, mask), (y, last, reads, checkpoints, CONSTANTS)
-    starts = 0 if start is None else start.shape[1]
-    alpha, *_, linear = k.addresses
-    call = _cpu_build.function("plastic", neurons, depth, alpha != 0, linear != 0)
-    table = array("q", map(address, inputs))
-    table.extend(k.addresses)
-    table.extend(map(address, outputs))
-    table.extend((steps, population, batch, starts, int(every > 0), max(every, 1)))
-    work = steps * population * batch * neurons**2 * (2 * depth + 2)
-    run_blocks(call, table, population * -(-batch // TOGETHER), work)
-    return Result(y, last, reads, checkpoints)
+    rule: Rule
+    held: tuple[Tensor | None, ...]
+    addresses: tuple[int, ...]
+
+    def __call__(
+        self, plan: Plan, w_t: Tensor, x: Tensor, start_t: Tensor | None, keep: bool
+    ) -> tuple[Tensor, Tensor, Kept]:
+        steps, population, batch, neurons = x.shape
+        depth = self.rule.depth
+        x, first = plain(x), _padded(w_t)
+        y, last = torch.empty_like(x), first if plan.in_place else _room(x, first.shape)
+        reads = checkpoints = start = mask = None
+        if keep:
+            reads = blank(steps, depth, population, batch, neurons)
+            checkpoints = _room(x, ((steps - 1) // plan.every, *first.shape))
+        if start_t is not None and plan.mask is not None:
+            start, mask = _padded(start_t), plain(plan.mask[..., 0, 0])
+        table = array("q", map(address, (first, x, start, mask)))
+        table.extend(self.addresses)
+        table.extend(map(address, (y, last, reads, checkpoints, CONSTANTS)))
+        starts = 0 if start is None else start.shape[1]
+        table.extend((steps, population, batch, starts, int(keep), plan.every))
+        work = steps * population * batch * neurons**2 * (2 * depth + 2)
+        call = _function("plastic", self.rule, neurons)
+        run_blocks(call, table, population * -(-batch // TOGETHER), work)
+        if reads is None or checkpoints is None:
+            return y, last, Kept()
+        return y, last, Kept(checkpoints.unbind(0), reads.flatten(0, 1).unbind(0))
+
+
+def back(segment: Segment, carried: Carried) -> tuple[Adjoints, Carried]:
+    """Go back through a segment, as ``_adjoint.back``."""
+    rule, packed = segment.rule, pack(segment)
+    alpha_t = None if rule.alpha_t is None else plain(rule.alpha_t)
+    alpha = None if alpha_t is None else plain(alpha_t.mT)
+    steps, population, batch, neurons = packed.grad_y.shape
+    write = _block(tuple(t.mT for t in rule.write), neurons) if rule.write else None
+    *read, grad_y, weights, outs = packed
+    table = array("q", map(address, read))
+    parameters = (alpha_t, alpha, plain(rule.kappa), plain(rule.composite), write)
+    table.extend(map(address, (*parameters, grad_y, weights, *carried, *outs)))
+    table.extend((steps, population, batch, packed.starts))
+    work = steps * population * batch * neurons**2 * (4 * rule.depth + 2)
+    run_blocks(_function("backward", rule, neurons), table, population * batch, work)
+    return outs, carried
+
+
+def _function(kind: str, rule: Rule, neurons: int) -> _cpu_build.Function:
+    return _cpu_build.function(kind, neurons, rule.depth, int(rule.alpha_t is not None), rule.name)
+
+
+def _block(tensors: tuple[Tensor, ...], width: int) -> Tensor:
+    """Tensors side by side for every member, rows padded to a width: ``[P, numbers]``."""
+    rows = [pad(t.detach(), (0, width - t.shape[-1])).flatten(1) for t in tensors]
+    return plain(torch.cat(rows, 1))
 
 
 def _padded(matrix: Tensor) -> Tensor:
@@ -130,24 +120,3 @@ def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     for size in reversed(shape[1:-1]):
         strides.append(strides[-1] * size)
     return tuple(reversed(strides))
-
-
-def back(segment: Segment, carried: Carried) -> tuple[Adjoints, Carried]:
-    """Go back through a segment, as ``_adjoint.back``."""
-    folded, packed = segment.folded, pack(segment)
-    alpha, linear = folded.alpha_t, folded.write[0] if folded.write else None
-    alpha_t = None if alpha is None else plain(alpha)
-    alpha = None if alpha is None else plain(alpha.mT)
-    linear = None if linear is None else plain(linear.mT)
-    kappa, composite = plain(folded.kappa), plain(folded.composite)
-    steps, population, batch, neurons = packed.grad_y.shape
-    depth = packed.posts.shape[2]
-    read = (packed.posts, packed.pres, packed.slopes, packed.responses, packed.first)
-    table = array("q", map(address, (*read, packed.start, packed.mask)))
-    table.extend(map(address, (alpha_t, alpha, kappa, composite, linear, packed.grad_y)))
-    table.extend(map(address, (packed.weights, *carried, *packed.outs, packed.grad_x)))
-    table.extend((steps, population, batch, packed.starts))
-    size = neurons, depth, alpha is not None, linear is not None
-    work = steps * population * batch * neurons**2 * (4 * depth + 2)
-    run_blocks(_cpu_build.function("backward", *size), table, population * batch, work)
-    return unpack(packed), carried

@@ -43,14 +43,18 @@ _TELLING = ("vendor_id", "cpu family", "model", "flags", "Features", "CPU ")
 _LOADED: list[Any] = []  # code lives as long as what holds it
 
 
-@functools.cache
-def function(kind: str, *numbers: int) -> Callable[[int, int, int], None]:
-    """A compiled function: table of addresses and sizes, first block, behind the last block.
+Function = Callable[[int, int, int], None]
+"""Of a table of addresses and sizes, the first block, and the one behind the last."""
 
-    ``plastic`` n, S, alpha, linear (0 or 1); ``dense`` squash (0 or 1), the number of parts of the
-    input, their widths and those of the layers. It runs without the interpreter lock.
+
+@functools.cache
+def function(kind: str, *words: int | str) -> Function:
+    """A compiled function, which runs without the interpreter lock.
+
+    ``plastic`` and ``backward``: n, S, alpha (0 or 1), the name of the write rule; ``dense``:
+    squash (0 or 1), the number of parts of the input, their widths and those of the layers.
     """
-    code = _machine_code(kind, *numbers)
+    code = _machine_code(kind, *words)
     direct = sys.platform == "linux" and platform.machine() == "x86_64"
     text = _text(code) if direct else None
     return _PROTOTYPE(_linked(code) if text is None else _placed(text))
@@ -102,8 +106,8 @@ def _linked(code: bytes) -> int:
     return engine.get_function_address(_NAME)
 
 
-def _machine_code(kind: str, *numbers: int) -> bytes:
-    words = [kind, *(str(int(number)) for number in (LANES, *numbers))]
+def _machine_code(kind: str, *given: int | str) -> bytes:
+    words = [kind, str(LANES), *(str(word) for word in given)]
     sources = [path.read_bytes() for path in sorted(_SOURCE.glob("*.py"))]
     facts = repr([version("llvmlite"), _processor(), *words, *sources])
     key = hashlib.sha256(facts.encode()).hexdigest()

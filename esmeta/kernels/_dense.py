@@ -58,7 +58,7 @@ def network(weights: tuple[Tensor, ...], biases: tuple[Tensor, ...], squash: boo
         for tensor in pair:
             short = -tensor.shape[-1] % LANES
             padded.append(pad(tensor.detach(), (0, short)) if short else plain(tensor))
-    _cpu_build.function("dense", squash, 1, weights[0].shape[1], *widths)
+    _cpu_build.function("dense", int(squash), 1, weights[0].shape[1], *widths)
     pointers = [address(tensor) for tensor in padded]
     places = tuple(zip(pointers[0::2], pointers[1::2], strict=True))
     return Network(weights, biases, squash, tuple(padded), places, widths, work)
@@ -94,7 +94,7 @@ def _run(net: Network, parts: Sequence[Tensor], keep: bool) -> tuple[Tensor, lis
     for k, place in enumerate(net.places):
         table.extend((*place, address(hidden[k]) if k < len(hidden) else 0))
     table.extend((population, batch, int(keep)))
-    call = _cpu_build.function("dense", net.squash, len(shares), *shares, *widths)
+    call = _cpu_build.function("dense", int(net.squash), len(shares), *shares, *widths)
     run_blocks(call, table, population * -(-batch // TOGETHER), population * batch * net.work)
     return y, hidden
 

@@ -1,20 +1,32 @@
-"""Which code runs a call: the single place where a faster kernel is chosen."""
+"""The recurrence as users call it, and the single place that chooses which code runs."""
 
 from __future__ import annotations
 
+import copyreg
 import functools
 import importlib.util
 from math import isqrt
-from typing import Any, NamedTuple
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from esmeta.errors import UserError
-from esmeta.kernels._adjoint import back
-from esmeta.kernels._recurrence import Folded, constants, fold
-from esmeta.kernels._scan import CheckpointedScan, Code, Forward, Kept, Plan, run
-from esmeta.kernels._shapes import VARIANTS, Rule, as_rule, check_kinds, check_state
+from esmeta.kernels import _adjoint
+from esmeta.kernels._recurrence import constants, run
+from esmeta.kernels._rule import (
+    Code,
+    Plan,
+    Rule,
+    check_kinds,
+    check_name,
+    check_state,
+    checked,
+    folded,
+    with_names,
+)
+from esmeta.kernels._scan import steps
+from esmeta.kernels._writes import WRITES
 from esmeta.modes import followed
 
 _MOST_ON_GPU = 256
@@ -24,37 +36,41 @@ _STEP = Plan(1, None, [False])
 _STEP_IN_PLACE = _STEP._replace(in_place=True)
 
 
-class Prepared(NamedTuple):
-    """Parameters ready for many steps: ``folded`` for gradients, ``code`` to compute with."""
-
-    folded: Folded
-    code: Code
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _ready, (self.folded,)  # the code holds addresses, which are not copied
-
-
 def prepare(
-    alpha: Tensor | None, kappa: Tensor, beta: Tensor, write: tuple[Tensor, ...] = ()
-) -> Prepared:
+    alpha: Tensor | None,
+    kappa: Tensor,
+    beta: Tensor,
+    write: tuple[Tensor, ...] = (),
+    *,
+    variant: str | None = None,
+) -> Rule:
     """Compute, once per rollout, everything in the plastic step that time does not change.
 
-    Shapes as in ``plastic_reference``. Differentiable in every argument. The result is stale as
-    soon as a parameter changes.
+    Arguments as in ``plastic_reference``. Differentiable in every tensor, unless called inside
+    ``torch.no_grad``. The result is stale as soon as a parameter changes.
     """
-    return _prepare(as_rule(alpha, kappa, beta, write))
+    given = checked(alpha, kappa, beta, write, variant)
+    return _ready(given.name, *folded(given))
+
+
+def _ready(name: str, *tensors: Tensor | None) -> Rule:
+    constant = tuple(None if tensor is None else tensor.detach() for tensor in tensors)
+    code = _code(Rule.of(name, constant, cast(Code, None)))
+    # Without a graph, some would bring their history, and some not: half a gradient.
+    return Rule.of(name, tensors if torch.is_grad_enabled() else constant, code)
+
+
+# Code holds addresses, which are not copied.
+copyreg.pickle(Rule, lambda rule: (_ready, (rule.name, *rule.tensors)))
 
 
 def step_prepared(
-    prepared: Prepared, W: Tensor, v: Tensor, *, in_place: bool = False
+    rule: Rule, W: Tensor, v: Tensor, *, in_place: bool = False
 ) -> tuple[Tensor, Tensor]:
     """One plastic step, ``plastic_step`` with the result of ``prepare``.
 
-    Differentiable as ``plastic_scan``; by parameters only if ``prepare`` was not called inside
-    ``torch.no_grad``.
-
     Args:
-        prepared: result of ``prepare``.
+        rule: result of ``prepare``.
         W: fast weights ``[P, B, n, n]``.
         v: embedded input ``[P, B, n]``.
         in_place: whether W may be overwritten, for who needs it no more; the same bits with half
@@ -64,18 +80,29 @@ def step_prepared(
         v^(S) ``[P, B, n]`` and W^(S) ``[P, B, n, n]``. W^(S) is a transposed view: the next step
         is fastest when it gets it as it is; call ``contiguous`` where a row-major matrix is needed.
     """
-    plan = _STEP_IN_PLACE if in_place else _STEP
-    kappa, alpha_t = prepared.folded.kappa, prepared.folded.alpha_t
+    kappa = rule.kappa
     fits = W.shape == (*v.shape, v.shape[-1]) and len(v) == len(kappa)
-    if not (fits and (alpha_t is None or alpha_t.shape[-1] == v.shape[-1])):
-        raise UserError(
-            f"W has shape {tuple(W.shape)} and v {tuple(v.shape)}, but [P, B, n, n] and [P, B, n] "
-            f"with the P = {len(kappa)} and n of what was prepared are needed"
-        )
-    if not (W.dtype == v.dtype == kappa.dtype and W.device == v.device == kappa.device):
-        check_kinds(kappa, {"W": W, "v": v})
-    y, w_t = _steps(prepared, plan, W.mT, v.unsqueeze(0), None)
+    fits = fits and rule.neurons in (0, v.shape[-1])
+    kind = W.dtype == v.dtype == kappa.dtype and W.device == v.device == kappa.device
+    if not (fits and kind):  # asked at every step, so quickly
+        check_state(kappa, with_names(rule.alpha_t, rule.write), W, v)
+    y, w_t = steps(rule, _STEP_IN_PLACE if in_place else _STEP, W.mT, v.unsqueeze(0))
     return y[0], w_t.mT
+
+
+def scan_prepared(
+    rule: Rule,
+    W: Tensor,
+    x: Tensor,
+    *,
+    W0: Tensor | None = None,
+    new_trial: Tensor | None = None,
+    store_every: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """A sequence of steps, ``plastic_scan`` with the result of ``prepare``."""
+    plan, start = _check_sequence(rule, W, x, W0, new_trial, store_every)
+    y, w_t = steps(rule, plan, W.mT, x, None if start is None else start.mT)
+    return y, w_t.mT
 
 
 def plastic_step(
@@ -86,6 +113,7 @@ def plastic_step(
     beta: Tensor,
     *,
     write: tuple[Tensor, ...] = (),
+    variant: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One environment step of S rounds, exactly, without building intermediate matrices.
 
@@ -95,9 +123,7 @@ def plastic_step(
 
     Source: MetODS, Algorithm 1; the shortcut is an identity, not an approximation.
     """
-    rule = as_rule(alpha, kappa, beta, write)
-    check_state(rule, W, v)
-    return step_prepared(_prepare(rule), W, v)
+    return step_prepared(prepare(alpha, kappa, beta, write, variant=variant), W, v)
 
 
 def plastic_scan(
@@ -111,6 +137,7 @@ def plastic_scan(
     new_trial: Tensor | None = None,
     write: tuple[Tensor, ...] = (),
     store_every: int | None = None,
+    variant: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """T plastic steps in a row, bit for bit a loop of ``plastic_step``.
 
@@ -119,13 +146,14 @@ def plastic_scan(
     Args:
         W: fast weights before the first step ``[P, B, n, n]``.
         x: embedded inputs ``[T, P, B, n]``, T >= 1.
-        alpha: as in ``plastic_reference``, like kappa, beta and write.
+        alpha: as in ``plastic_reference``, like kappa, beta, write and variant.
         kappa: ``[P, S, S+1]``.
         beta: ``[P, S, S+1]``.
         W0: fast weights at the start of a trial, ``[P, n, n]`` or ``[P, B, n, n]``.
         new_trial: bool ``[T, P, B]``; where set, W becomes W0 before that step.
-        write: the pre-synaptic factor.
+        write: tensors of the pre-synaptic factor.
         store_every: steps between the matrices kept for the backward pass; ceil(sqrt(T)) if None.
+        variant: name of the write rule.
 
     Returns:
         y ``[T, P, B, n]``, the v^(S) of each step, and W after the last step ``[P, B, n, n]``
@@ -139,88 +167,23 @@ def plastic_scan(
     Source: MetODS, Algorithm 1 and supplement 9.2, whose printed recursion lacks the Jacobian of
     the step; here it is complete.
     """
-    rule = as_rule(alpha, kappa, beta, write)
-    plan, start = _check_sequence(rule, W, x, W0, new_trial, store_every)
-    start_t = None if start is None else start.mT
-    y, w_t = _steps(_prepare(rule), plan, W.mT, x, start_t)
-    return y, w_t.mT
+    rule = prepare(alpha, kappa, beta, write, variant=variant)
+    return scan_prepared(rule, W, x, W0=W0, new_trial=new_trial, store_every=store_every)
 
 
-def _prepare(rule: Rule) -> Prepared:
-    return _ready(fold(rule))
-
-
-def _ready(folded: Folded) -> Prepared:
-    if not torch.is_grad_enabled():
-        # Else some would bring their history, and some not: a gradient that is only half there.
-        folded = _without_graph(folded)
-    return Prepared(folded, _code(_without_graph(folded)))
-
-
-def _without_graph(folded: Folded) -> Folded:
-    kappa, composite, alpha_t, write = folded
-    return Folded(
-        kappa.detach(),
-        composite.detach(),
-        None if alpha_t is None else alpha_t.detach(),
-        tuple(tensor.detach() for tensor in write),
-    )
-
-
-def _code(folded: Folded) -> Code:
-    variant = VARIANTS[len(folded.write)]
-    device, dtype = folded.kappa.device, folded.kappa.dtype
-    neurons = next((m.shape[-1] for m in (folded.alpha_t, *folded.write) if m is not None), 1)
-    if followed() or _why_not_fused(device, dtype, variant, neurons):
-        return Code(functools.partial(run, constants(folded)), back)
+def _code(rule: Rule) -> Code:
+    """What runs a rule whose tensors have no history."""
+    device, dtype = rule.kappa.device, rule.kappa.dtype
+    if followed() or _why_not_fused(device, dtype, rule.name, rule.neurons):
+        return Code(functools.partial(run, constants(rule)), _adjoint.backward)
     # Imported here, because who never runs it need not pay for the compiler.
     if device.type == "cuda":
         from esmeta.kernels import _gpu
 
-        return Code(_gpu.forward(folded), _gpu.back)
+        return _gpu.code(rule)
     from esmeta.kernels import _cpu
 
-    return Code(_forward_on_cpu(folded), _cpu.back)
-
-
-def _forward_on_cpu(folded: Folded) -> Forward:
-    from esmeta.kernels import _cpu
-
-    rule = _cpu.rule(folded.alpha_t, folded.kappa, folded.composite, folded.write)
-
-    def forward(
-        plan: Plan, w_t: Tensor, x: Tensor, start_t: Tensor | None, keep: bool
-    ) -> tuple[Tensor, Tensor, Kept]:
-        reset = None if plan.mask is None else plan.mask[..., 0, 0]
-        every, in_place = (plan.every, False) if keep else (0, plan.in_place)
-        result = _cpu.run(rule, w_t, x, start_t, reset, every, in_place)
-        if result.reads is None or result.checkpoints is None:
-            return result.y, result.w_t, Kept((), ())
-        reads = result.reads.flatten(0, 1).unbind(0)
-        return result.y, result.w_t, Kept(result.checkpoints.unbind(0), reads)
-
-    return forward
-
-
-def _steps(
-    prepared: Prepared, plan: Plan, w_t: Tensor, x: Tensor, start_t: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Steps from transposed fast weights, through the adjoint where a gradient is asked for."""
-    w_t, x = w_t.resolve_neg(), x.resolve_neg()
-    start_t = None if start_t is None else start_t.resolve_neg()
-    folded = prepared.folded
-    if followed():
-        return run(constants(folded), plan, w_t, x, start_t, False)[:2]
-    if not torch.is_grad_enabled():
-        if plan.in_place:
-            # For what has kept W for a gradient of its own: it is told that W is no more.
-            torch.autograd.graph.increment_version(w_t)
-        return prepared.code.forward(plan, w_t, x, start_t, False)[:2]
-    arguments = (folded.kappa, folded.composite, folded.alpha_t, *folded.write)
-    if any(f is not None and f.requires_grad for f in (w_t, x, start_t, *arguments)):
-        return CheckpointedScan.apply(prepared.code, plan, w_t, x, start_t, *arguments)
-    with torch.no_grad():
-        return _steps(prepared, plan, w_t, x, start_t)
+    return _cpu.code(rule)
 
 
 @functools.cache
@@ -234,8 +197,8 @@ def _why_not_fused(device: torch.device, dtype: torch.dtype, variant: str, neuro
         return f"there is no fused kernel for {device.type}"
     if dtype != torch.float32:
         return f"the fused kernels are for float32, not for {str(dtype).removeprefix('torch.')}"
-    if variant == "mlp":
-        return "the fused kernels do not know the write variant mlp"
+    if device.type not in WRITES[variant].fused:
+        return f"the fused kernels do not know the write variant {variant}"
     if device.type == "cuda" and neurons > _MOST_ON_GPU:
         return f"on a GPU the fused kernels hold at most n = {_MOST_ON_GPU}"
     if device.type == "cuda" and not _has_triton():
@@ -252,9 +215,7 @@ def explain(
     dtype: torch.dtype = torch.float32,
 ) -> str:
     """Say in one line which code runs steps and scans of this kind, and why."""
-    known = (*VARIANTS.values(), "no-alpha")
-    if variant not in known:
-        raise ValueError(f"variant is {variant!r}, but it must be one of {', '.join(known)}")
+    check_name(variant)
     device = torch.device(device)
     why = _why_not_fused(device, dtype, variant, neurons)
     size = f"on {device} (n={neurons}, S={depth}, {variant}, {str(dtype).removeprefix('torch.')})"
@@ -274,27 +235,28 @@ def _check_sequence(
     new_trial: Tensor | None,
     store_every: int | None,
 ) -> tuple[Plan, Tensor | None]:
+    """Where and how a sequence starts afresh: the plan, and ``W0`` as ``[P, 1 or B, n, n]``."""
     if x.dim() != 4 or len(x) == 0:
-        raise ValueError(
+        raise UserError(
             f"x has shape {tuple(x.shape)}, but [T, P, B, n] with T >= 1 is needed; for one step "
             "pass x[None]"
         )
-    check_state(rule, W, x[0], "x[t]")
+    check_state(rule.kappa, with_names(rule.alpha_t, rule.write), W, x[0], "x[t]")
     steps = x.shape[0]
     every = isqrt(steps - 1) + 1 if store_every is None else store_every
     if every < 1:
-        raise ValueError(f"store_every is {every}, but it must be 1..T (or None for sqrt(T))")
+        raise UserError(f"store_every is {every}, but it must be 1..T (or None for sqrt(T))")
     resets = [False] * steps
     if new_trial is not None:
         if new_trial.dtype != torch.bool or new_trial.shape != x.shape[:3]:
-            raise ValueError(
+            raise UserError(
                 f"new_trial is {new_trial.dtype} {tuple(new_trial.shape)}, but bool [T, P, B] = "
                 f"{tuple(x.shape[:3])} is needed"
             )
         look = W0 is None or (new_trial.device.type in LOOKS and not followed())
         resets = new_trial.flatten(1).any(1).tolist() if look else [True] * steps
     if W0 is None and any(resets):
-        raise ValueError(
+        raise UserError(
             "new_trial is set somewhere but W0 is None: pass the fast weights that a trial starts "
             "from as W0, [P, n, n] or [P, B, n, n]"
         )
@@ -307,7 +269,7 @@ def _check_sequence(
         )
     start = W0.unsqueeze(1) if W0.dim() == 3 else W0
     if start.shape not in (W.shape, (W.shape[0], 1, *W.shape[2:])):
-        raise ValueError(
+        raise UserError(
             f"W0 has shape {tuple(W0.shape)}, but [P, n, n] or [P, B, n, n] is needed to go with "
             f"W of shape {tuple(W.shape)}"
         )

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from esmeta.kernels._shapes import as_rule, check_state
+from esmeta.kernels._rule import check_state, checked, in_rows, with_names
+from esmeta.kernels._writes import WRITES
 from esmeta.modes import exact
 
 
@@ -18,6 +19,7 @@ def plastic_reference(
     beta: Tensor,
     *,
     write: tuple[Tensor, ...] = (),
+    variant: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     r"""Run S rounds of read and write, building every intermediate matrix.
 
@@ -32,9 +34,11 @@ def plastic_reference(
         alpha: plasticity ``[P, n, n]`` (``[n, n]`` when P = 1), or None for a constant 1.
         kappa: ``[P, S, S+1]`` (``[S, S+1]`` when P = 1), entry ``[.., s-1, l]``; l > s is ignored.
         beta: as ``kappa``.
-        write: the pre-synaptic factor U. ``()``: U(v) = v; ``(A,)`` with A ``[P, n, n]``:
-            U(v) = A v; ``(W1, b1, W2, b2)`` with matrices ``[P, n, n]`` and biases ``[P, n]``:
-            U(v) = W2 tanh(W1 v + b1) + b2.
+        write: tensors of the pre-synaptic factor U. ``()``: U(v) = v; ``(A,)`` with A
+            ``[P, n, n]``: U(v) = A v; ``(W1, b1, W2, b2)`` with matrices ``[P, n, n]`` and biases
+            ``[P, n]``: U(v) = W2 tanh(W1 v + b1) + b2.
+        variant: name of the write rule (``base``, ``no-alpha``, ``linear``, ``mlp``); without it,
+            the first with as many tensors as ``write`` has.
 
     Returns:
         ``v^(S)`` ``[P, B, n]`` and ``W^(S)`` ``[P, B, n, n]``.
@@ -42,16 +46,18 @@ def plastic_reference(
     Source: MetODS, Algorithm 1. Its equation 6 lets the sum over W^(l) run to l = s, which would
     make W^(s) implicit; the algorithm stops at s-1, and so does this.
     """
-    rule = as_rule(alpha, kappa, beta, write)
-    check_state(rule, W, v)
-    kappa_5d, beta_5d = rule.kappa[..., None, None], rule.beta[..., None, None]
+    given = checked(alpha, kappa, beta, write, variant)
+    check_state(given.kappa, with_names(given.alpha, given.write), W, v)
+    tensors, factor = in_rows(given.write), WRITES[given.name].factor
+    kappa_5d, beta_5d = given.kappa[..., None, None], given.beta[..., None, None]
     activations, weights = [v], [W]
-    for s in range(1, rule.kappa.shape[1] + 1):
+    for s in range(1, kappa_5d.shape[1] + 1):
         post, matrix = activations[-1], weights[-1]
         read = torch.tanh(torch.einsum("pbij,pbj->pbi", matrix, post))
-        hebb = torch.einsum("pbi,pbj->pbij", post, _presynaptic(rule.write, post))
-        if rule.alpha is not None:
-            hebb = rule.alpha.unsqueeze(1) * hebb
+        pre = post if factor is None else factor(tensors, post)[0]
+        hebb = torch.einsum("pbi,pbj->pbij", post, pre)
+        if given.alpha is not None:
+            hebb = given.alpha.unsqueeze(1) * hebb
         v_s = kappa_5d[:, s - 1, s] * read
         W_s = beta_5d[:, s - 1, s].unsqueeze(-1) * hebb
         for k in range(s):
@@ -60,13 +66,3 @@ def plastic_reference(
         activations.append(v_s)
         weights.append(W_s)
     return activations[-1], weights[-1]
-
-
-def _presynaptic(write: tuple[Tensor, ...], v: Tensor) -> Tensor:
-    if not write:
-        return v
-    hidden = torch.einsum("pij,pbj->pbi", write[0], v)
-    if len(write) == 1:
-        return hidden
-    hidden = torch.tanh(hidden + write[1].unsqueeze(1))
-    return torch.einsum("pij,pbj->pbi", write[2], hidden) + write[3].unsqueeze(1)

@@ -1,95 +1,53 @@
-"""A sequence of plastic steps that keeps few tensors for its gradient.
+"""Sequences of plastic steps that keep few tensors for their gradient.
 
 Plain automatic differentiation keeps O(T S n^2) numbers per trial. ``CheckpointedScan`` keeps the S
-values of tanh of every step and one matrix every ``every`` steps; its backward rebuilds the rest
-one segment at a time and applies the hand-written adjoint of ``_adjoint``.
+values of tanh of every step and one matrix every ``every`` steps; its backward rebuilds the rest.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from esmeta.kernels._adjoint import Back, Sweep
-from esmeta.kernels._recurrence import Constants, Folded, advance, constants
+from esmeta.kernels._recurrence import constants, run
+from esmeta.kernels._rule import Kept, Plan, Rule, Saved
 from esmeta.modes import exact, followed
 
 
-class Plan(NamedTuple):
-    """What is not differentiated: checkpoint spacing, and where fast weights start afresh.
-
-    ``mask`` is bool ``[T, P, B, 1, 1]`` or None; ``resets[t]`` says on the host whether step t
-    resets any trial. ``in_place`` allows to overwrite the fast weights that come in.
-    """
-
-    every: int
-    mask: Tensor | None
-    resets: list[bool]
-    in_place: bool = False
-
-
-class Kept(NamedTuple):
-    """What a gradient needs of a forward pass: see :func:`run`."""
-
-    checkpoints: Sequence[Tensor]
-    reads: Sequence[Tensor]
-
-
-class Forward(Protocol):
-    """A way to run the steps: :func:`run` with its constants, or a fused kernel.
-
-    Arguments and results are those of :func:`run`; without ``keep``, ``Kept`` may be empty.
-    """
-
-    def __call__(
-        self, plan: Plan, w_t: Tensor, x: Tensor, start_t: Tensor | None, keep: bool
-    ) -> tuple[Tensor, Tensor, Kept]: ...
-
-
-class Code(NamedTuple):
-    """Who computes: the steps, and the segments of the backward sweep."""
-
-    forward: Forward
-    back: Back
+def steps(
+    rule: Rule, plan: Plan, w_t: Tensor, x: Tensor, start_t: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Steps from transposed fast weights, through the adjoint where a gradient is asked for."""
+    w_t, x = w_t.resolve_neg(), x.resolve_neg()
+    start_t = None if start_t is None else start_t.resolve_neg()
+    if followed():
+        return run(constants(rule), plan, w_t, x, start_t, False)[:2]
+    if torch.is_grad_enabled():
+        tensors = rule.tensors
+        if any(t is not None and t.requires_grad for t in (w_t, x, start_t, *tensors)):
+            kept = plan._replace(in_place=False)
+            return CheckpointedScan.apply(rule, kept, w_t, x, start_t, *tensors)
+        with torch.no_grad():
+            return steps(rule, plan, w_t, x, start_t)
+    if plan.in_place:
+        # For what has kept W for a gradient of its own: it is told that W is no more.
+        torch.autograd.graph.increment_version(w_t)
+    return rule.code.forward(plan, w_t, x, start_t, False)[:2]
 
 
 class _Context(FunctionCtx):
-    back: Back
+    rule: Rule
     plan: Plan
     inputs: int
     saved_tensors: tuple[Tensor, ...]
 
 
-@exact
-def run(
-    k: Constants, plan: Plan, w_t: Tensor, x: Tensor, start_t: Tensor | None, keep: bool
-) -> tuple[Tensor, Tensor, Kept]:
-    """Step through x ``[T, P, B, n]`` from transposed fast weights ``[P, B, n, n]``.
-
-    ``start_t`` is ``[P, 1 or B, n, n]``, transposed. Returns y, the last fast weights and, if they
-    are to be kept, every ``plan.every``-th fast weights behind the first and the T S values of tanh
-    in order.
-    """
-    w_t = w_t.contiguous()
-    start_t = None if start_t is None else start_t.contiguous()
-    outputs, checkpoints, reads = [], [], []
-    for t, v in enumerate(x.contiguous().unbind(0)):
-        if keep and t > 0 and t % plan.every == 0:
-            checkpoints.append(w_t)
-        if start_t is not None and plan.mask is not None and plan.resets[t]:
-            w_t = torch.where(plan.mask[t], start_t, w_t)
-        y, w_t, read = advance(k, w_t, v)
-        outputs.append(y)
-        reads += read if keep else []
-    return torch.stack(outputs), w_t, Kept(checkpoints, reads)
-
-
 class CheckpointedScan(torch.autograd.Function):
-    """``run`` with O(T S n + (T / every) n^2) numbers per trial kept for the backward pass.
+    """Steps with O(T S n + (T / every) n^2) numbers per trial kept for the backward pass.
 
     Where that pass is itself to be differentiated, or followed by torch, it is torch's own.
     """
@@ -97,74 +55,50 @@ class CheckpointedScan(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: _Context,
-        code: Code,
+        rule: Rule,
         plan: Plan,
         w_t: Tensor,
         x: Tensor,
         start_t: Tensor | None,
-        *folded: Tensor | None,
+        *tensors: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """``folded`` is kappa, composite, alpha_t and then the write tensors of ``Folded``."""
-        y, last, (checkpoints, reads) = code.forward(plan, w_t, x, start_t, True)
-        ctx.back, ctx.plan = code.back, plan
-        ctx.inputs = 3 + len(folded)
+        """``tensors`` are those of the rule, which torch has to see."""
+        y, last, (checkpoints, reads) = rule.code.forward(plan, w_t, x, start_t, True)
+        ctx.rule, ctx.plan, ctx.inputs = rule, plan, 3 + len(tensors)
         # Torch keeps None as it is; its annotation forgets to say so.
-        kept = cast("tuple[Tensor, ...]", (w_t, x, start_t, *folded, *checkpoints, *reads))
+        kept = cast("tuple[Tensor, ...]", (w_t, x, start_t, *tensors, *checkpoints, *reads))
         ctx.save_for_backward(*kept)
         return y, last
 
     @staticmethod
     @exact
-    def backward(ctx: _Context, grad_y: Tensor, grad_w: Tensor) -> tuple[Tensor | None, ...]:
-        """Sweep the segments from the last to the first."""
+    def backward(ctx: _Context, *grads: Any) -> tuple[Tensor | None, ...]:
+        grad_y, grad_w = cast(tuple[Tensor, Tensor], grads)
         in_memory = torch._C._has_storage(grad_y) and torch._C._has_storage(grad_w)
         if torch.is_grad_enabled() or followed() or not in_memory:
             return None, None, *_plainly(ctx, grad_y, grad_w)
-        grad_y = grad_y.resolve_neg()
-        every, mask, resets, _ = ctx.plan
-        inputs = ctx.inputs
-        w_t, x, start_t, *folded = ctx.saved_tensors[:inputs]
-        depth = folded[0].shape[1]
-        count = -(-len(x) // every)
-        checkpoints = (w_t, *ctx.saved_tensors[inputs : inputs + count - 1])
-        reads = ctx.saved_tensors[inputs + count - 1 :]
-        sweep = Sweep(
-            _unpack(tuple(folded)),
-            start_t,
-            grad_w.clone(memory_format=torch.contiguous_format),
-            ctx.back,
-        )
-        grad_x: list[Tensor] = []
-        for number in reversed(range(count)):
-            low, high = number * every, min((number + 1) * every, len(x))
-            masks = [mask[t] if mask is not None and resets[t] else None for t in range(low, high)]
-            part = reads[low * depth : high * depth]
-            tanh = [torch.cat(part[s::depth], 1) for s in range(depth)]
-            grad_x.append(
-                sweep.segment(x[low:high], tanh, checkpoints[number], masks, grad_y[low:high])
-            )
-        grad_start = None if start_t is None else sweep.carried.start.sum_to_size(start_t.shape)
-        grads = sweep.parameter_gradients()
-        return None, None, sweep.carried.w, torch.cat(grad_x[::-1]), grad_start, *grads
+        plan, saved = ctx.plan, ctx.saved_tensors
+        w_t, x, start_t, *tensors = saved[: ctx.inputs]
+        reads = ctx.inputs + -(-len(x) // plan.every) - 1
+        kept = Kept(saved[ctx.inputs : reads], saved[reads:])
+        rule = Rule.of(ctx.rule.name, tensors, ctx.rule.code)
+        inputs = Saved(w_t, x, start_t, kept)
+        grad_w = grad_w.clone(memory_format=torch.contiguous_format)
+        return None, None, *rule.code.backward(rule, plan, inputs, grad_y.resolve_neg(), grad_w)
 
 
-def _plainly(ctx: _Context, grad_y: Tensor, grad_w: Tensor) -> list[Tensor | None]:
+def _plainly(ctx: _Context, grad_y: Tensor, grad_w: Tensor) -> Sequence[Tensor | None]:
     """The gradient by plain automatic differentiation, as a function of all that it depends on."""
     again = torch.is_grad_enabled()
     with torch.enable_grad():
         # Views, because one input may have been made of another one.
         inputs = [None if t is None else t.view_as(t) for t in ctx.saved_tensors[: ctx.inputs]]
-        w_t, x, start_t, *folded = inputs
+        w_t, x, start_t, *tensors = inputs
         assert w_t is not None and x is not None, "only what resets and alpha_t may be missing"
-        y, last, _ = run(constants(_unpack(tuple(folded))), ctx.plan, w_t, x, start_t, False)
+        k = constants(Rule.of(ctx.rule.name, tensors, ctx.rule.code))
+        y, last, _ = run(k, ctx.plan, w_t, x, start_t, False)
     wanted = [t for t in inputs if t is not None and t.requires_grad]
     pairs = [(y, grad_y), (last, grad_w)]
     known, grads = zip(*(pair for pair in pairs if pair[0].requires_grad), strict=True)
     found = iter(torch.autograd.grad(known, wanted, grads, create_graph=again, allow_unused=True))
     return [next(found) if t is not None and t.requires_grad else None for t in inputs]
-
-
-def _unpack(folded: tuple[Tensor | None, ...]) -> Folded:
-    kappa, composite, alpha_t, *write = folded
-    assert kappa is not None and composite is not None, "only alpha_t may be missing"
-    return Folded(kappa, composite, alpha_t, tuple(w for w in write if w is not None))

@@ -15,8 +15,8 @@ class Packed(NamedTuple):
 
     ``posts``, ``pres``, ``slopes`` ``[k, P B, S, n]``, ``responses`` ``[k, P B, S (S-1) / 2, n]``,
     ``first`` and ``weights`` (room) ``[(k,) P, B, n, n]``; ``start`` ``[P, starts, n, n]`` and
-    ``mask`` uint8 ``[k, P, B]``, None without resets; ``grad_y`` and ``grad_x`` ``[k, P, B, n]``;
-    ``outs``, not filled: post, drive, pull, pre and written ``[k, P B, S, n]``.
+    ``mask`` uint8 ``[k, P, B]``, None without resets; ``grad_y`` ``[k, P, B, n]``; ``outs`` are to
+    be filled.
     """
 
     posts: Tensor
@@ -28,8 +28,7 @@ class Packed(NamedTuple):
     mask: Tensor | None
     grad_y: Tensor
     weights: Tensor
-    outs: list[Tensor]
-    grad_x: Tensor
+    outs: Adjoints
 
     @property
     def starts(self) -> int:
@@ -47,6 +46,7 @@ def pack(segment: Segment) -> Packed:
         return parts.reshape(steps, population * batch, stack.shape[2], neurons)
 
     posts = by_step(rows.posts_stack)
+    own = rows.pres_stack is not rows.posts_stack
     responses = [r.expand_as(rows.posts[0]) for row in rows.responses for r in row]
     start = mask = None
     if segment.start_t is not None and any(m is not None for m in masks):
@@ -54,28 +54,17 @@ def pack(segment: Segment) -> Packed:
         # Eight bits each: for Triton a pointer to bool is one to single bits.
         mask = torch.stack([none if m is None else m for m in masks])[..., 0, 0].view(torch.uint8)
         start = segment.start_t.contiguous()
-    first = segment.w_t.contiguous()
+    first, grad_y = segment.w_t.contiguous(), segment.grad_y.contiguous()
+    outs = Adjoints._make(torch.empty_like(like) for like in (*[posts] * 5, grad_y))
     return Packed(
         posts,
-        by_step(rows.pres_stack) if segment.folded.write else posts,
+        by_step(rows.pres_stack) if own else posts,
         by_step(torch.stack(rows.slopes, 2)),
         by_step(torch.stack(responses, 2)) if responses else posts,
         first,
         start,
         mask,
-        segment.grad_y.contiguous(),
+        grad_y,
         first.new_empty(steps, *first.shape),
-        [torch.empty_like(posts) for _ in range(5)],
-        posts.new_empty(segment.grad_y.shape),
+        outs,
     )
-
-
-def unpack(packed: Packed) -> Adjoints:
-    """What the kernels wrote."""
-    _, population, batch, _ = packed.grad_x.shape
-    post, drive, pull, pre, written = (
-        # [P, S, R, n]
-        out.unflatten(1, (population, batch)).permute(1, 3, 0, 2, 4).flatten(2, 3)
-        for out in packed.outs
-    )
-    return Adjoints(post, drive, pull, pre, written.transpose(1, 2), packed.grad_x)

@@ -30,6 +30,22 @@ def _tanh(x):
 
 
 @triton.jit
+def _factor(v, write, at, inside, RULE: tl.constexpr):
+    # U(v): one branch for every write rule but base; write points to the tensors of U, transposed.
+    if RULE == "linear":
+        v = tl.sum(v[:, None] * tl.load(write + at, inside, 0.0), 0)
+    return v
+
+
+@triton.jit
+def _factor_back(pre, write, at, inside, RULE: tl.constexpr):
+    # dJ/dv from dJ/dU.
+    if RULE == "linear":
+        pre = tl.sum(tl.load(write + at, inside, 0.0) * pre[None, :], 1)
+    return pre
+
+
+@triton.jit
 def _row(table, rounds, s):
     # Row s of [SP, N].
     return tl.sum(tl.where(rounds[:, None] == s, table, 0.0), 0)
@@ -65,7 +81,8 @@ def _corrected(
 def forward(
     first, x, start, mask, alpha, kappa, composite, write, y, last, reads, kept,
     steps, trials, batch, starts, every,
-    KEEP: tl.constexpr, RESETS: tl.constexpr, ALPHA: tl.constexpr, LINEAR: tl.constexpr,
+    KEEP: tl.constexpr, RESETS: tl.constexpr, ALPHA: tl.constexpr, OWN: tl.constexpr,
+    RULE: tl.constexpr, SIZE: tl.constexpr,
     n: tl.constexpr, S: tl.constexpr, N: tl.constexpr, SP: tl.constexpr,
 ):  # fmt: skip
     """All steps of one trial; arguments as in ``_cpu.run``, ``trials`` = P B, nothing padded."""
@@ -93,10 +110,9 @@ def forward(
         posts = tl.where(rounds[:, None] == 0, v[None, :], 0.0)
         pres = posts
         for s in tl.static_range(1, S + 1):
-            if LINEAR:
-                a = tl.load(write + p * n * n + at, inside, 0.0)
-                pre = tl.sum(v[:, None] * a, 0)
-                pres = tl.where(rounds[:, None] == s - 1, pre[None, :], pres)
+            if OWN:
+                u = _factor(v, write + p * SIZE, at, inside, RULE)
+                pres = tl.where(rounds[:, None] == s - 1, u[None, :], pres)
             else:
                 pres = posts
             row = composite + (s - 1) * (S + 1)
@@ -152,7 +168,7 @@ def _rebuild(
 @triton.jit
 def _through_write(
     U, V, D, final, rounds,
-    LINEAR: tl.constexpr, S: tl.constexpr, N: tl.constexpr, SP: tl.constexpr,
+    OWN: tl.constexpr, S: tl.constexpr, N: tl.constexpr, SP: tl.constexpr,
 ):  # fmt: skip
     # D U_l of all rounds, and the gradients of V_l and U_l by the write.
     written = tl.zeros([SP, N], tl.float32)
@@ -164,7 +180,7 @@ def _through_write(
         heard = tl.where(rounds[:, None] == s, one[None, :], heard)
     gains = tl.load(final + 1 + rounds, rounds < S, 0.0)[:, None]
     post, pre = gains * written, gains * heard
-    if not LINEAR:
+    if not OWN:
         # In the base rule U_j is V_j: one table takes both gradients.
         post += pre
     return written, post, pre
@@ -173,7 +189,7 @@ def _through_write(
 @triton.jit
 def _through_corrections(
     z, last, post, pre, V, U, rounds, row, responses, alpha, s,
-    ALPHA: tl.constexpr, LINEAR: tl.constexpr, n: tl.constexpr, N: tl.constexpr,
+    ALPHA: tl.constexpr, OWN: tl.constexpr, n: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     # What the corrections of round s pass back to earlier rounds, and to the last one.
     i = tl.arange(0, N)
@@ -191,7 +207,7 @@ def _through_corrections(
         own = z * tl.load(responses + j * n + i, real, 0.0)
         other = error * last
         extra += error * _row(U, rounds, j)
-        if LINEAR:
+        if OWN:
             pre = tl.where(rounds[:, None] == j, pre + other[None, :], pre)
         else:
             own += other
@@ -203,7 +219,8 @@ def _through_corrections(
 def _through_rounds(
     grad_y, grad_x, G, post, pre, V, U, w, kappa, composite, alpha, write,
     slopes, responses, post_out, drive_out, pull_out, here, rounds,
-    ALPHA: tl.constexpr, LINEAR: tl.constexpr, n: tl.constexpr, S: tl.constexpr, N: tl.constexpr,
+    ALPHA: tl.constexpr, OWN: tl.constexpr, RULE: tl.constexpr,
+    n: tl.constexpr, S: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     # From g_S to g_0 and all that is handed out on the way; G gets what the reads pass to W.
     i = tl.arange(0, N)
@@ -225,15 +242,14 @@ def _through_rounds(
         place = responses + (here * (S * (S - 1) // 2) + (s - 1) * (s - 2) // 2) * n
         post, pre, extra = _through_corrections(
             z, last, post, pre, V, U, rounds, row, place, alpha, s,
-            ALPHA, LINEAR, n, N,
+            ALPHA, OWN, n, N,
         )  # fmt: skip
         pull = tl.sum(w * z[None, :], 1)
         tl.store(pull_out + line, pull, real)
         b = tl.load(row)
         g = _row(post, rounds, s - 1) + extra + b * pull
-        if LINEAR:
-            a = tl.load(write + at, inside, 0.0)
-            g += tl.sum(a * _row(pre, rounds, s - 1)[None, :], 1)
+        if OWN:
+            g += _factor_back(_row(pre, rounds, s - 1), write, at, inside, RULE)
         G += (b * last)[:, None] * z[None, :]
     tl.store(grad_x + here * n + i, g, real)
     return G, post, pre
@@ -245,8 +261,8 @@ def backward(
     weights, grad_w, grad_start, grad_alpha, grad_decay,
     post_out, drive_out, pull_out, pre_out, written_out, grad_x,
     steps, trials, batch, starts,
-    RESETS: tl.constexpr, ALPHA: tl.constexpr, LINEAR: tl.constexpr,
-    n: tl.constexpr, S: tl.constexpr, N: tl.constexpr, SP: tl.constexpr,
+    RESETS: tl.constexpr, ALPHA: tl.constexpr, OWN: tl.constexpr, RULE: tl.constexpr,
+    SIZE: tl.constexpr, n: tl.constexpr, S: tl.constexpr, N: tl.constexpr, SP: tl.constexpr,
 ):  # fmt: skip
     """One segment of one trial, from its last step to its first (formulas: ``_adjoint``).
 
@@ -284,14 +300,14 @@ def backward(
         D = G
         if ALPHA:
             D = G * tl.load(alpha + p * n * n + at, inside, 0.0)
-        written, post, pre = _through_write(U, V, D, final, rounds, LINEAR, S, N, SP)
+        written, post, pre = _through_write(U, V, D, final, rounds, OWN, S, N, SP)
         tl.store(written_out + here * S * n + rows, written, known)
         G, post, pre = _through_rounds(
             grad_y, grad_x, G, post, pre, V, U, w, kappa, composite, alpha + p * n * n,
-            write + p * n * n, slopes, responses, post_out, drive_out, pull_out, here, rounds,
-            ALPHA, LINEAR, n, S, N,
+            write + p * SIZE, slopes, responses, post_out, drive_out, pull_out, here, rounds,
+            ALPHA, OWN, RULE, n, S, N,
         )  # fmt: skip
-        tl.store(pre_out + here * S * n + rows, pre if LINEAR else post, known)
+        tl.store(pre_out + here * S * n + rows, pre if OWN else post, known)
         if RESETS:
             if tl.load(mask + here) != 0:
                 sums = tl.load(grad_start + place, inside, 0.0) + G

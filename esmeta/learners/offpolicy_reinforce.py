@@ -8,9 +8,9 @@ https://github.com/louiskirsch/metagenrl).
 from __future__ import annotations
 
 from esmeta import errors
+from esmeta.agent.policy import PolicyConfig
 from esmeta.learners.td3 import OffPolicyOptions
 from esmeta.options import options_class
-from esmeta.policy import PolicyConfig
 from esmeta.rl.losses import Loss
 from esmeta.rl.off_policy import OffPolicyReinforce, ReplayLearner
 from esmeta.rl.replay import Over

@@ -11,9 +11,9 @@ from __future__ import annotations
 from typing import get_args
 
 from esmeta import errors
+from esmeta.agent.policy import PolicyConfig
 from esmeta.learners import inner_policy
 from esmeta.options import options_class
-from esmeta.policy import PolicyConfig
 from esmeta.rl.losses import Loss, PolicyGradient, ValueTarget
 from esmeta.rl.on_policy import SegmentLearner, SegmentOptions, ValuePasses
 from esmeta.types import Spec

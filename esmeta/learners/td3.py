@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from esmeta import errors
+from esmeta.agent.policy import PolicyConfig
 from esmeta.learners import inner_policy
 from esmeta.options import options_class
-from esmeta.policy import PolicyConfig
 from esmeta.rl.losses import Loss
 from esmeta.rl.off_policy import DeterministicGradient, ReplayLearner, ReplayOptions
 from esmeta.types import Spec

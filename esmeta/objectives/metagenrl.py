@@ -20,12 +20,11 @@ from typing import Any, Literal
 import torch
 
 from esmeta import errors
-from esmeta.agent.policy import Policy
+from esmeta.agent.policy import Policy, PolicyConfig
 from esmeta.learners import inner_policy
 from esmeta.objectives._metagenrl import MetaGenRLObjective
 from esmeta.objectives._objective_network import Time, Values
 from esmeta.options import options_class
-from esmeta.policy import PolicyConfig
 from esmeta.rl.off_policy import ReplayLearner, ReplayOptions
 from esmeta.rl.replay import Over
 from esmeta.types import Reference, Task

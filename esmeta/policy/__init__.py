@@ -2,35 +2,21 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 from torch import Tensor
 
-from esmeta import config as _config
+from esmeta import names
 from esmeta.agent.policy import Bound, Policy, PolicyConfig
 from esmeta.tree import unravel_shapes
 from esmeta.types import Params, Spec
 
-__all__ = [
-    "Bound",
-    "Policy",
-    "PolicyConfig",
-    "build_policy",
-    "make_policy",
-    "policy_names",
-    "unravel",
-]
+__all__ = ["Bound", "Policy", "PolicyConfig", "make_policy", "policy_names", "unravel"]
 
 
 def policy_names() -> list[str]:
     """Names that :func:`make_policy` and ``policy.name`` take."""
-    return _config.module_names("esmeta.policy")
-
-
-def build_policy(spec: Spec, config: PolicyConfig, *, value: bool) -> Policy:
-    """The policy of a checked config: calls ``build`` of the module that defines its class."""
-    return sys.modules[type(config).__module__].build(spec, config, value=value)
+    return names.known("policy")
 
 
 def make_policy(name: str, spec: Spec, *, value: bool = False, **options: Any) -> Policy:
@@ -39,8 +25,7 @@ def make_policy(name: str, spec: Spec, *, value: bool = False, **options: Any) -
     ``value`` adds a value head (A2C and PPO need one; evolution does not). Options are the fields
     of the policy's ``Config``. Raises ``ValueError`` naming unknown names and values out of range.
     """
-    cls = _config.load_class("policy", name)
-    return build_policy(spec, _config.check_options(cls, options, "policy"), value=value)
+    return names.make("policy", name, options).make(spec, value=value)
 
 
 def unravel(vector: Tensor, policy: Policy) -> Params:

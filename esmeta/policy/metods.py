@@ -6,9 +6,8 @@ from typing import Literal
 
 from esmeta import errors
 from esmeta.agent.plastic import Plastic
-from esmeta.agent.policy import Policy, PolicyConfig, policy_of
+from esmeta.agent.policy import PolicyConfig
 from esmeta.options import options_class
-from esmeta.types import Spec
 
 
 @options_class
@@ -36,17 +35,14 @@ class Config(PolicyConfig):
         errors.finite_positive("alpha_std", self.alpha_std)
         errors.finite_positive("w0_std", self.w0_std)
 
-
-def build(spec: Spec, config: Config, *, value: bool) -> Policy:
-    """A policy whose memory is ``config.neurons`` squared fast weights per trial."""
-    memory = Plastic(
-        config.neurons,
-        config.depth,
-        variant=config.variant,
-        init=config.init,
-        w0=config.w0,
-        alpha_std=config.alpha_std,
-        w0_std=config.w0_std,
-        skip=config.skip,
-    )
-    return policy_of(spec, config, memory, value=value)
+    def memory(self) -> Plastic:
+        return Plastic(
+            self.neurons,
+            self.depth,
+            variant=self.variant,
+            init=self.init,
+            w0=self.w0,
+            alpha_std=self.alpha_std,
+            w0_std=self.w0_std,
+            skip=self.skip,
+        )

@@ -1,20 +1,9 @@
-"""Discounted sums and advantages over recorded trials."""
+"""Advantages over recorded trials."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-
-
-def discounted_sum(reward: Tensor, ended: Tensor, gamma: float) -> Tensor:
-    """``G_t = r_t + gamma G_{t+1}``, cut after ``ended`` steps; leaves ``[T, ...]``."""
-    total = torch.zeros_like(reward[0])
-    sums = torch.empty_like(reward)
-    keep = (~ended).to(reward.dtype) * gamma
-    for t in range(reward.shape[0] - 1, -1, -1):
-        total = reward[t] + keep[t] * total
-        sums[t] = total
-    return sums
 
 
 def gae(

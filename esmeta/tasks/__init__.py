@@ -7,10 +7,8 @@ checkout the modules lie in the folder ``tasks/`` at the top; in a wheel they li
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import importlib
-import pkgutil
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast, runtime_checkable
 
@@ -18,9 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from esmeta import names
 from esmeta.config import SPLITS
 from esmeta.errors import UserError
-from esmeta.options import fixed, plain
+from esmeta.options import plain
 
 if TYPE_CHECKING:
     from esmeta.types import Task
@@ -134,8 +133,7 @@ def single(task: Task, steps: int) -> Task:
 
 def task_names() -> list[str]:
     """Names of the tasks that ship with esmeta, sorted: the modules of the folder."""
-    names = {module.name for module in pkgutil.iter_modules(__path__)}
-    return sorted(name for name in names if not name.startswith("_"))
+    return names.known("task")
 
 
 def make_task(name: str, **options: object) -> Task:
@@ -144,62 +142,7 @@ def make_task(name: str, **options: object) -> Task:
     A hyphen in ``name`` counts as an underscore. ``"package.module:Name"`` loads a class from
     outside esmeta. A wrong name, option or value raises ``ValueError``.
     """
-    cls = _task_class(name)
-    fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
-    given = {name: fixed(value) for name, value in options.items()}
-    for option, value in given.items():
-        if option not in fields:
-            raise ValueError(
-                f"task {name!r} has no option {option!r}{_nearest(option, list(fields))}; "
-                f"it takes: {', '.join(fields) or 'no options'}"
-            )
-        default = fields[option].default
-        if default is not dataclasses.MISSING and not _same_kind(value, default):
-            raise ValueError(
-                f"option {option!r} of task {name!r} is {value!r} ({type(value).__name__}); "
-                f"it must be of type {type(default).__name__}, such as {default!r}"
-            )
-    return cast("Task", cls(**given))
-
-
-def task_from_table(option: str, table: Mapping[str, Any], example: str) -> Task:
-    """A task from a table of its name and options, as an ``option`` of a configuration has it.
-
-    Errors name the option and the table; ``example`` is what the option should look like.
-    """
-    values = dict(table)
-    name = values.pop("name", None)
-    if not isinstance(name, str):
-        raise UserError(
-            f"{option}: {dict(table)!r} has no name; write for example "
-            f"{option.rpartition('.')[2]} = {example}"
-        )
-    try:
-        return make_task(name, **values)
-    except ValueError as error:
-        raise UserError(f"{option}: {dict(table)!r}: {error}") from error
-
-
-def _task_class(name: str) -> Any:  # noqa: ANN401 - a class from a module that is found by name
-    module_name, _, class_name = name.partition(":")
-    if not class_name:
-        name = name.replace("-", "_")
-        if name not in task_names():
-            raise ValueError(
-                f"there is no task {name!r}{_nearest(name, task_names())}; there are: "
-                f"{', '.join(task_names())}. 'package.module:Name' loads one of your own."
-            )
-        return importlib.import_module(f"{__name__}.{name}").Task
-    try:
-        cls = getattr(importlib.import_module(module_name), class_name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f"cannot load the task {name!r}: {error}. Write 'package.module:Name', where the "
-            f"module can be imported from here and defines the class."
-        ) from error
-    if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
-        raise ValueError(f"{name!r} is {cls!r}; it must be a dataclass with the task's options")
-    return cls
+    return names.make("task", name, options)
 
 
 def renderer(task: Task) -> Callable[..., Any] | None:
@@ -210,19 +153,6 @@ def renderer(task: Task) -> Callable[..., Any] | None:
     if isinstance(task, Drawn):
         return task.renderer()
     return getattr(importlib.import_module(type(task).__module__), "render", None)
-
-
-def _nearest(word: str, known: list[str]) -> str:
-    matches = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f" (did you mean {matches[0]!r}?)" if matches else ""
-
-
-def _same_kind(value: object, default: object) -> bool:
-    if isinstance(default, bool) or isinstance(value, bool):
-        return isinstance(value, bool) and isinstance(default, bool)
-    if isinstance(default, float):
-        return isinstance(value, int | float)
-    return default is None or isinstance(value, type(default))
 
 
 def check_int(option: str, value: object, low: int, high: int) -> None:

@@ -15,8 +15,8 @@ os.environ.setdefault("EVOTORCH_VERBOSE_LEVEL", "0")
 
 import torch
 
+from esmeta import names
 from esmeta.comm import SelfComm
-from esmeta.config import module_names
 from esmeta.rng import Rng
 from esmeta.types import Fitness, Params
 
@@ -62,7 +62,7 @@ def main() -> None:
     print(f"start {float(Sphere(0).value(torch.zeros(1, SIZE))):.2f}")
     # Gradients have no members, and windows need an objective with lives.
     others = {"a2c", "adam", "ppo", "nres", "pes"}
-    for name in sorted(set(module_names("esmeta.optimizers")) - others):
+    for name in sorted(set(names.known("optimizer")) - others):
         clean, failing = (
             sum(final(name, share, seed) for seed in seeds) / len(seeds) for share in (0.0, SHARE)
         )

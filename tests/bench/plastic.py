@@ -43,8 +43,7 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from esmeta import kernels  # noqa: E402
-from esmeta.kernels._recurrence import advance, constants, fold  # noqa: E402
-from esmeta.kernels._shapes import as_rule  # noqa: E402
+from esmeta.kernels._recurrence import advance, constants  # noqa: E402
 
 STEPS = 100
 
@@ -100,7 +99,7 @@ def esmeta_steps(i: Inputs, count: int) -> tuple[Tensor, Tensor]:
 
 def torch_steps(i: Inputs, count: int) -> tuple[Tensor, Tensor]:
     """The shortcut in torch operations."""
-    k, w_t, y = constants(fold(as_rule(*i[:3]))), i.W.mT.contiguous(), i.x[0]
+    k, w_t, y = constants(kernels.prepare(*i[:3])), i.W.mT.contiguous(), i.x[0]
     for t in range(count):
         y, w_t, _ = advance(k, w_t, i.x[t % len(i.x)])
     return y, w_t.mT

@@ -12,9 +12,8 @@ from math import ceil
 
 import torch
 
-from esmeta.kernels import plastic_scan
-from esmeta.kernels._recurrence import advance, constants, fold
-from esmeta.kernels._shapes import as_rule
+from esmeta.kernels import plastic_scan, prepare
+from esmeta.kernels._recurrence import advance, constants
 
 
 def saved_bytes(path: str, P: int, B: int, n: int, S: int, T: int) -> int:
@@ -40,7 +39,7 @@ def saved_bytes(path: str, P: int, B: int, n: int, S: int, T: int) -> int:
         if path == "scan":
             plastic_scan(W, x, alpha, kappa, beta)
         else:
-            k, w_t = constants(fold(as_rule(alpha, kappa, beta))), W.mT.contiguous()
+            k, w_t = constants(prepare(alpha, kappa, beta)), W.mT.contiguous()
             for v in x.unbind(0):
                 _, w_t, _ = advance(k, w_t, v)
     return sum(kept.values())

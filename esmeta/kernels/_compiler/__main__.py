@@ -1,7 +1,7 @@
 """Writes machine code for this processor to stdout, an object file that defines one function.
 
-    python _compiler plastic ROW n S ALPHA LINEAR
-    python _compiler backward ROW n S ALPHA LINEAR
+    python _compiler plastic ROW n S ALPHA RULE
+    python _compiler backward ROW n S ALPHA RULE
     python _compiler dense ROW SQUASH PARTS WIDTH .. WIDTH ..
 
 ROW: rows of matrices are padded to a multiple of so many columns. The widths are those of the parts
@@ -26,7 +26,7 @@ NAME = "esmeta_kernel"
 BEGIN = b"\nesmeta machine code\n"
 
 
-def machine_code(kind: str, row: int, numbers: list[int], processor: str = "") -> bytes:
+def machine_code(kind: str, row: int, words: list[str], processor: str = "") -> bytes:
     """An object file for this machine that defines ``NAME(table, low, high)``.
 
     ``processor`` is LLVM's name of another one than this machine's own, without wide vectors.
@@ -43,11 +43,12 @@ def machine_code(kind: str, row: int, numbers: list[int], processor: str = "") -
     function = ir.Function(module, ir.FunctionType(ir.VoidType(), [PTR, I64, I64]), NAME)
     function.attributes.add("nounwind")
     if kind in ("plastic", "backward"):
-        neurons, depth, alpha, linear = numbers
+        *numbers, rule = words
+        neurons, depth, alpha = map(int, numbers)
         build = Forward if kind == "plastic" else Backward
-        build(function, neurons, depth, alpha == 1, linear == 1, on).run()
+        build(function, neurons, depth, alpha == 1, rule == "linear", on).run()
     else:
-        squash, parts, *widths = numbers
+        squash, parts, *widths = map(int, words)
         Dense(function, widths[:parts], widths[parts:], squash == 1, on).run()
     parsed = llvm.parse_assembly(str(module))
     parsed.verify()
@@ -62,7 +63,7 @@ def machine_code(kind: str, row: int, numbers: list[int], processor: str = "") -
 
 
 if __name__ == "__main__":
-    kind, row, *numbers = sys.argv[1:]
-    code = machine_code(kind, int(row), [int(number) for number in numbers])
+    kind, row, *words = sys.argv[1:]
+    code = machine_code(kind, int(row), words)
     # What an environment prints at the start of Python comes before this line.
     sys.stdout.buffer.write(BEGIN + code)

@@ -52,6 +52,7 @@ class Dense:
             inside = [w.least(w.whole(t), w.b.sub(there, w.whole(1))) for t in range(TOGETHER)]
             place = w.add(w.mul(p, of["batch"]), first)
             rows = self._inputs([w.add(place, t) for t in inside])
+            out = self.scratch[0]
             for layer, (before, after) in enumerate(pairwise(self.sizes)):
                 last = layer == self.layers[-1]
                 out = self.scratch[layer % 2]
