@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ UNIT_INPUT, UNIT = 64, 32
 
 @options_class
 class PolicyConfig:
-    """Options that every policy shares.
+    """Options that every policy shares; a policy is one of these that names its :meth:`memory`.
 
     ``hidden``: widths of the embedding's tanh layers; ``head_hidden``: width of the one tanh layer
     of each head; ``extra``: one more input, a constant 1 (``bias``), t/T (``time``) or ``none``;
@@ -49,6 +49,36 @@ class PolicyConfig:
     std: Literal["fixed", "learned", "state"] = "fixed"
     std_value: float = 0.1
     squash_embedding: bool = False
+    own_inputs: ClassVar[bool] = False
+    """Whether the memory has input weights of its own, so that the embedding ends before them."""
+
+    def memory(self) -> Memory:
+        """What carries information from step to step, between embedding and heads."""
+        raise NotImplementedError(f"{type(self).__qualname__} defines no memory()")
+
+    def make(self, spec: Spec, *, value: bool) -> Policy:
+        """The policy for tasks of ``spec``; with a value head if ``value`` is set.
+
+        The embedding ends after the ``hidden`` tanh layers where the memory has ``own_inputs``;
+        else a linear layer of ``neurons`` (squashed, if wanted) follows.
+        """
+        inputs = Inputs(True, self.reward_input_scale, self.episode_input, self.extra)
+        widths = self.hidden if self.own_inputs else (*self.hidden, self.neurons)
+        gain = 1.0 if self.squash_embedding else math.sqrt(2.0)
+        squash = self.own_inputs or self.squash_embedding
+        distribution = Distribution(spec.action, self.std, self.std_value)
+        memory = self.memory()
+        last = memory.size, self.head_hidden
+        return Policy(
+            spec,
+            inputs=inputs,
+            embed=Net("embed", (inputs.size(spec), *widths), gain=gain, squash=squash),
+            memory=memory,
+            head=Net("head", (*last, distribution.width), gain=0.01),
+            distribution=distribution,
+            value=Net("value", (*last, 1)) if value else None,
+            config=self,
+        )
 
     def __post_init__(self) -> None:
         from esmeta import errors
@@ -403,42 +433,6 @@ def pick(leaf: Tensor, rows: Tensor) -> Tensor:
 def _chosen(leaf: Tensor, rows: Tensor | None) -> Tensor:
     leaf = steps_of(leaf)
     return leaf if rows is None else pick(leaf, rows)
-
-
-def policy_of(
-    spec: Spec,
-    config: PolicyConfig,
-    memory: Memory,
-    *,
-    value: bool,
-    tanh_layers_only: bool = False,
-    critics: tuple[Net, ...] = (),
-    unit: bool = False,
-    limited: bool = False,
-) -> Policy:
-    """The policy that options describe, with a memory.
-
-    ``tanh_layers_only``: the embedding ends after the ``hidden`` layers, for a memory that has
-    input weights of its own; else a linear layer of ``neurons`` (squashed, if wanted) follows.
-    """
-    inputs = Inputs(True, config.reward_input_scale, config.episode_input, config.extra)
-    widths = config.hidden if tanh_layers_only else (*config.hidden, config.neurons)
-    gain = 1.0 if config.squash_embedding else math.sqrt(2.0)
-    squash = tanh_layers_only or config.squash_embedding
-    distribution = Distribution(spec.action, config.std, config.std_value, limited=limited)
-    last = memory.size, config.head_hidden
-    return Policy(
-        spec,
-        inputs=inputs,
-        embed=Net("embed", (inputs.size(spec), *widths), gain=gain, squash=squash),
-        memory=memory,
-        head=Net("head", (*last, distribution.width), gain=0.01),
-        distribution=distribution,
-        value=Net("value", (*last, 1)) if value else None,
-        critics=critics,
-        unit=unit,
-        config=config,
-    )
 
 
 def published_policy(

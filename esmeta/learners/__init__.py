@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-from esmeta.agent.policy import Need, Policy, published_policy
-from esmeta.policy import PolicyConfig, build_policy
+from esmeta.agent.policy import Need, Policy, PolicyConfig, published_policy
 from esmeta.types import Spec
 
 
@@ -31,5 +30,5 @@ def inner_policy(
     if config is None:
         first = std if kind == "metagenrl" else math.exp(log_std)
         return published_policy(spec, kind, hidden, needs, std=first)
-    policy = build_policy(spec, config, value="value" in needs)
+    policy = config.make(spec, value="value" in needs)
     return policy.extended(kind, hidden, needs, std=std)

@@ -11,12 +11,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-<<<<<<< HEAD
-from esmeta import errors
-from esmeta.agent.policy import Policy
-=======
 from esmeta import errors, names
->>>>>>> origin/house
+from esmeta.agent.policy import Policy
 from esmeta.evaluator import on_device, score_agents
 from esmeta.lives import AgentLives, Life, named, numbered
 from esmeta.objectives._objective_network import ObjectiveNetwork, value_after
@@ -24,12 +20,8 @@ from esmeta.rl.diary import Scores
 from esmeta.rl.losses import Loss
 from esmeta.rl.off_policy import OffPolicy, ReplayLearner
 from esmeta.rng import Rng
-<<<<<<< HEAD
 from esmeta.rollout import Trajectory
-from esmeta.tasks import task_from_table, task_groups
-=======
 from esmeta.tasks import task_groups
->>>>>>> origin/house
 from esmeta.tree import unravel_shapes
 from esmeta.types import Fitness, Hosted, Params, State, Task
 
@@ -73,18 +65,12 @@ class MetaGenRLObjective:
         )
         self.shapes = self.network.shapes
         example = '[{name = "pendulum", horizon = 200}]'
-<<<<<<< HEAD
-        more = [task_from_table("objective.more_tasks", t, example) for t in config.more_tasks]
-        self.environments = [
-            self.agent_lives(t, seed, number) for number, t in enumerate([task, *more])
-=======
         more = [
             names.from_table("task", table, "objective.more_tasks", example)
             for table in config.more_tasks
         ]
-        self.trainings = [
-            self.training(t, "train", seed, number) for number, t in enumerate([task, *more])
->>>>>>> origin/house
+        self.environments = [
+            self.agent_lives(t, seed, number) for number, t in enumerate([task, *more])
         ]
 
     def agent_lives(self, task: Task, seed: int, number: int = 0) -> AgentLives:
