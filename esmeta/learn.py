@@ -24,9 +24,9 @@ from esmeta.terminal import prepare_streams
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from esmeta.learners._life import Lives
-    from esmeta.learners._loss import Loss
-    from esmeta.learners._record import Diary
+    from esmeta.lives import AgentLives
+    from esmeta.rl.diary import Diary
+    from esmeta.rl.losses import Loss
     from esmeta.types import Task
 
 
@@ -48,7 +48,13 @@ def parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="SECTION.KEY=VALUE",
-        help="an option of the learner or the task, e.g. learner.hidden=[64,64]; may be repeated",
+        help="an option of learner, task or policy, e.g. learner.hidden=[64,64]; may be repeated",
+    )
+    p.add_argument(
+        "--policy",
+        default=configs.NO_POLICY,
+        help="what the agents are, e.g. rl2, metods, or package.module:Class; none: the networks "
+        "that were published with the learner (%(default)s)",
     )
     p.add_argument(
         "--split",
@@ -70,17 +76,20 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def build(args: argparse.Namespace) -> tuple[Lives, Loss]:
+def build(args: argparse.Namespace) -> tuple[AgentLives, Loss]:
     """The lives and the loss that the command line names."""
     import torch
 
-    from esmeta.learners._life import Lives
+    from esmeta.lives import AgentLives
 
     tables: dict[str, dict[str, Any]] = {"task": {"horizon": args.steps}, "learner": {}}
+    tables["policy"] = {}
     for text in args.set:
         section, _, rest = text.partition(".")
         if section not in tables:
-            raise errors.UserError(f"--set {text!r}: write task.KEY=VALUE or learner.KEY=VALUE")
+            raise errors.UserError(
+                f"--set {text!r}: write task.KEY=VALUE, learner.KEY=VALUE or policy.KEY=VALUE"
+            )
         _, key, value = configs.parse_override(f"task.{rest}")
         tables[section][key] = value
     for name, value in (
@@ -94,8 +103,16 @@ def build(args: argparse.Namespace) -> tuple[Lives, Loss]:
     errors.non_negative_int("--test-episodes", args.test_episodes)
     maker = names.make("learner", args.learner, tables["learner"])
     task: Task = names.make("task", args.task, tables["task"])
-    learner, loss = maker.make(task.spec, task.spec.horizon)
-    lives = Lives(
+    policy = None
+    if args.policy != configs.NO_POLICY:
+        policy = names.make("policy", args.policy, tables["policy"])
+    elif tables["policy"]:
+        raise errors.UserError(
+            f"--set policy.{next(iter(tables['policy']))}: the published agents take no options; "
+            "write --policy rl2, or an option of the learner"
+        )
+    learner, loss = maker.make(task.spec, task.spec.horizon, policy)
+    lives = AgentLives(
         learner,
         task,
         args.seed,
@@ -114,7 +131,7 @@ def build(args: argparse.Namespace) -> tuple[Lives, Loss]:
     return lives, loss
 
 
-def learn(lives: Lives, loss: Loss, agents: int, split: str) -> tuple[Diary, Tensor | None]:
+def learn(lives: AgentLives, loss: Loss, agents: int, split: str) -> tuple[Diary, Tensor | None]:
     """Let ``agents`` agents, numbers 0 and up, live and learn.
 
     Also returns what their test episodes earn after it, a mean of each agent, float64 ``[agents]``;
@@ -122,8 +139,8 @@ def learn(lives: Lives, loss: Loss, agents: int, split: str) -> tuple[Diary, Ten
     """
     import torch
 
-    from esmeta.learners._record import Diary
     from esmeta.progress import progress
+    from esmeta.rl.diary import Diary
 
     # A batch of one rounds differently; its twin is left out.
     index = torch.arange(max(2, agents), device="cpu")
@@ -131,7 +148,7 @@ def learn(lives: Lives, loss: Loss, agents: int, split: str) -> tuple[Diary, Ten
     with progress(lives.updates, "learning") as bar:
         for update in range(lives.updates):
             life, new = lives.advance(life, loss, split)
-            diary.add(type(new)(*(leaf[:agents] for leaf in new)))
+            diary.add(new, agents)
             bar.update(update + 1, (update + 1) / lives.updates)
     scores = lives.score(life, split)[0][:agents] if lives.test_episodes else None
     return diary, scores
@@ -180,6 +197,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 facts = {
                     "learner": args.learner,
                     "task": args.task,
+                    "policy": args.policy,
                     "set": args.set,
                     "split": args.split,
                     "seed": args.seed,

@@ -25,10 +25,10 @@ class Diary:
         self._reward: list[Tensor] = []
         self._ended: list[Tensor] = []
 
-    def add(self, new: Trajectory) -> None:
-        """The next window, B = 1."""
-        self._reward.append(new.reward[..., 0].T.double())
-        self._ended.append(new.ended[..., 0].T)
+    def add(self, new: Trajectory, agents: int | None = None) -> None:
+        """The next window, B = 1, of the first so many agents (default: all)."""
+        self._reward.append(new.reward[:, :agents, 0].T.double())
+        self._ended.append(new.ended[:, :agents, 0].T)
 
     @property
     def reward(self) -> Tensor:
