@@ -153,6 +153,8 @@ class Policy:
         distribution: what its output means.
         value: V, on the memory's output; None: there is none.
         critics: networks Q(s, a) on observations and actions (in units of their limits).
+        episodic: whether memory begins anew with every episode, and not with a trial alone, as it
+            does for agents that learn inside a trial.
         unit: whether it has EPG's memory unit, whose weights are the memory of a learned loss.
         config: the options it was made from.
     """
@@ -169,6 +171,7 @@ class Policy:
         value: Net | None = None,
         critics: tuple[Net, ...] = (),
         unit: bool = False,
+        episodic: bool = False,
         config: PolicyConfig | None = None,
     ) -> None:
         self.spec = spec
@@ -180,6 +183,7 @@ class Policy:
         self.value = value
         self.critics = {net.name: net for net in critics}
         self.unit = unit
+        self.episodic = episodic
         self._config = config
         self.input_size = inputs.size(spec)
         one = torch.zeros(1, dtype=torch.int64, device="cpu")
@@ -227,6 +231,7 @@ class Policy:
             value=self.value,
             critics=critics,
             unit="unit" in needs,
+            episodic=True,
             config=self._config,
         )
 
@@ -335,6 +340,8 @@ class Policy:
         ``in_place`` says that ``state`` may be overwritten: the same bits, less memory.
         """
         x = self._embedded(bound, ts, t)
+        if self.episodic:
+            state = self.memory.reset(bound.memory, state, ts.new_episode)
         y, state = self.memory.step(bound.memory, state, x, in_place=in_place)
         return self.heads(bound, y), state
 
@@ -361,8 +368,13 @@ class Policy:
         length = recorded.reward.shape[0]
         t = torch.arange(start, start + length, device=recorded.reward.device)
         x = self._embedded(bound, recorded, t)
-        y, state = self.memory.scan(bound.memory, state, x, recorded.new_trial)
+        y, state = self.memory.scan(bound.memory, state, x, self._anew(recorded))
         return self.heads(bound, y), state
+
+    def _anew(self, recorded: TimeStep) -> Tensor:
+        """The steps before which memory begins anew."""
+        new = recorded.new_trial
+        return new | recorded.new_episode if self.episodic else new
 
     def read(
         self,
@@ -399,7 +411,7 @@ class Policy:
             x = self.embed.apply(bound.embed, *parts)
             return bound, self.memory.step(bound.memory, state, x)[0]
         x = self._embedded(bound, recorded, t)
-        y, _ = self.memory.scan(bound.memory, state, x, recorded.new_trial)
+        y, _ = self.memory.scan(bound.memory, state, x, self._anew(recorded))
         return bound, _chosen(y, rows)
 
     def critic(self, params: Params, name: str, obs: Tensor, action: Tensor) -> Tensor:

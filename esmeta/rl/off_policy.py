@@ -316,7 +316,12 @@ class ReplayLearner:
     def draw(self, state: OffPolicy, rng: Rng, count: int, length: int) -> Data:
         """Snippets of each agent's replay."""
         spec, over = self.agent.spec, self.options.snippets
-        return state.replay.draw(rng, state.index, count, length, spec, over)
+        data = state.replay.draw(rng, state.index, count, length, spec, over)
+        if self.agent.stateless:
+            return data
+        numbers = state.index.unsqueeze(1).expand(-1, count)
+        start = self.agent.initial_state(state.params, count, rng, numbers)
+        return data._replace(trajectory=data.trajectory._replace(start=start))
 
     def critic_step(self, state: OffPolicy, rng: Rng, length: int = 1) -> OffPolicy:
         """One Adam step of the critics towards the targets, on transitions drawn at ``rng``.
