@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+LARGEST_REWARD = 1e12
+"""Squares of sums of a million such rewards fit into float32, which has 3.4e38 at most."""
+
 
 def discounted_sum(reward: Tensor, ended: Tensor, gamma: float) -> Tensor:
     """``G_t = r_t + gamma G_{t+1}``, cut after ``ended`` steps; leaves ``[T, ...]``."""
