@@ -7,12 +7,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import environment
+from conftest import environment, wait_for
 from tiny_runs import overrides, run_here, summary, write_preset
 
 from esmeta import terminal
@@ -146,21 +145,13 @@ def test_a_terminal_that_closes_costs_nothing(tmp_path: Path, module: str) -> No
         stderr=writer,
     )
     os.close(writer)
-    steps(tmp_path / "run", 3)
+    wait_for("step 3", lambda: len(read_metrics(tmp_path / "run")) > 3, process)
     os.close(reader)
     process.send_signal(signal.SIGHUP)
-    assert process.wait(60) == 75
+    assert process.wait() == 75
     saved = load_checkpoint(tmp_path / "run")
     assert saved is not None and saved.step == read_metrics(tmp_path / "run")[-1]["step"] >= 3
     assert summary(tmp_path / "run")["stopped_by"] == "signal"
-
-
-def steps(run: Path, count: int) -> None:
-    """Wait until a run has taken some."""
-    end = time.monotonic() + 120
-    while len(read_metrics(run)) <= count and time.monotonic() < end:
-        time.sleep(0.02)
-    assert len(read_metrics(run)) > count
 
 
 def test_nohup_is_respected(tmp_path: Path, run_cli: Any) -> None:

@@ -136,7 +136,8 @@ def main() -> None:
         node = Node(comm, 2, lambda: False)
         if node.learners is None:
             node.serve(esmeta.make_task("bandit"))
-        time.sleep(60)
+        while True:
+            time.sleep(60)
     fault = sys.argv[1:] == ["fault"]
     some = sys.argv[1:] or esmeta.task_names()
     names = ["faulty_env:Task"] if fault else some
