@@ -48,11 +48,11 @@ NEVER = "100000"
 @pytest.mark.mpi
 @needs_mpirun
 @pytest.mark.parametrize("ranks", [2, 3, 4])
-@pytest.mark.parametrize("transport", ["SharedMemory", "Messages"])
-def test_collectives(ranks: int, transport: str) -> None:
-    code, out, err = mpirun(ranks, "collectives.py", str(ranks), transport)
+def test_collectives(ranks: int) -> None:
+    code, out, err = mpirun(ranks, "collectives.py", str(ranks))
     assert code == 0, err
-    assert out.startswith(f"ok {ranks} "), out
+    said = [line.partition(",")[0] for line in out.splitlines()]
+    assert said == [f"ok {ranks} by {name}" for name in ("SharedMemory", "Messages")], out
 
 
 @pytest.mark.mpi
@@ -78,9 +78,9 @@ def test_a_generation_sends_little_and_pickles_nothing(tmp_path: Path) -> None:
 @pytest.mark.mpi
 @needs_mpirun
 def test_an_exception_on_one_rank_ends_the_job_at_once() -> None:
-    code, out, err = mpirun(3, "failure.py", "raise", NEVER)
+    code, out, err = mpirun(2, "failure.py", "raise", NEVER)
     assert code == comm_module.EXIT_EXCEPTION and "finished" not in out
-    assert "rank 2: exception at generation 12" in err
+    assert "rank 1: exception at generation 12" in err
     assert "RuntimeError: a bug on one rank" in err and "failure.py" in err
 
 
@@ -88,7 +88,7 @@ def test_an_exception_on_one_rank_ends_the_job_at_once() -> None:
 @needs_mpirun
 @pytest.mark.parametrize(
     ("mode", "transport"),
-    [("hang", "SharedMemory"), ("exit", "SharedMemory"), ("hang", "Messages")],
+    [("exit", "SharedMemory"), ("hang", "Messages")],
 )
 def test_a_rank_that_does_not_come_is_a_timeout(mode: str, transport: str) -> None:
     code, out, err = mpirun(3, "failure.py", mode, "2", transport)

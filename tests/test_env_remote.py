@@ -23,19 +23,13 @@ SCRIPT = ROOT / "tests" / "mpi" / "remote.py"
 PATHS = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
 
 
-@pytest.mark.parametrize(("ranks", "names"), [(2, ""), (4, "gym told harlow point cheetah_dir")])
-def test_every_task_has_the_same_bits(mpirun: Any, ranks: int, names: str) -> None:
-    done = mpirun(ranks, SCRIPT, *names.split())
-    assert done.returncode == 0, done.stderr
-    assert f"ok {ranks} ranks, " in done.stdout
-
-
-def test_a_world_that_fails_is_told_to_the_learner_which_may_go_on(mpirun: Any) -> None:
-    done = mpirun(3, SCRIPT, "fault", env={VARIABLE: "raise:1:3", "PYTHONPATH": PATHS})
+def test_tasks_have_the_same_bits_and_a_world_that_fails_is_told(mpirun: Any) -> None:
+    """The learner may go on after a failure. Of three ranks two serve, and some have no world."""
+    done = mpirun(3, SCRIPT, env={VARIABLE: "raise:1:3", "PYTHONPATH": PATHS})
     assert done.returncode == 0, done.stderr
     assert "told after 2 steps: rank 1 failed while it served environments:" in done.stdout
     assert "ArithmeticError: a world fell apart" in done.stdout and "faulty_env.py" in done.stdout
-    assert "ok 3 ranks" in done.stdout
+    assert re.search(r"ok 3 ranks, \d+ kinds: .*gym.*harlow.*mixed.*told", done.stdout)
 
 
 OPTIONS = overrides("run.remote_envs=true", "run.tensorboard=false")
