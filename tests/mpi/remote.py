@@ -135,7 +135,7 @@ def main() -> None:
             time.sleep(60)
     total, fault = 0, "faulty_env:Task"
     kinds = {type(make(name).make_env("cpu")): name for name in reversed(esmeta.task_names())}
-    names = [*kinds.values(), "told", fault]
+    names = [*sorted(kinds.values()), "told", fault]
     for name in names:
         task = make(name)
         node = Node(comm, 600, lambda: False)
