@@ -155,6 +155,7 @@ STEP = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "0"}
         ({"PMI_SIZE": "4", "PMI_RANK": "0"}, 4),
         ({"PMI_SIZE": "1", "PMI_RANK": "0"}, 1),
         ({"OMPI_COMM_WORLD_SIZE": "3", "PMIX_RANK": "2"}, 3),
+        ({"OMPI_COMM_WORLD_SIZE": "3", "PMI_SIZE": "1"}, 3),  # a launcher below another one
         ({"MV2_COMM_WORLD_SIZE": "2"}, 2),
         ({"SLURM_NTASKS": "8"}, 1),  # a batch script, not a rank
         ({"SLURM_NTASKS": "8", "PMIX_RANK": "3"}, 8),
