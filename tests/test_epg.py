@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -327,6 +328,11 @@ def test_evaluate_and_report_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixt
     expected = made.heldout(theta, 5).returns.mean()
     assert scores["return"]["mean"] == pytest.approx(float(expected))
     assert scores["return"]["best"] == pytest.approx(16.0)
+    assert evaluate.main([str(run), "--trials", "5", "--split", "train", "--json"]) == 0
+    train = json.loads(capsys.readouterr().out)["return"]
+    assert train["mean"] == pytest.approx(
+        float(made.heldout(theta, 5, split="train").returns.mean())
+    )
     assert evaluate.main([str(run), "--trials", "5", "--set", "task.test=right", "--json"]) == 0
     right = json.loads(capsys.readouterr().out)
     assert right["return"]["mean"] != scores["return"]["mean"]
@@ -366,6 +372,10 @@ def test_curves_and_surfaces_are_of_the_given_loss() -> None:
         assert np.array_equal(found["learned loss"].mean, found["untrained loss"].mean)
         assert not np.array_equal(found["PPO"].mean, found["learned loss"].mean)
         assert found["PPO"].mean[0] == found["learned loss"].mean[0], "before the first update"
+    loss = whole.network.loss({k: v.expand(32, *v.shape[1:]) for k, v in eta.items()})
+    life, new = whole.lives.advance(whole.lives.begin(torch.arange(32), "test"), loss, "test")
+    se = new.reward.double().mean(dim=1).std() / math.sqrt(32)
+    assert curves["test"]["learned loss"].se[0] == pytest.approx(float(se))
     surface = losses.loss_surface(whole, eta, 0, 2)
     assert surface.shape == (41, 41) and float(surface[20, 20]) == 0.0
     blind = objective("objective.reward=false")

@@ -268,6 +268,13 @@ def test_code_of_another_size_is_not_taken(cache):
     assert _cpu_build._machine_code(*SIZE) == code != other and len(count) == 2
 
 
+def test_code_for_another_processor_is_not_taken(cache, monkeypatch):
+    file, code, count = cache
+    monkeypatch.setattr(_cpu_build, "_processor", lambda: "another")
+    assert _cpu_build._machine_code(*SIZE) == code and len(count) == 1
+    assert len(set(file.parent.glob("*.o"))) == 2, "each finds its own"
+
+
 @pytest.mark.parametrize("mode", [0o664, 0o646])
 def test_what_others_may_write_to_is_not_run(cache, mode):
     file, code, count = cache

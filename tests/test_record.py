@@ -386,10 +386,17 @@ def test_tensorboard_holds_the_same_numbers(tmp_path: Path) -> None:
     run = RunDir.create(tmp_path, make_config(tensorboard=True))
     for step in (1, 2):
         run.log(step, {"return": step / 4, "theta_sha256": "ab", "gap": float("nan")})
+        if step == 1:
+            run.save_checkpoint(step, theta(), {})
     run.close()
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert events.Tags()["scalars"] == ["return"]
     assert [(e.step, e.value) for e in events.Scalars("return")] == [(1, 0.25), (2, 0.5)]
+    again = RunDir.create(tmp_path, make_config(tensorboard=True), resume=True)
+    again.log(2, {"return": 0.75})
+    again.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("return")] == [(1, 0.25), (2, 0.75)]
 
 
 def test_without_tensorboard_a_run_goes_on(

@@ -314,7 +314,7 @@ def test_an_evaluator_that_is_called_within_its_own_call(case: tuple[str, dict[s
 # --- processes ------------------------------------------------------------------------------
 
 PROCESSES = """
-import multiprocessing, os, signal, sys
+import multiprocessing, os, signal, sys, threading
 import torch
 import esmeta
 torch.set_num_threads(2)
@@ -342,7 +342,15 @@ if __name__ == "__main__":
     env = used[1][0].env._parts[0].env
     state, action = env._state, torch.zeros(4, 8, 1)
     torch.randn(1000, 1000) @ torch.randn(1000, 1000)  # starts the threads of OpenMP
+    held, forked = threading.Event(), threading.Event()
+    def in_the_middle_of_trials():
+        with used[1][0].whole_trials(), env.turn:
+            held.set()
+            forked.wait()
+    threading.Thread(target=in_the_middle_of_trials).start()
+    held.wait()
     pid = os.fork()
+    forked.set()
     if pid == 0:
         signal.alarm(240)  # who waits for ever for a lock or a thread of the parent
         try:

@@ -130,7 +130,7 @@ def test_a_terminal_that_closes_costs_nothing(tmp_path: Path, module: str) -> No
     words += overrides("budget.generations=1000000")
     if module == "launch":
         words = ["-n", "1", "--launcher", "env N={n}", "--", *words]
-    reader, writer = os.pipe()
+    reader, writer = os.openpty()
     process = subprocess.Popen(
         [sys.executable, "-m", f"esmeta.{module}", *words],
         cwd=tmp_path,
