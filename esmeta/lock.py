@@ -27,6 +27,7 @@ NAME = "run.lock"
 # Of ranks that esmeta.launch has started, and replaced by others, but that have not ended yet.
 _GRACE_S = 30.0
 _WRITE_S = 1.0
+_EXITING = 4  # Linux's flag PF_EXITING of a process
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 
 
@@ -104,7 +105,10 @@ def _line(path: Path) -> str:
 def _state_and_begin(pid: int) -> tuple[str, str]:
     """State and time of start of a process as Linux has them; empty where that is not known."""
     words = _line(Path("/proc", str(pid), "stat")).rpartition(")")[2].split()
-    return (words[0], words[19]) if len(words) > 19 else ("", "")
+    if len(words) <= 19:
+        return "", ""
+    # One that was killed is at work for a while yet, as its memory is given back.
+    return "X" if int(words[6]) & _EXITING else words[0], words[19]
 
 
 def _bytes(path: Path) -> bytes | None:

@@ -33,6 +33,9 @@ State = dict[str, Tensor]
 
 Metrics = dict[str, float]
 
+LARGEST_REWARD = 1e12
+"""Squares of sums of a million such rewards fit into float32, which has 3.4e38 at most."""
+
 
 @options_class
 class Discrete:

@@ -9,6 +9,7 @@ environment a trial is in is not drawn; trials take turns, so that every batch i
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import itertools
 from typing import Any, NamedTuple
@@ -151,8 +152,17 @@ class Task:
         return {f"{p.label}.{k}": v for p in self._all for k, v in aids(p.task).items()}
 
     def published(self) -> Task:
-        """The same with every part as published."""
-        return self._with(tuple(p._replace(task=published(p.task)) for p in self._all))
+        """The same with every part as published, in its table too: by those mixtures are equal."""
+        found = tuple(part._replace(task=published(part.task)) for part in self._all)
+        tables = [
+            {**table, **_changes(old.task, new.task)}
+            for table, old, new in zip(self._tables, self._all, found, strict=True)
+        ]
+        told = {
+            option: tuple(tables[self._tables.index(table)] for table in getattr(self, option))
+            for option in ("parts", "test_parts")
+        }
+        return self._with(found, **told)
 
     def single(self, steps: int) -> Task:
         """The same tasks in trials of one episode of at most ``steps`` steps, where parts can.
@@ -162,12 +172,12 @@ class Task:
         parts = tuple(part._replace(task=single(part.task, steps)) for part in self._all)
         return self._with(parts, horizon=steps)
 
-    def _with(self, parts: tuple[_Part, ...], **changes: int) -> Task:
-        if parts == self._all:
+    def _with(self, found: tuple[_Part, ...], **changes: Any) -> Task:
+        if found == self._all:
             return self
         one = copy.copy(self)
-        # These parts are no longer those of the tables.
-        vars(one).update(changes, _all=parts)
+        # Tables do not say how parts were made single.
+        vars(one).update(changes, _all=found)
         return one
 
     def sample(self, batch: int | Tensor, split: str, rng: Rng) -> Tasks:
@@ -197,6 +207,12 @@ class Task:
         hosted = any(isinstance(part.env, Hosted) for part in parts)
         kind = mixed.HostedMixedEnv if hosted else mixed.MixedEnv
         return kind(parts, spec.obs_size, spec.action.size)
+
+
+def _changes(old: Any, new: Any) -> Table:
+    """The options in which two tasks of one kind differ, with the values of ``new``."""
+    names = [field.name for field in dataclasses.fields(new) if field.init]
+    return {name: getattr(new, name) for name in names if getattr(new, name) != getattr(old, name)}
 
 
 def _make(table: Table, horizon: int) -> _Part:

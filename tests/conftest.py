@@ -11,6 +11,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 # Before torch and matplotlib are imported by anything.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -88,6 +89,16 @@ def run_cli(tmp_path: Path) -> RunFunction:
         )
 
     return run
+
+
+def wait_for(what: str, found: Callable[[], object], process: Any = None) -> None:
+    """Wait until ``found()``, however slow the machine is; ``process`` must live until then.
+
+    What never comes is ended by the limit of the test itself.
+    """
+    while not found():
+        assert process is None or process.poll() is None or found(), f"ended before {what}"
+        time.sleep(0.005)
 
 
 def find_mpirun() -> str | None:

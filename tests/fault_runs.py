@@ -18,11 +18,12 @@ from tiny_runs import final_hash, run_here
 
 GENERATIONS = 20
 LIMIT_S = 2.0
+"""How long a rank waits for one that hangs; a hundred times as long until then (``hurry``)."""
 OPTIONS = f"""
 --objective faulty:Objective
 --set optimizer.popsize=64 --set task.trials=8
 --set budget.generations={GENERATIONS} --set run.checkpoint_every=4
---set run.rank_timeout={LIMIT_S:g} --set run.evaluate_every=0 --set run.tensorboard=false
+--set run.rank_timeout={100 * LIMIT_S:g} --set run.evaluate_every=0 --set run.tensorboard=false
 """.split()
 # What must stand on stderr, with the rank and the generation.
 NAMED = {
@@ -64,10 +65,10 @@ def start(folder: Path, words: list[str], fault: str = "") -> tuple[int, str, in
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
-            timeout=120,
+            timeout=240,
         )
     finally:
-        left = kill_leftovers(mark, grace=1)
+        left = kill_leftovers(mark, grace=30)
     return done.returncode, done.stderr, len(left)
 
 

@@ -13,6 +13,9 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+from faulty import hurry
+
+from esmeta.envs import remote
 from esmeta.tasks.bandit import BanditEnv
 from esmeta.tasks.bandit import Task as Bandit
 
@@ -25,7 +28,10 @@ class FaultyEnv(BanditEnv):
     def step(self, state: Any, action: Any) -> Any:
         kind, rank, step = os.environ.get(VARIABLE, "none:0:-1").split(":")
         self.calls += 1
-        if self.calls == int(step) and os.environ.get("PMI_RANK", "0") == rank:
+        mine = os.environ.get("PMI_RANK", "0") == rank
+        if self.calls == int(step) and kind == "hang" and not mine:
+            hurry(remote)
+        if self.calls == int(step) and mine:
             if kind == "raise":
                 raise ArithmeticError("a world fell apart")
             if kind == "exit":
@@ -33,7 +39,8 @@ class FaultyEnv(BanditEnv):
             if kind == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
             assert kind == "hang", kind
-            time.sleep(600)
+            while True:
+                time.sleep(60)
         return super().step(state, action)
 
 

@@ -310,10 +310,12 @@ def test_ppo_shuffles_anew_for_every_update_epoch_and_rank(monkeypatch: Any) -> 
 
 def test_meta_steps_have_their_snippets_and_environments_their_agents(monkeypatch: Any) -> None:
     twin = "objective.more_tasks=[{name='pendulum', horizon=64, episode_steps=16}]"
-    built, drawn, plain = parts(twin), [], _metagenrl.value_after
+    built, drawn, learned = parts(twin, "objective.inner_steps=2"), [], []
+    plain = _metagenrl.value_after
 
     def value_after(agent: Any, params: Any, loss: Any, batches: Any, batch: Batch, **how: Any):
         drawn.append(batch.steps.obs.flatten(1))
+        learned.extend(part.steps.obs.flatten(1) for part in batches)
         return plain(agent, params, loss, batches, batch, **how)
 
     monkeypatch.setattr(_metagenrl, "value_after", value_after)
@@ -323,6 +325,7 @@ def test_meta_steps_have_their_snippets_and_environments_their_agents(monkeypatc
         assert all_differ([one.params[name], two.params[name]])
     assert all_differ([one.replay.steps.obs[:, 0], two.replay.steps.obs[:, 0]])
     assert len(drawn) == 10 and all_differ(drawn)
+    assert len(learned) == 20 and all_differ(learned)
 
 
 @pytest.mark.parametrize("option", ["policy_lifetime", "lifetime"])

@@ -212,7 +212,7 @@ def command(folder: Path, *args: object, module: str = "esmeta.train") -> tuple[
         env=environment(None),
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=280,
     )
     return done.returncode, done.stdout, done.stderr
 

@@ -8,7 +8,6 @@ import re
 import shutil
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -34,23 +33,26 @@ def clean_env() -> dict[str, str]:
     return env | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
-def mpirun(ranks: int, script: str, *arguments: str) -> tuple[int, str, str, float]:
+def mpirun(ranks: int, script: str, *arguments: str) -> tuple[int, str, str]:
     command = [str(MPIRUN), "-n", str(ranks), sys.executable, str(ROOT / "tests/mpi" / script)]
-    start = time.monotonic()
     done = subprocess.run(
-        [*command, *arguments], capture_output=True, text=True, timeout=60, env=clean_env()
+        [*command, *arguments], capture_output=True, text=True, timeout=240, env=clean_env()
     )
-    return done.returncode, done.stdout, done.stderr, time.monotonic() - start
+    return done.returncode, done.stdout, done.stderr
+
+
+NEVER = "100000"
+"""A limit (seconds) of ranks that no test lives to see: what ends the job is something else."""
 
 
 @pytest.mark.mpi
 @needs_mpirun
 @pytest.mark.parametrize("ranks", [2, 3, 4])
-@pytest.mark.parametrize("transport", ["SharedMemory", "Messages"])
-def test_collectives(ranks: int, transport: str) -> None:
-    code, out, err, _ = mpirun(ranks, "collectives.py", str(ranks), transport)
+def test_collectives(ranks: int) -> None:
+    code, out, err = mpirun(ranks, "collectives.py", str(ranks))
     assert code == 0, err
-    assert out.startswith(f"ok {ranks} "), out
+    said = [line.partition(",")[0] for line in out.splitlines()]
+    assert said == [f"ok {ranks} by {name}" for name in ("SharedMemory", "Messages")], out
 
 
 @pytest.mark.mpi
@@ -59,7 +61,7 @@ def test_a_generation_sends_little_and_pickles_nothing(tmp_path: Path) -> None:
     members, trials, ranks = 50, 3, 2
     sizes = overrides(f"optimizer.popsize={members}", "optimizer.name=snes")
     preset, out = write_preset(tmp_path), tmp_path / "run"
-    code, printed, err, _ = mpirun(ranks, "traffic.py", str(preset), *sizes, "--out", str(out))
+    code, printed, err = mpirun(ranks, "traffic.py", str(preset), *sizes, "--out", str(out))
     assert code == 0, err
     (line,) = [line for line in printed.splitlines() if line.startswith("traffic ")]
     sent = {name: int(value) for name, value in re.findall(r"(\w+)=(\d+)", line)}
@@ -76,46 +78,44 @@ def test_a_generation_sends_little_and_pickles_nothing(tmp_path: Path) -> None:
 @pytest.mark.mpi
 @needs_mpirun
 def test_an_exception_on_one_rank_ends_the_job_at_once() -> None:
-    code, out, err, seconds = mpirun(3, "failure.py", "raise", "60")
+    code, out, err = mpirun(2, "failure.py", "raise", NEVER)
     assert code == comm_module.EXIT_EXCEPTION and "finished" not in out
-    assert "rank 2: exception at generation 12" in err
+    assert "rank 1: exception at generation 12" in err
     assert "RuntimeError: a bug on one rank" in err and "failure.py" in err
-    assert seconds < 20
 
 
 @pytest.mark.mpi
 @needs_mpirun
 @pytest.mark.parametrize(
     ("mode", "transport"),
-    [("hang", "SharedMemory"), ("exit", "SharedMemory"), ("hang", "Messages")],
+    [("exit", "SharedMemory"), ("hang", "Messages")],
 )
 def test_a_rank_that_does_not_come_is_a_timeout(mode: str, transport: str) -> None:
-    code, out, err, seconds = mpirun(3, "failure.py", mode, "2", transport)
+    code, out, err = mpirun(3, "failure.py", mode, "2", transport)
     assert code == comm_module.EXIT_EXCEPTION and "finished" not in out
     # The rank that did not come is named, once, and not the other one that waits.
     assert "TimeoutError: rank 0 of 3: gather_rows waited 2 s at generation 12 for rank 2 (" in err
     assert err.count("TimeoutError: ") == 1
-    assert seconds < 20
 
 
 @pytest.mark.mpi
 @needs_mpirun
 def test_a_killed_rank_ends_the_job() -> None:
-    code, out, _, seconds = mpirun(2, "failure.py", "kill", "5")
-    assert code != 0 and "finished" not in out and seconds < 20
+    code, out, _ = mpirun(2, "failure.py", "kill", NEVER)
+    assert code != 0 and "finished" not in out
 
 
 @pytest.mark.mpi
 @needs_mpirun
 def test_abort_says_why_and_sets_the_exit_code() -> None:
-    code, _, err, _ = mpirun(2, "failure.py", "abort", "60")
+    code, _, err = mpirun(2, "failure.py", "abort", NEVER)
     assert code == 7 and "esmeta: rank 1: enough" in err
 
 
 @pytest.mark.mpi
 @needs_mpirun
 def test_the_same_user_error_everywhere_is_one_line() -> None:
-    code, _, err, _ = mpirun(3, "failure.py", "user-error-everywhere", "60")
+    code, _, err = mpirun(3, "failure.py", "user-error-everywhere", NEVER)
     assert code == comm_module.EXIT_USER_ERROR
     line = "esmeta: error: run.seed = -1: must be an integer >= 0; write for example 0"
     assert err.strip() == line
@@ -128,9 +128,9 @@ def test_the_same_user_error_everywhere_is_one_line() -> None:
     [("user-error-on-first", "only at the root"), ("user-error-on-last", "only here")],
 )
 def test_a_user_error_on_one_rank_ends_the_job(mode: str, message: str) -> None:
-    code, out, err, seconds = mpirun(2, "failure.py", mode, "60")
+    code, out, err = mpirun(2, "failure.py", mode, NEVER)
     assert code == comm_module.EXIT_USER_ERROR and "finished" not in out
-    assert f"error: {message}" in err and "Traceback" not in err and seconds < 20
+    assert f"error: {message}" in err and "Traceback" not in err
 
 
 def test_one_process_exits_with_the_same_codes() -> None:
@@ -155,6 +155,7 @@ STEP = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "0"}
         ({"PMI_SIZE": "4", "PMI_RANK": "0"}, 4),
         ({"PMI_SIZE": "1", "PMI_RANK": "0"}, 1),
         ({"OMPI_COMM_WORLD_SIZE": "3", "PMIX_RANK": "2"}, 3),
+        ({"OMPI_COMM_WORLD_SIZE": "3", "PMI_SIZE": "1"}, 3),  # a launcher below another one
         ({"MV2_COMM_WORLD_SIZE": "2"}, 2),
         ({"SLURM_NTASKS": "8"}, 1),  # a batch script, not a rank
         ({"SLURM_NTASKS": "8", "PMIX_RANK": "3"}, 8),
@@ -279,27 +280,29 @@ def test_a_launcher_of_another_mpi_is_refused(
         assert isinstance(make_comm(), Fake)
 
 
-def test_the_last_words_are_read_before_the_job_is_aborted() -> None:
+def test_the_last_words_are_read_before_the_job_is_aborted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     reader, writer = os.pipe()
-    read_at: list[float] = []
+    now, naps, read_at = 0.0, [], 7
 
-    def read_late() -> None:
-        time.sleep(0.3)
-        os.read(reader, 100)
-        read_at.append(time.monotonic())
+    def sleep(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+        naps.append(seconds)
+        if len(naps) == read_at:
+            os.read(reader, 100)
 
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    monkeypatch.setattr(time, "sleep", sleep)
     with os.fdopen(writer, "w") as stream:
         print("why", file=stream, flush=True)
-        thread = threading.Thread(target=read_late)
-        thread.start()
         comm_module.wait_until_read(stream, 20.0)
-        waited_until = time.monotonic()
-        thread.join()
-        assert waited_until >= read_at[0]
+        assert len(naps) == read_at + 1, "and a moment for the reader to pass it on"
         print("nobody reads this", file=stream, flush=True)
-        start = time.monotonic()
+        now, read_at = 0.0, 0
         comm_module.wait_until_read(stream, 0.1)
-        assert 0.1 <= time.monotonic() - start < 10
+        assert 0.1 <= now < 0.2
     os.close(reader)
     comm_module.wait_until_read(io.StringIO(), 20.0)
 

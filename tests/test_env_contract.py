@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,17 +14,21 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
+from tiny_runs import overrides, run_here
 
 import esmeta
+from esmeta import evaluate
 from esmeta.cli import simulators_closed
 from esmeta.envs._contract import Contract
 from esmeta.errors import EnvError, EnvFailure, UserError, keep_traceback
+from esmeta.record import load_theta
 from esmeta.rng import Rng
 from esmeta.tasks import make_task
 
 OBS = np.zeros(3, np.float32)
 GOOD = (OBS, 1.0, False, False, {})
 F32 = "must be finite and fit into float32"
+REWARDS = "rewards must be finite and at most 1e+12 in size"
 
 
 class Odd(gymnasium.Env):
@@ -163,9 +168,11 @@ def test_a_reset_that_breaks_the_contract_is_told_at_once(first: Any, words: lis
 @pytest.mark.parametrize(
     ("first", "then", "words"),
     [
-        ((OBS, {}), (OBS, np.nan, False, False, {}), ["the reward nan", F32]),
-        ((OBS, {}), (OBS, np.inf, False, False, {}), ["the reward inf", F32]),
-        ((OBS, {}), (OBS, np.float64(1e300), False, False, {}), ["the reward 1e+300", F32]),
+        ((OBS, {}), (OBS, np.nan, False, False, {}), ["the reward nan", REWARDS]),
+        ((OBS, {}), (OBS, np.inf, False, False, {}), ["the reward inf", REWARDS]),
+        ((OBS, {}), (OBS, np.float64(1e300), False, False, {}), ["the reward 1e+300", REWARDS]),
+        ((OBS, {}), (OBS, -1e38, False, False, {}), ["the reward -1e+38", "TransformReward"]),
+        ((OBS, {}), (OBS, 1.1e12, False, False, {}), ["the reward 1.1e+12", REWARDS]),
         ((OBS, {}), (OBS * np.nan, *GOOD[1:]), ["an observation with nan", F32]),
         ((OBS, {}), (np.full(3, 1e300), *GOOD[1:]), ["an observation with 1e+300", F32]),
         ((OBS - np.inf, {}), GOOD, ["reset() returned an observation with -inf", "step 0 of"]),
@@ -370,6 +377,29 @@ def test_constructors_and_modules_that_raise(tmp_path: Path, monkeypatch: Any) -
         make_task("gym", id="Odd-v0", kwargs={"actions": "unknown"})
     with pytest.raises(UserError, match=r"'HalfCheetah-v2' .*gymnasium-robotics"):
         make_task("gym", id="HalfCheetah-v2")
+
+
+SMALL = ["task.id=Odd-v0", "task.trials=4", "run.evaluate_every=0", "run.tensorboard=false"]
+
+
+@pytest.mark.parametrize("optimizer", ["ppo", "a2c", "openes"])
+def test_rewards_that_are_finite_but_huge_end_no_run_as_a_bug(
+    tmp_path: Path, optimizer: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Gradients of them would not be finite; evolution and scores refuse the same."""
+    args = ["gym-ppo", "--optimizer", optimizer, *overrides(*SMALL, "budget.generations=2")]
+    args += overrides("optimizer.popsize=4") if optimizer == "openes" else []
+    Odd.then = (OBS, 1e12, False, False, {})
+    assert run_here(*args, "--out", tmp_path / "large") == 0
+    theta, _ = load_theta(tmp_path / "large")
+    assert all(bool(leaf.isfinite().all()) for leaf in theta.values())
+    Odd.then = (OBS, 1e38, False, False, {})
+    said = r"id = 'Odd-v0': step\(\) returned the reward 1e\+38; rewards must be .*TransformReward"
+    with pytest.raises(EnvError, match=said):
+        run_here(*args, "--out", tmp_path / "huge")
+    capsys.readouterr()
+    assert evaluate.main([str(tmp_path / "large"), "--trials", "4"]) == 2
+    assert re.match(f"esmeta: error: {said}", capsys.readouterr().err.splitlines()[-1])
 
 
 def test_an_environment_that_changes_the_working_directory_moves_no_run(

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
 import subprocess
 import sys
-import time
+import uuid
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-from conftest import OPEN_MPI, ROOT, environment, find_mpirun, kill_leftovers
+from conftest import OPEN_MPI, ROOT, environment, find_mpirun, kill_leftovers, wait_for
 from faulty_env import VARIABLE
 from tiny_runs import final_hash, overrides, run_here, summary, write_preset
+
+from esmeta.record import read_metrics
 
 pytestmark = pytest.mark.mpi
 slow = pytest.mark.slow
@@ -23,28 +26,38 @@ SCRIPT = ROOT / "tests" / "mpi" / "remote.py"
 PATHS = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
 
 
-@pytest.mark.parametrize(("ranks", "names"), [(2, ""), (4, "gym told harlow point cheetah_dir")])
-def test_every_task_has_the_same_bits(mpirun: Any, ranks: int, names: str) -> None:
-    done = mpirun(ranks, SCRIPT, *names.split())
-    assert done.returncode == 0, done.stderr
-    assert f"ok {ranks} ranks, " in done.stdout
-
-
-def test_a_world_that_fails_is_told_to_the_learner_which_may_go_on(mpirun: Any) -> None:
-    done = mpirun(3, SCRIPT, "fault", env={VARIABLE: "raise:1:3", "PYTHONPATH": PATHS})
+def test_tasks_have_the_same_bits_and_a_world_that_fails_is_told(mpirun: Any) -> None:
+    """The learner may go on after a failure. Of three ranks two serve, and some have no world."""
+    done = mpirun(3, SCRIPT, env={VARIABLE: "raise:1:3", "PYTHONPATH": PATHS})
     assert done.returncode == 0, done.stderr
     assert "told after 2 steps: rank 1 failed while it served environments:" in done.stdout
     assert "ArithmeticError: a world fell apart" in done.stdout and "faulty_env.py" in done.stdout
-    assert "ok 3 ranks" in done.stdout
+    assert re.search(r"ok 3 ranks, \d+ kinds: .*gym.*harlow.*mixed.*told", done.stdout)
 
 
 OPTIONS = overrides("run.remote_envs=true", "run.tensorboard=false")
 
 
+def scores(run: Path) -> str:
+    """On validation during the run and on the test after it, as text: NaN is like NaN."""
+    lines = [{k: v for k, v in x.items() if k[:10] == "validation"} for x in read_metrics(run)]
+    return json.dumps([*lines, summary(run)["test"]], sort_keys=True)
+
+
 @pytest.mark.parametrize(
     ("preset", "more"),
     [
-        ("gym-ppo", ["task.horizon=40", "task.trials=6", "optimizer.minibatches=2"]),
+        (
+            "gym-ppo",
+            [
+                "task.name=mixed",
+                # Free motion is an aid: the ranks that serve must score the published cheetah.
+                "task.parts=[{name='gym', id='Pendulum-v1'}, {name='cheetah_dir', ctrl_cost=0.0}]",
+                "task.horizon=20",
+                "task.trials=6",
+                "optimizer.minibatches=2",
+            ],
+        ),
         pytest.param(
             "gym-ppo",
             ["optimizer.name=openes", "optimizer.popsize=6", "task.id=Pendulum-v1"],
@@ -69,6 +82,7 @@ def test_a_run_learns_the_same_theta(
     assert "environments: 2 ranks of this machine" in done.stdout
     assert run_here(*args, tmp_path / "one") == 0
     assert final_hash(tmp_path / "two") == final_hash(tmp_path / "one")
+    assert scores(tmp_path / "two") == scores(tmp_path / "one")
     assert summary(tmp_path / "two")["ranks"] == 1, "of those that learn"
 
 
@@ -89,26 +103,22 @@ def test_failures_end_the_job_and_are_named(
 ) -> None:
     """In the third step of an environment; the others are told why, or who is missing."""
     args = [write_preset(tmp_path), "--optimizer", "a2c", "--task", "faulty_env:Task"]
-    limit = ["run.rank_timeout=5"] if kind == "hang" else []
+    limit = ["run.rank_timeout=500"] if kind == "hang" else []
     args += [*OPTIONS, *overrides("task.horizon=5", *limit), "--out", tmp_path / "run"]
     env = {VARIABLE: f"{kind}:{rank}:3", "PYTHONPATH": PATHS}
-    start = time.monotonic()
-    done = mpirun(2, "-m", "esmeta.train", *args, env=env, timeout=60)
+    done = mpirun(2, "-m", "esmeta.train", *args, env=env)
     assert done.returncode == code, done.stderr
     for word in words:
         assert word in done.stderr, done.stderr
-    assert time.monotonic() - start < 40
 
 
 def test_a_learner_that_hangs_is_named_by_those_that_serve(mpirun: Any) -> None:
-    start = time.monotonic()
-    done = mpirun(3, SCRIPT, "idle", timeout=60)
+    done = mpirun(3, SCRIPT, "idle")
     assert done.returncode == 3, done.stderr
     found = re.findall(
         r"TimeoutError: rank [12] of 3: serving waited 2 s at command 0 .*", done.stderr
     )
     assert found and "for rank 0 (hangs" in found[0], done.stderr
-    assert time.monotonic() - start < 40
 
 
 def test_windows_of_lives_are_refused_in_one_line(tmp_path: Path, mpirun: Any) -> None:
@@ -125,7 +135,7 @@ def test_a_signal_to_a_rank_that_serves_stops_the_run(tmp_path: Path) -> None:
     mpirun = find_mpirun()
     if mpirun is None:
         pytest.skip("no mpirun")
-    mark = "remote-stop"
+    mark = uuid.uuid4().hex
     args = [write_preset(tmp_path), *OPTIONS, *overrides("budget.generations=1000000")]
     job = subprocess.Popen(
         [mpirun, "-n", "2", sys.executable, "-m", "esmeta.train", *map(str, args), "--out", "run"],
@@ -137,16 +147,14 @@ def test_a_signal_to_a_rank_that_serves_stops_the_run(tmp_path: Path) -> None:
         text=True,
     )
     try:
-        deadline = time.monotonic() + 60
-        while not (tmp_path / "run" / "metrics.jsonl").exists() and time.monotonic() < deadline:
-            time.sleep(0.1)
+        wait_for("a step", (tmp_path / "run" / "metrics.jsonl").exists, job)
         serving = [
             process
             for process in psutil.Process(job.pid).children(recursive=True)
             if process.environ().get("PMI_RANK") == "1"
         ]
         serving[-1].send_signal(signal.SIGTERM)
-        _, err = job.communicate(timeout=60)
+        _, err = job.communicate(timeout=240)
     finally:
         assert not kill_leftovers(mark, grace=5)
     assert job.returncode == 75, err

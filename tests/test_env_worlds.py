@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import json
+import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -155,7 +157,42 @@ def test_environments_of_a_kind_share_what_may_be_open() -> None:
         task.make_env("cpu").reset(task.sample(4, "train", Rng(0)), Rng(0))
     other.step(state, torch.zeros(1, 5, dtype=torch.int64))
     del other
-    task.make_env("cpu").reset(task.sample(8, "train", Rng(0)), Rng(0))
+    last = task.make_env("cpu")
+    last.reset(task.sample(8, "train", Rng(0)), Rng(0))
+    assert Counted.opened - Counted.closed == 8, "what it does not need is closed"
+
+
+def test_simulators_that_were_lent_come_back_when_another_cannot_be_made(monkeypatch: Any) -> None:
+    task = make_task("gym", id="Counted-v0", most_worlds=8)
+    task.make_env("cpu").reset(task.sample(3, "train", Rng(0)), Rng(0))
+    gc.collect()  # the three are free for others
+    plain = Counted.__init__
+
+    def full(self: Any, **options: Any) -> None:
+        plain(self, **options)
+        if Counted.opened - Counted.closed > 5:
+            raise OSError("no more")
+
+    monkeypatch.setattr(Counted, "__init__", full)
+    env = task.make_env("cpu")
+    with pytest.raises(EnvFailure, match="no more"):
+        env.reset(task.sample(6, "train", Rng(0)), Rng(0))
+    assert env.most_worlds == 8, "none is in use"
+
+
+def test_a_forked_process_uses_no_simulator_of_its_parent() -> None:
+    scores, params = evaluator()
+    scores(params)
+    before = Counted.opened
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            scores(params)
+            code = 0 if Counted.opened == 2 * before - 1 else 2  # one more was looked at
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def gym_config(preset: str, *changes: str) -> Any:
@@ -332,6 +369,19 @@ def test_an_evaluation_that_fails_names_the_file_in_the_run(tmp_path: Path, caps
     words = overrides("task.kwargs={wide=true}", "learner.period=8", "learner.minibatch=8")
     assert learn.main([*args, *words]) == 2
     assert "step() raised ConnectionError" in capsys.readouterr().err
+
+
+def test_a_trial_whose_simulator_fails_costs_an_evaluation_no_other(
+    tmp_path: Path, capsys: Any
+) -> None:
+    assert run(tmp_path / "run") == 0
+    words, places = [str(tmp_path / "run"), "--trials", "30", "--json"], []
+    Counted.fails = lambda step, world: world.time == 3 and places.append(world.place)
+    assert evaluate.main(words) == 0
+    Counted.fails = lambda step, world: world.time == 3 and world.place == max(places)
+    capsys.readouterr()
+    assert evaluate.main(words) == 0
+    assert json.loads(capsys.readouterr().out)["return"]["trials"] == 29
 
 
 # --- simulators that fail ------------------------------------------------------------------------

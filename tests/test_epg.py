@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -308,10 +309,10 @@ def test_bad_input(tmp_path: Path, changes: list[str], words: list[str]) -> None
 
 @pytest.mark.mpi
 def test_the_same_theta_on_one_and_two_ranks(mpirun: Any, tmp_path: Path) -> None:
-    args = ["-m", "esmeta.train", "displacement-epg", *overrides(*SMALL, "optimizer.popsize=36")]
-    for ranks in (1, 2):
-        done = mpirun(ranks, *args, "--out", tmp_path / f"r{ranks}")
-        assert done.returncode == 0, done.stderr
+    args = ["displacement-epg", *overrides(*SMALL, "optimizer.popsize=36"), "--out"]
+    done = mpirun(2, "-m", "esmeta.train", *args, tmp_path / "r2")
+    assert done.returncode == 0, done.stderr
+    assert run_here(*args, tmp_path / "r1") == 0
     assert final_hash(tmp_path / "r1") == final_hash(tmp_path / "r2")
     assert (ROOT / "runs" / "presets" / "displacement-epg.toml").is_file()
 
@@ -327,6 +328,11 @@ def test_evaluate_and_report_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixt
     expected = made.heldout(theta, 5).returns.mean()
     assert scores["return"]["mean"] == pytest.approx(float(expected))
     assert scores["return"]["best"] == pytest.approx(16.0)
+    assert evaluate.main([str(run), "--trials", "5", "--split", "train", "--json"]) == 0
+    train = json.loads(capsys.readouterr().out)["return"]
+    assert train["mean"] == pytest.approx(
+        float(made.heldout(theta, 5, split="train").returns.mean())
+    )
     assert evaluate.main([str(run), "--trials", "5", "--set", "task.test=right", "--json"]) == 0
     right = json.loads(capsys.readouterr().out)
     assert right["return"]["mean"] != scores["return"]["mean"]
@@ -366,6 +372,10 @@ def test_curves_and_surfaces_are_of_the_given_loss() -> None:
         assert np.array_equal(found["learned loss"].mean, found["untrained loss"].mean)
         assert not np.array_equal(found["PPO"].mean, found["learned loss"].mean)
         assert found["PPO"].mean[0] == found["learned loss"].mean[0], "before the first update"
+    loss = whole.network.loss({k: v.expand(32, *v.shape[1:]) for k, v in eta.items()})
+    life, new = whole.lives.advance(whole.lives.begin(torch.arange(32), "test"), loss, "test")
+    se = new.reward.double().mean(dim=1).std() / math.sqrt(32)
+    assert curves["test"]["learned loss"].se[0] == pytest.approx(float(se))
     surface = losses.loss_surface(whole, eta, 0, 2)
     assert surface.shape == (41, 41) and float(surface[20, 20]) == 0.0
     blind = objective("objective.reward=false")

@@ -15,7 +15,7 @@ from torch import Tensor
 from esmeta import rollout as loop
 from esmeta.agent import heads
 from esmeta.comm import SelfComm
-from esmeta.errors import UserError
+from esmeta.errors import EnvError, UserError
 from esmeta.objectives.return_ import ReturnObjective
 from esmeta.optimizers import _gradient as pg
 from esmeta.optimizers import a2c, openes, ppo
@@ -559,6 +559,22 @@ def test_a_gradient_that_is_not_finite_is_said() -> None:
     objective, theta = setup("gru")
     theta["value.1.bias"] = torch.full_like(theta["value.1.bias"], math.inf)
     with pytest.raises(FloatingPointError, match="update 0.*learning_rate"):
+        run(a2c.Optimizer(), objective, theta)
+
+
+@pytest.mark.parametrize("reward", [-3e38, math.inf, math.nan])
+def test_a_task_whose_rewards_no_gradient_comes_from_is_named(
+    monkeypatch: pytest.MonkeyPatch, reward: float
+) -> None:
+    objective, theta = setup("gru", Point())
+    plain = Point.step
+
+    def step(self: Point, state: Any, action: Tensor) -> Any:
+        after, ts = plain(self, state, action)
+        return after, ts._replace(reward=torch.where(ts.new_trial & ~state.over, reward, 0.0))
+
+    monkeypatch.setattr(Point, "step", step)
+    with pytest.raises(EnvError, match=r"test_gradient:Point gave a reward of .*at most 1e\+12"):
         run(a2c.Optimizer(), objective, theta)
 
 

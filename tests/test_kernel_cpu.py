@@ -200,12 +200,22 @@ def test_processes_that_miss_a_size_compile_it_once_and_never_load_the_compiler(
     )
 
 
-def test_a_compiler_that_fails_is_reported_and_leaves_nothing(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        ("sys.exit('no LLVM here')", "exit code 1; .*reinstall llvmlite(.|\n)*no LLVM here"),
+        ("sys.exit(17)", r"ended with exit code 17; (.|\n)*\(nothing\)"),
+        ("pass", "ended with exit code 0, but gave no code"),
+        ("os.kill(os.getpid(), 9)", r"ended by signal 9, Killed \(as when memory runs out\)"),
+        ("os.kill(os.getpid(), 11)", "ended by signal 11, Segmentation fault; "),
+    ],
+)
+def test_a_compiler_that_fails_is_reported_and_leaves_nothing(tmp_path, monkeypatch, code, words):
     broken = tmp_path / "broken.py"
-    broken.write_text("import sys; sys.exit('no LLVM here')")
+    broken.write_text(f"import os, sys; {code}")
     monkeypatch.setattr(_cpu_build, "_SOURCE", broken)
     monkeypatch.setattr(_cpu_build, "cache_folders", lambda: [tmp_path])
-    with pytest.raises(RuntimeError, match="reinstall llvmlite(.|\n)*no LLVM here"):
+    with pytest.raises(RuntimeError, match=words):
         _cpu_build._machine_code("plastic", 3, 1, 1, "base")
     assert sorted(os.listdir(tmp_path)) == ["broken.py", f"compiling-{os.geteuid()}.lock"]
 
@@ -256,6 +266,13 @@ def test_code_of_another_size_is_not_taken(cache):
     (theirs,) = set(file.parent.glob("*.o")) - {file}
     file.write_bytes(theirs.read_bytes())
     assert _cpu_build._machine_code(*SIZE) == code != other and len(count) == 2
+
+
+def test_code_for_another_processor_is_not_taken(cache, monkeypatch):
+    file, code, count = cache
+    monkeypatch.setattr(_cpu_build, "_processor", lambda: "another")
+    assert _cpu_build._machine_code(*SIZE) == code and len(count) == 1
+    assert len(set(file.parent.glob("*.o"))) == 2, "each finds its own"
 
 
 @pytest.mark.parametrize("mode", [0o664, 0o646])

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import environment
+from conftest import environment, wait_for
 from tiny_runs import write_preset
 
-from esmeta import launch
+from esmeta import hosts, launch
 from esmeta.hosts import FirstEnd
 
 # Stands for mpirun: notes which of the processes that earlier starts left are still there, leaves
@@ -33,7 +33,7 @@ def alive(pid):
         return False
 seen.write_text(seen.read_text() + "".join(p + " " for p in old if alive(p)) + ".")
 deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(300)"
-slow = "import time; time.sleep(0.5); open('saved', 'a').write('x')"
+slow = "import time; time.sleep(0.2); open('saved', 'a').write('x')"
 for code in (deaf, slow):
     child = subprocess.Popen([sys.executable, "-c", code], stdin=-3, stdout=-3, stderr=-3)
     with pids.open("a") as file:
@@ -44,18 +44,26 @@ sys.exit(int(codes[0]))
 """
 
 
-def gone(pid: int, seconds: float = 0.0) -> bool:
-    """Whether a process has ended, or does so within ``seconds``."""
-    end = time.monotonic() + seconds
-    while True:
-        try:
-            if psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
-                return True
-        except psutil.NoSuchProcess:
-            return True
-        if time.monotonic() >= end:
-            return False
-        time.sleep(0.02)
+def gone(pid: int) -> bool:
+    """Whether a process has ended."""
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+class Clock:
+    """Time that goes by where it is looked at, and hardly so before ``due()``."""
+
+    def __init__(self, due: Callable[[], bool]) -> None:
+        self._due, self._now = due, 0.0
+
+    def monotonic(self) -> float:
+        self._now += 0.05 if self._due() else 1e-6
+        return self._now
+
+    def sleep(self, seconds: float) -> None:
+        time.sleep(seconds)
 
 
 @pytest.fixture
@@ -88,6 +96,16 @@ def test_no_process_of_a_start_lives_into_the_next(
     (tmp_path / "codes").write_text("9 0", encoding="utf-8")
     (tmp_path / "seen").touch()
     write_preset(tmp_path)
+
+    (tmp_path / "saved").touch()
+    (tmp_path / "pids").touch()
+
+    def all_have_saved() -> bool:
+        """Of the two processes of every start, the one that ends by itself."""
+        started = (tmp_path / "pids").read_text().split()
+        return len(started) == 2 * len((tmp_path / "saved").read_text())
+
+    monkeypatch.setattr(hosts, "time", Clock(all_have_saved))
     words = ["--launcher", f"{sys.executable} mpi.py {{n}}", "-n", "1", "--", "tiny.toml"]
     assert launch.main([*words, "--out", "run"]) == 0
     pids = [int(pid) for pid in (tmp_path / "pids").read_text().split()]
@@ -132,10 +150,8 @@ def launched(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[bytes]]]
             stdin=-3, stdout=-3, stderr=-3,
         )  # fmt: skip
         started.append(process)
-        end = time.monotonic() + 60
-        while not (tmp_path / "started").exists() or not (tmp_path / "started").read_text():
-            assert process.poll() is None and time.monotonic() < end
-            time.sleep(0.02)
+        file = tmp_path / "started"
+        wait_for("the ranks", lambda: file.exists() and file.read_text(), process)
         return process
 
     yield start
@@ -151,7 +167,7 @@ def test_ctrl_c_reaches_the_ranks_once(
 ) -> None:
     process = launched()
     os.killpg(process.pid, signal.SIGINT)  # a terminal's Ctrl-C: to all of its foreground group
-    assert process.wait(30) == 130
+    assert process.wait() == 130
     assert (tmp_path / "signals").read_text() == f"{signal.SIGINT:d} "
 
 
@@ -159,7 +175,8 @@ def test_ranks_do_not_outlive_a_launcher_that_is_killed(
     tmp_path: Path, launched: Callable[..., subprocess.Popen[bytes]]
 ) -> None:
     launched("deaf").kill()
-    assert gone(int((tmp_path / "started").read_text()), seconds=20)
+    rank = int((tmp_path / "started").read_text())
+    wait_for("the end", lambda: gone(rank))
 
 
 # --- which rank ended first ---------------------------------------------------------------------
@@ -170,20 +187,24 @@ def test_the_rank_that_ends_first_is_known_where_all_are_here(
     here: tuple[int, ...], found: list[int]
 ) -> None:
     mark = f"ESMETA_LAUNCH=first-{os.getpid()}-{len(here)}"
-    before = len(os.listdir("/proc/self/fd"))
+    before = watched()
     base = os.environ | dict([mark.split("=")])
     ranks = [
         subprocess.Popen(["sleep", "300"], env=base | {"PMI_RANK": str(rank)}) for rank in here
     ]
     first = FirstEnd(mark, 3)
     first.start()
-    end = time.monotonic() + 20
-    while len(first._watched) < len(here) and time.monotonic() < end:
-        time.sleep(0.02)
+    wait_for("all ranks", lambda: len(first._watched) == len(here))
     ranks[1].kill()
-    first.join(20 if len(here) == 3 else 1.0)
+    first.join()
     for rank in ranks:
         rank.kill()
         rank.wait()
     assert first.finish() == found
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert watched() == before
+
+
+def watched() -> int:
+    """How many processes this one watches."""
+    links = [Path("/proc/self/fd", name) for name in os.listdir("/proc/self/fd")]
+    return sum(link.is_symlink() and "pidfd" in os.readlink(link) for link in links)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import environment
+from conftest import environment, wait_for
 from test_record import make_config, saved_run, theta
 from tiny_runs import files, overrides, run_here, write_preset
 
@@ -26,8 +26,9 @@ from esmeta.errors import UserError
 from esmeta.lock import Holder, RunLock
 from esmeta.record import RunDir, read_metrics
 
+# Says when it has the lock, and does what it is told by the next line or the end of its stdin.
 HOLD = """
-import sys, time
+import sys
 from pathlib import Path
 from esmeta.lock import RunLock
 lock = RunLock(Path(sys.argv[1]))
@@ -36,10 +37,11 @@ print("taken", flush=True)
 """
 
 
-def holder(folder: Path, then: str = "time.sleep(60)") -> subprocess.Popen[str]:
+def holder(folder: Path, then: str = "sys.stdin.read()") -> subprocess.Popen[str]:
     """Another process that has taken the lock of ``folder``."""
     process = subprocess.Popen(
         [sys.executable, "-c", HOLD.format(then), str(folder)],
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
         env=environment(None),
@@ -95,12 +97,31 @@ def test_a_killed_process_is_followed_as_a_living_one_is_not(tmp_path: Path) -> 
     process = holder(tmp_path)
     assert f"process {process.pid} on" in refused(tmp_path)
     process.kill()
-    while Path(f"/proc/{process.pid}/stat").read_text().split()[2] != "Z":
-        time.sleep(0.01)
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
     lock = RunLock(tmp_path)  # although the dead one has a number still
     lock.release()
     process.wait()
     taken(tmp_path)
+
+
+def test_a_process_that_gives_its_memory_back_has_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left(tmp_path)
+    read, flag = locks._line, 0
+
+    def with_flag(path: Path) -> str:
+        if path.name != "stat":
+            return read(path)
+        before, name, after = read(path).rpartition(")")
+        words = after.split()
+        words[6:7] = [str(int(word) | flag) for word in words[6:7]]
+        return f"{before}{name} {' '.join(words)}"
+
+    monkeypatch.setattr(locks, "_line", with_flag)
+    assert f"process {os.getpid()} on" in refused(tmp_path)
+    flag = 4
+    RunLock(tmp_path).release()
 
 
 @pytest.mark.parametrize(
@@ -173,19 +194,25 @@ def test_one_of_many_takes_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     """Also where everybody has seen the dead one's lock before anybody replaces it."""
     alive = Holder.is_alive
     takers = 6
+    together: Path | None = None  # a folder in which all wait for each other once
 
-    def slowly(self: Holder, me: Holder) -> bool:
+    def after_all_have_looked(self: Holder, me: Holder) -> bool:
+        nonlocal together
         found = alive(self, me)
+        if together is not None:
+            gather(together, takers)
+            together = None
         time.sleep(0.002 * (os.getpid() % takers))
         return found
 
-    monkeypatch.setattr(Holder, "is_alive", slowly)
+    monkeypatch.setattr(Holder, "is_alive", after_all_have_looked)
     for attempt in range(4):
         folder = tmp_path / str(attempt)
         folder.mkdir()
         left(folder, began="1")
         if attempt % 2:
             left(folder, "run.lock.next", began="1")  # died while it took over
+        together = tmp_path / f"{attempt}-looked" if attempt < 2 else None
         children = [fork(lambda folder=folder: try_to_take(folder, takers)) for _ in range(takers)]
         codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
         assert sorted(codes) == [0] + [2] * (takers - 1)
@@ -196,6 +223,7 @@ def fork(body: Callable[[], int]) -> int:
     child = os.fork()
     if child == 0:
         code = 3
+        signal.alarm(280)  # none of those that wait for others outlives the test
         try:
             code = body()
         finally:
@@ -204,30 +232,34 @@ def fork(body: Callable[[], int]) -> int:
 
 
 def try_to_take(folder: Path, takers: int) -> int:
-    tried = folder.with_name(f"{folder.name}-tried")
-    tried.mkdir(exist_ok=True)
+    code = 0
+    lock = None
     try:
         lock = RunLock(folder)
     except UserError:
-        (tried / str(os.getpid())).touch()
-        return 2
-    end = time.monotonic() + 60
-    while len(os.listdir(tried)) < takers - 1 and time.monotonic() < end:
-        time.sleep(0.01)  # others may take what it has let go
-    lock.check()
-    return 0
+        code = 2
+    # Others may take what is let go, so that is when all have tried.
+    gather(folder.with_name(f"{folder.name}-tried"), takers)
+    if lock is not None:
+        lock.check()
+    return code
+
+
+def gather(folder: Path, count: int) -> None:
+    """Wait until ``count`` processes are here."""
+    folder.mkdir(exist_ok=True)
+    (folder / str(os.getpid())).touch()
+    wait_for("all are here", lambda: len(os.listdir(folder)) == count)
 
 
 @pytest.mark.parametrize(
-    "then", ["", "sys.exit(3)", "raise RuntimeError", "del lock; time.sleep(60)"]
+    "then", ["", "sys.exit(3)", "raise RuntimeError", "del lock; print(); sys.stdin.read()"]
 )
 def test_it_is_let_go_at_every_way_out(tmp_path: Path, then: str) -> None:
     process = holder(tmp_path, then)
-    if "sleep" in then:
-        end = time.monotonic() + 20
-        while os.listdir(tmp_path) and time.monotonic() < end:
-            time.sleep(0.01)
-        assert process.poll() is None
+    if "del" in then:
+        assert process.stdout is not None and process.stdout.readline() == "\n"
+        assert os.listdir(tmp_path) == [] and process.poll() is None
         process.kill()
     process.wait()
     assert os.listdir(tmp_path) == []
@@ -261,13 +293,26 @@ def test_a_later_start_waits_for_ranks_that_are_dying(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ESMETA_LAUNCH", "abc")
-    process = holder(tmp_path, "time.sleep(0.5); import os, signal; os.kill(os.getpid(), 9)")
+    process = holder(tmp_path)
     monkeypatch.setenv("ESMETA_LAUNCH_START", "1")
-    monkeypatch.setattr(locks, "_GRACE_S", 0.01)
+    now, naps = 0.0, []
+
+    def sleep(seconds: float) -> None:
+        nonlocal now
+        naps.append(seconds)
+        now += seconds
+        if patient and len(naps) == 5:
+            process.kill()
+            process.wait()
+
+    monkeypatch.setattr(locks.time, "monotonic", lambda: now)
+    monkeypatch.setattr(locks.time, "sleep", sleep)
+    patient = False
     assert f"process {process.pid} on" in refused(tmp_path)
-    monkeypatch.setattr(locks, "_GRACE_S", 60)
+    assert sum(naps) == pytest.approx(locks._GRACE_S, abs=0.2)
+    patient, naps = True, []
     lock = RunLock(tmp_path)
-    assert process.wait() == -signal.SIGKILL
+    assert len(naps) == 5
     lock.release()
 
 
@@ -353,15 +398,13 @@ def test_two_processes_resume_at_once(tmp_path: Path, run_cli: Any) -> None:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    end = time.monotonic() + 120
-    while len(read_metrics(tmp_path / "run")) < 3 and time.monotonic() < end:
-        time.sleep(0.05)
+    wait_for("step 3", lambda: len(read_metrics(tmp_path / "run")) >= 3, first)
     second = run_cli("--resume", "run", *less)
     assert second.returncode == 2 and second.stdout == ""
     line = f"esmeta: error: {re.escape(str(tmp_path / 'run'))} is in use by process {first.pid}"
     assert re.fullmatch(rf"{line} .*\n", second.stderr)
     first.send_signal(signal.SIGTERM)
-    assert first.wait(60) == 75
+    assert first.wait() == 75
     steps = [record["step"] for record in read_metrics(tmp_path / "run")]
     assert steps == list(range(len(steps)))
     assert not (tmp_path / "run" / "run.lock").exists()

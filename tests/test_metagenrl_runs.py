@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import ROOT
 from test_bad_input import assert_says
 from tiny_runs import final_hash, overrides, run_here
 
@@ -273,11 +274,12 @@ def test_another_size_of_loss_cannot_be_resumed(tmp_path: Path) -> None:
 @pytest.mark.mpi
 def test_ranks_have_their_own_agents_and_go_on_as_one(mpirun: Any, tmp_path: Path) -> None:
     words = ["pendulum-metagenrl", *overrides(*SMALL, TWO)]
-    for updates, more in ((9, []), (6, []), (9, ["--resume"])):
-        out = tmp_path / ("whole" if (updates, more) == (9, []) else "cut")
-        args = [*words, *overrides(f"budget.updates={updates}"), *more, "--out", out]
-        done = mpirun(2, "-m", "esmeta.train", *args)
-        assert done.returncode == 0, done.stderr
+    runs = []
+    for updates, more, name in ((9, [], "whole"), (6, [], "cut"), (9, ["--resume"], "cut")):
+        runs += [*words, *overrides(f"budget.updates={updates}"), *more]
+        runs += ["--out", tmp_path / name, "then"]
+    done = mpirun(2, ROOT / "tests" / "mpi" / "several.py", *runs)
+    assert done.returncode == 0, done.stderr
     assert final_hash(tmp_path / "cut") == final_hash(tmp_path / "whole")
     assert run_here(*words, "--out", tmp_path / "one") == 0
     one, two = (ravel(load_theta(tmp_path / name)[0]) for name in ("one", "whole"))

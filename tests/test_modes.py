@@ -51,7 +51,9 @@ def test_scores_are_the_same(mode: str) -> None:
 def test_training_is_the_same(mode: str) -> None:
     want = steps()
     with MODES[mode]():
+        dtype = torch.get_default_dtype()
         assert any_mode.steps() == want
+        assert torch.get_default_dtype() == dtype, "what the caller has set stays"
 
 
 def test_first_use_under_other_defaults_leaves_nothing_behind() -> None:

@@ -87,6 +87,7 @@ def test_the_table_and_the_object_are_of_the_same_numbers(
 # --- learn --------------------------------------------------------------------------------------
 
 LEARN: dict[str, tuple[list[str], list[str]]] = {
+    "learner": (["reinforce"], ["ppo"]),
     "--task": (["--task", "double_integrator"], ["--task", "pendulum"]),
     "--steps": (["--steps", "32"], ["--steps", "48"]),
     "--agents": (["--agents", "2"], ["--agents", "3"]),
@@ -100,11 +101,12 @@ LEARN: dict[str, tuple[list[str], list[str]]] = {
 
 
 def learned(folder: Path, args: list[str]) -> dict[str, Any]:
+    name, more = ("ppo", args) if not args or args[0].startswith("--") else (args[0], args[1:])
     given = ["--task", "pendulum", "--steps", "64", "--agents", "4", "--parts", "8"]
     given += ["--test-episodes", "3", "--test-steps", "8", "--out", str(folder / "out.json")]
     small = ["period=16", "hidden=[4]", "minibatch=4", "learning_rate=0.05"]
     given += [word for text in small for word in ("--set", f"learner.{text}")]
-    assert learn.main(["ppo", *given, "--set", "task.episode_steps=16", *args]) == 0
+    assert learn.main([name, *given, "--set", "task.episode_steps=16", *more]) == 0
     found = json.loads((folder / "out.json").read_text())
     return {"curve": found["curve"], "test": found["test"]}
 
@@ -120,12 +122,23 @@ def test_flags_of_learn(tmp_path: Path, flag: str) -> None:
         assert one["curve"] == two["curve"]
 
 
-def test_no_flag_of_learn_is_left_out() -> None:
-    assert flags(learn.parser()) == {*LEARN, "--out", "--device"}, "give new flags a row"
-    with pytest.raises((RuntimeError, AssertionError, ValueError)):
-        if torch.cuda.is_available():
-            raise ValueError("there is one")
-        learn.main(["ppo", "--task", "pendulum", "--steps", "2000", "--device", "cuda"])
+def test_lives_are_on_the_device_of_learn() -> None:
+    args = ["ppo", "--task", "pendulum", "--steps", "2000", "--device"]
+    for device in ("cpu", "meta"):
+        lives, _ = learn.build(learn.parser().parse_args([*args, device]))
+        assert lives.device == torch.device(device)
+
+
+def test_no_flag_of_learn_is_left_out(tmp_path: Path) -> None:
+    """Every argument has a row above that fails if it is not forwarded, or a test by name."""
+    names = {(action.option_strings or [action.dest])[-1] for action in learn.parser()._actions}
+    assert names == {*LEARN, "--help", "--out", "--device"}, "give new flags a row"
+    assert all(flag in (args[0], "learner") for flag, row in LEARN.items() for args in row)
+    words = ["ppo", "--task", "pendulum", "--steps", "4", "--set", "learner.period=2"]
+    words += ["--set", "learner.minibatch=2", "--parts", "1", "--out"]
+    for name in ("one.json", "two.json"):
+        assert learn.main([*words, str(tmp_path / name)]) == 0
+        assert (tmp_path / name).exists()
 
 
 # --- [budget] and [run] -------------------------------------------------------------------------

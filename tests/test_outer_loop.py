@@ -169,6 +169,12 @@ def test_a_restart_begins_elsewhere_with_noise_of_its_own(whole: Ended) -> None:
     )
 
 
+def test_a_restart_has_a_plateaus_time_before_its_first_score(tmp_path: Path) -> None:
+    run = Ended(tmp_path / "run", resolved(*RESTLESS, "run.evaluate_every=5"))
+    # Restarts after 3 and 5 + 3 steps, scores at 0, 5 and 10, and the end at 10 + 3.
+    assert (run.counts[0]["step"], run.counts[0]["restarts"]) == (13, 2)
+
+
 def _restarts(run: Ended) -> list[int]:
     """The steps after which a restart came: three steps without a new best of the attempt."""
     found, peak, at = [], -math.inf, 0

@@ -14,7 +14,7 @@ from esmeta.learners import ppo, reinforce
 from esmeta.learners._experience import Experience
 from esmeta.learners._segments import Segments
 from esmeta.rng import Rng
-from esmeta.types import Continuous, Spec
+from esmeta.types import Continuous, Spec, TimeStep
 
 SPEC = Spec(3, Continuous(2), 64)
 PERIOD, AGENTS = 32, 3
@@ -135,6 +135,13 @@ def test_what_v_learns_and_what_networks_see_is_told() -> None:
         assert torch.equal(found[0]["policy.0.weight"], found[1]["policy.0.weight"])
         assert not torch.equal(found[0]["value.0.weight"], found[1]["value.0.weight"])
         assert not torch.equal(found[0]["policy.0.weight"], found[2]["policy.0.weight"])
+        for normalize in (False, True):  # agents act on what they learned from
+            state = learned(kind, steps=steps, normalize=normalize)[1]
+            learner, _ = kind.Learner(hidden=(6,), normalize=normalize).make(SPEC, 64)
+            bound = learner.agent.bind(learner.acting(state))
+            out, _ = learner.agent.step_bound(bound, {}, TimeStep(*[steps.obs] * 7))
+            plain = learner.agent.policy(state.params, steps.obs)
+            assert torch.equal(out.mean, plain.mean) != normalize
         with pytest.raises(UserError, match="value_target = 'td'.*gae, reward_to_go"):
             kind.Learner(value_target="td")
 
@@ -184,6 +191,8 @@ def test_v_learns_by_itself_at_its_own_rate() -> None:
     assert after.adam.updates["value.0.weight"].tolist() == [5] * AGENTS
     change = (after.params["value.0.weight"] - before.params["value.0.weight"]).abs().max()
     assert 0 < float(change) <= 5.1e-3, "at most five steps of Adam"
+    _, parted = learned(value_epochs=5, minibatch=PERIOD // 4)
+    assert parted.adam.updates["value.0.weight"].tolist() == [5 * 4] * AGENTS
     _, joint = learned(epochs=2)
     assert joint.adam.updates["value.0.weight"].tolist() == [2] * AGENTS
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 import random
@@ -12,7 +13,7 @@ import time
 import tomllib
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import tomli_w
@@ -197,33 +198,40 @@ def test_a_crash_between_any_two_file_operations_leaves_a_good_checkpoint(
     assert load_checkpoint(tmp_path).step == 4  # type: ignore[union-attr]
 
 
+def save_on_and_on(path: Path, told: int) -> NoReturn:
+    """Go on with a run for ever; every checkpoint that was saved is told by a byte."""
+    try:
+        run = RunDir.create(path, make_config(), resume=True)
+        assert run.resumed is not None
+        for step in itertools.count(run.resumed.step + 1):
+            run.log(step, {"x": step})
+            run.save_checkpoint(step, theta(step), {"filler": bytes(200_000)})
+            os.write(told, b".")
+    finally:
+        os._exit(9)
+
+
 def test_kill_at_a_random_moment_leaves_a_good_checkpoint(tmp_path: Path) -> None:
     rng = random.Random(0)
     last = 0
     saved_run(tmp_path, 1).close()
-    start = time.monotonic()
-    saved_run(tmp_path / "other", 1).close()
-    pace = time.monotonic() - start  # of this machine, now
     for _ in range(15):
+        reader, writer = os.pipe()
         child = os.fork()
         if child == 0:
-            try:
-                run = RunDir.create(tmp_path, make_config(), resume=True)
-                step = run.resumed.step if run.resumed else 0
-                while True:
-                    step += 1
-                    run.log(step, {"x": step})
-                    run.save_checkpoint(step, theta(step), {"filler": bytes(200_000)})
-            finally:
-                os._exit(9)
-        time.sleep(rng.uniform(0.25, 2.5) * pace)
-        assert os.waitpid(child, os.WNOHANG) == (0, 0), "the writer failed before it was killed"
+            save_on_and_on(tmp_path, writer)
+        os.close(writer)
+        # After so many saves of this writer, and within one that it is at then.
+        told = [os.read(reader, 1) for _ in range(rng.randint(1, 3))]
+        assert told == [b"."] * len(told), "the writer failed before it was killed"
+        time.sleep(rng.uniform(0.0, 0.01))
         os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+        os.close(reader)
         found = load_checkpoint(tmp_path)
-        assert found and found.step >= last and equal(found.theta, theta(found.step))
+        assert found and found.step >= last + len(told)
+        assert equal(found.theta, theta(found.step))
         last = found.step
-    assert last > 5
     RunDir.create(tmp_path, make_config(), resume=True)
     assert [r["step"] for r in record.read_metrics(tmp_path)] == list(range(1, last + 1))
 
@@ -345,14 +353,18 @@ def test_resume_before_the_first_checkpoint_starts_at_zero(tmp_path: Path) -> No
     assert again.resumed is None and record.read_metrics(tmp_path) == []
 
 
-def test_seconds_add_up_over_resumes(tmp_path: Path) -> None:
+def test_seconds_add_up_over_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 50.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
     run = RunDir.create(tmp_path, make_config())
-    run._start -= 100
-    assert 100 <= run.seconds < 110
+    now = 150.0
+    assert run.seconds == 100
     run.save_checkpoint(1, theta(), {})
     run.close()
+    now = 7.0  # of a machine that was started anew
     again = RunDir.create(tmp_path, make_config(), resume=True)
-    assert 100 <= again.seconds < 110
+    now = 10.0
+    assert again.seconds == 103
 
 
 # --- metrics, theta, summary -------------------------------------------------------------------
@@ -374,10 +386,17 @@ def test_tensorboard_holds_the_same_numbers(tmp_path: Path) -> None:
     run = RunDir.create(tmp_path, make_config(tensorboard=True))
     for step in (1, 2):
         run.log(step, {"return": step / 4, "theta_sha256": "ab", "gap": float("nan")})
+        if step == 1:
+            run.save_checkpoint(step, theta(), {})
     run.close()
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert events.Tags()["scalars"] == ["return"]
     assert [(e.step, e.value) for e in events.Scalars("return")] == [(1, 0.25), (2, 0.5)]
+    again = RunDir.create(tmp_path, make_config(tensorboard=True), resume=True)
+    again.log(2, {"return": 0.75})
+    again.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("return")] == [(1, 0.25), (2, 0.75)]
 
 
 def test_without_tensorboard_a_run_goes_on(

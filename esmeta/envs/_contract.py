@@ -13,9 +13,8 @@ import numpy as np
 from gymnasium import spaces
 
 from esmeta.errors import EnvError, EnvFailure, UserError
-from esmeta.types import Continuous, Discrete
+from esmeta.types import LARGEST_REWARD, Continuous, Discrete
 
-_LARGEST = float(np.finfo(np.float32).max)
 _STEP = "return observation, reward, terminated, truncated, info"
 _RESET = "return observation, info"
 
@@ -77,7 +76,8 @@ class Contract:
             )
         if not np.isfinite(obs).all():
             bad = np.flatnonzero(~np.isfinite(obs))[0]
-            self._not_finite(f"{where} returned an observation with", float(values[bad]))
+            what = f"{where} returned an observation with {float(values[bad]):.4g}"
+            self._not_finite(f"{what}; all numbers must be finite and fit into float32: clip or")
         return obs
 
     def _pay(self, reward: Any) -> float:
@@ -89,8 +89,10 @@ class Contract:
                 text = f"step() returned {_told(reward)} as the reward; it must be a number{cure}"
                 self._refuse(text)
             reward = float(number)
-        if not abs(reward) <= _LARGEST:  # nor NaN
-            self._not_finite("step() returned the reward", reward)
+        if not abs(reward) <= LARGEST_REWARD:  # nor NaN
+            what = f"step() returned the reward {reward:.4g}"
+            limit = f"must be finite and at most {LARGEST_REWARD:g} in size, as returns are squared"
+            self._not_finite(f"{what}; rewards {limit} in float32: clip or")
         return reward
 
     def _flag(self, word: str, flag: Any) -> bool:
@@ -104,10 +106,10 @@ class Contract:
             self._refuse(f"step() returned {value} as {word}; it must be True or False")
         return bool(value)
 
-    def _not_finite(self, what: str, value: float) -> NoReturn:
+    def _not_finite(self, text: str) -> NoReturn:
         raise EnvFailure(
-            f"id = {self._name!r}: {what} {value:.4g}; all numbers must be finite and fit into "
-            "float32: clip or scale them, or end the episode before"
+            f"id = {self._name!r}: {text} scale them in the environment (or by a wrapper of "
+            "Gymnasium, such as TransformReward), or end the episode before"
         )
 
 

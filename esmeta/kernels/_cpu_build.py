@@ -18,6 +18,7 @@ import hashlib
 import mmap
 import os
 import platform
+import signal
 import stat
 import struct
 import subprocess
@@ -190,10 +191,19 @@ def _compiled(words: list[str]) -> bytes:
     if done.returncode or not begun:
         said = done.stderr.decode(errors="replace")
         raise RuntimeError(
-            "the CPU kernel could not be compiled; `pip install --force-reinstall llvmlite` "
-            f"may help. What the compiler said:\n{said[-2000:]}"
+            f"the CPU kernel could not be compiled: the compiler {_ended(done.returncode)}; `pip "
+            "install --force-reinstall llvmlite` may help. What it said:\n"
+            f"{said[-2000:] or '(nothing)'}"
         )
     return code
+
+
+def _ended(code: int) -> str:
+    """How a process ended, by what :mod:`subprocess` calls its return code."""
+    if code >= 0:
+        return f"ended with exit code {code}" + ("" if code else ", but gave no code")
+    memory = " (as when memory runs out)" if code == -signal.SIGKILL else ""
+    return f"was ended by signal {-code}, {signal.strsignal(-code)}{memory}"
 
 
 @contextlib.contextmanager

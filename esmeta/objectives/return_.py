@@ -10,14 +10,14 @@ from torch import Tensor
 
 from esmeta import rollout as loop
 from esmeta.agent.plastic import composite_decay
-from esmeta.errors import EnvFailure, UserError, warn
+from esmeta.errors import EnvError, EnvFailure, UserError, warn
 from esmeta.evaluator import OwnEnv, PopulationEvaluator
 from esmeta.lives import Lives, TrialLives
 from esmeta.options import options_class
 from esmeta.policy import Policy
 from esmeta.rng import Rng
 from esmeta.tasks import task_groups
-from esmeta.types import Fitness, Hosted, Metrics, Params, Reference, State, Task
+from esmeta.types import LARGEST_REWARD, Fitness, Hosted, Metrics, Params, Reference, State, Task
 
 _Recorded = tuple[loop.Trajectory, Tensor, State, dict[str, Tensor]]
 
@@ -187,8 +187,20 @@ class ReturnObjective(OwnEnv):
             else:
                 recorded = captured("record", self._again, params, *begin[1:5])
         trajectory, last, state, scores = recorded
+        self._check(trajectory.reward)
         metrics = {name: float(score.nanmean()) for name, score in scores.items()}
         return trajectory, last, metrics | _memory_metrics(params, state)
+
+    def _check(self, reward: Tensor) -> None:
+        """Refuse rewards that no gradient comes from, of a task of the user's own."""
+        largest = float(reward.abs().max())
+        if not largest <= LARGEST_REWARD:  # nor NaN
+            kind = type(self.task)
+            raise EnvError(
+                f"the task {kind.__module__}:{kind.__qualname__} gave a reward of {largest:.4g} in "
+                f"size; rewards must be finite and at most {LARGEST_REWARD:g}, as returns are "
+                "squared in float32: clip or scale them in the task"
+            )
 
     def _again(self, params: Params, *first: Any) -> _Recorded:
         return self._record(loop.Start(self.policy.bind(params), *first), ask=False)

@@ -16,9 +16,10 @@ from esmeta.errors import UserError
 mode, timeout_s = sys.argv[1], float(sys.argv[2])
 if sys.argv[3:] == ["Messages"]:
     transport.SharedMemory = transport.Messages  # type: ignore[misc, assignment]
-comm = make_comm(timeout_s=timeout_s)
+comm = make_comm(timeout_s=600.0)
 install_excepthook(comm)
-comm.sum_exact(torch.ones(3, dtype=torch.int64))
+comm.sum_exact(torch.ones(3, dtype=torch.int64))  # all have started
+comm.timeout_s = timeout_s
 comm.label = "generation 12"
 last = comm.rank == comm.size - 1
 if mode == "user-error-everywhere":
@@ -30,7 +31,7 @@ if mode == "user-error-on-first" and comm.rank == 0:
     raise UserError("only at the root")
 if mode == "raise" and last:
     raise RuntimeError("a bug on one rank")
-if mode == "hang" and last:
+while mode == "hang" and last:
     time.sleep(60)
 if mode == "exit" and last:
     sys.exit(0)

@@ -1,4 +1,4 @@
-"""Every preset, made small, takes one step on all ranks; they must agree on theta."""
+"""A preset of every kind, made small, takes one step on all ranks; they must agree on theta."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from test_presets import HERE, tiny
+from test_presets import KINDS, tiny
 
 from esmeta import train
 from esmeta.comm import install_excepthook, make_comm
 from esmeta.tree import theta_sha256
 
-comm = make_comm(60.0)
+comm = make_comm(600.0)
 install_excepthook(comm)
-for name in HERE:
+for name in KINDS:
     comm.label = name
     parts = train.build(tiny(name))
     state, metrics = parts.optimizer.step(parts.state, parts.objective, comm, parts.rng)
@@ -23,4 +23,4 @@ for name in HERE:
     assert comm.same(digest), f"{name}: the ranks have different thetas"
     assert metrics["env_steps"] > 0
 if comm.rank == 0:
-    print(f"{len(HERE)} presets on {comm.size} ranks")
+    print(f"{len(KINDS)} presets on {comm.size} ranks")
