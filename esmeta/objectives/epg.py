@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -86,6 +86,7 @@ class Objective:
     test_steps: int = 1000
     twins: int = aid(1)
     chunk: int = 64
+    figures: ClassVar[str] = "esmeta.analysis.losses:figures"
 
     def __post_init__(self) -> None:
         sizes = ("period", "buffer", "epochs", "minibatch", "test_episodes", "test_steps", "twins")
@@ -135,6 +136,8 @@ class EpgObjective:
     Step k uses lives k * trials .. (k + 1) * trials - 1 of the run's seed, on all ranks and for all
     members. They can be run in windows of updates: it is a :class:`esmeta.types.Lifetimes`.
     """
+
+    policy = None
 
     def __init__(
         self,

@@ -14,7 +14,7 @@ update rounds, and the short ends of episodes are masked.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -115,6 +115,7 @@ class Objective:
     timeout_is_terminal: bool = False
     test_episodes: int = 5
     chunk: int = 64
+    figures: ClassVar[str] = "esmeta.analysis.objectives:figures"
 
     def __post_init__(self) -> None:
         for name in ("agents", "steps", "period", "batch", "snippet", "inner_steps", "delay",

@@ -14,6 +14,7 @@ from esmeta.evaluator import OwnEnv, PopulationEvaluator
 from esmeta.lives import Lives, TrialLives
 from esmeta.options import options_class
 from esmeta.policy import Policy
+from esmeta.policy import _heads as heads
 from esmeta.policy._plastic import composite_decay
 from esmeta.rng import Rng
 from esmeta.tasks import task_groups
@@ -132,11 +133,16 @@ class ReturnObjective(OwnEnv):
         seed: int | None = None,
         first: int = 0,
         split: str = "test",
+        *,
+        act: loop.Act = heads.sample,
+        intervene: loop.Intervention | None = None,
     ) -> Fitness:
         """Returns on the tasks ``first`` .. ``trials`` - 1 of a split, the same for a seed."""
         seed = self.seed if seed is None else seed
         index = torch.arange(first, trials, device="cpu")
-        return self.evaluator(params, seed=seed, split=split, index=index, mark_failed=True)
+        return self.evaluator(
+            params, seed, split, index, act=act, intervene=intervene, mark_failed=True
+        )
 
     def groups(self, index: Tensor, split: str) -> Tensor:
         """Numbers ``[B]``, the same for trials that share randomness."""
