@@ -32,6 +32,7 @@ LAYERS = [
     {"envs", "tasks", "returns"},
     {"rollout"},
     {"evaluator", "lives", "learners", "scoring"},
+    {"evolution"},
     {"objectives", "optimizers"},
     {"terminal", "lock", "record", "progress", "analysis", "watch", "cli", "provenance", "hosts"},
     {"parts", "train", "evaluate", "report", "launch", "learn"},
