@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from esmeta import kernels
     from esmeta.evaluate import load
     from esmeta.evaluator import PopulationEvaluator
-    from esmeta.optimizers._evotorch import evotorch_problem
+    from esmeta.evolution.evotorch import evotorch_problem
     from esmeta.policy import make_policy, policy_names, unravel
     from esmeta.tasks import make_task, task_names
     from esmeta.tree import ravel
@@ -45,7 +45,7 @@ __all__ = [
 _HOME = {
     "Fitness": "esmeta.types",
     "PopulationEvaluator": "esmeta.evaluator",
-    "evotorch_problem": "esmeta.optimizers._evotorch",
+    "evotorch_problem": "esmeta.evolution.evotorch",
     "load": "esmeta.evaluate",
     "make_policy": "esmeta.policy",
     "make_task": "esmeta.tasks",

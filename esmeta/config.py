@@ -30,6 +30,7 @@ KINDS = ("task", "policy", "objective", "optimizer")
 SECTIONS = (*KINDS, "budget", "run")
 NO_POLICY = "none"
 """``policy.name`` of runs whose objective trains agents of its own."""
+DEFAULT_OBJECTIVE = "return"
 DEFAULT_TRIALS = 16
 SPLITS = ("train", "validation", "test")
 """Sets of tasks: to learn on, to select on (when to stop, which theta is best), to report on."""
@@ -241,7 +242,7 @@ def merge(raw: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Table]:
         tables[name] = copy.deepcopy(dict(table))
         if name in KINDS and "name" in table:
             tables[name]["name"] = names.canonical(table["name"])
-    tables["objective"].setdefault("name", "return")
+    tables["objective"].setdefault("name", DEFAULT_OBJECTIVE)
     parsed = [parse_override(text) for text in overrides]
     parsed = [(s, k, names.canonical(v) if s in KINDS and k == "name" else v) for s, k, v in parsed]
     for section, key, value in parsed:

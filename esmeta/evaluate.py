@@ -13,6 +13,7 @@ from esmeta import config as configs
 from esmeta import errors
 from esmeta.cli import Parser, simulators_closed
 from esmeta.options import for_json
+from esmeta.parts import make_objective
 from esmeta.terminal import prepare_streams
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
     from esmeta.policy import Policy
     from esmeta.rollout import Intervention
-    from esmeta.types import Fitness, Params, Reference, State, Task, TimeStep
+    from esmeta.types import Fitness, Params, Reference, RunObjective, State, Task, TimeStep
 
 LESIONS = ("none", "reset-memory", "reset-memory-each-step", "zero-reward")
 
@@ -90,7 +91,7 @@ def load(
     among the overrides; ``as_trained`` keeps them.
     """
     objective, params, config = open_run(run_dir, overrides, best=best, as_trained=as_trained)
-    if config.objective.name != "return":
+    if objective.policy is None:
         raise errors.UserError(
             f"{run_dir}: theta of objective {config.objective.name!r} is not a policy; score it "
             f"with python -m esmeta.evaluate {run_dir}, or use esmeta.evaluate.open_run"
@@ -105,13 +106,13 @@ def open_run(
     best: bool = False,
     as_trained: bool = False,
     device: str = "cpu",
-) -> tuple[Any, Params, configs.Config]:
+) -> tuple[RunObjective, Params, configs.Config]:
     """Objective, theta (leaves ``[1, ...]``) and configuration of a run; see :func:`load`.
 
     Task and objective of the configuration are those that the run is scored by.
     """
     from esmeta.record import load_theta
-    from esmeta.scoring import without_aids
+    from esmeta.scoring import scored_config
 
     path = Path(run_dir)
     if not (path / "config.toml").is_file():
@@ -126,18 +127,10 @@ def open_run(
                 "write task.KEY=VALUE or objective.KEY=VALUE"
             )
     config = configs.resolve(configs.load(path / "config.toml"), list(overrides))
-    if not as_trained:
-        told = [configs.parse_override(text)[1] for text in overrides]
-        config = without_aids(config, told)
+    told = [configs.parse_override(text)[1] for text in overrides]
+    config = scored_config(config, told, as_trained=as_trained)
     params, _ = load_theta(path / "best.safetensors" if best else path)
-    task: Task = config.task.instance
-    policy = None
-    if config.policy.instance is not None:
-        value = config.optimizer.instance.gradient
-        policy = config.policy.instance.make(task.spec, value=value)
-    objective = config.objective.instance.make(
-        policy, task, trials=config.trials, seed=config.run.seed, device=device
-    )
+    objective = make_objective(config, device)
     found = {name: tuple(leaf.shape[1:]) for name, leaf in params.items()}
     if found != objective.shapes:
         raise errors.UserError(
@@ -234,8 +227,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _scores(args: argparse.Namespace) -> tuple[dict[str, dict[str, Any]], Reference]:
     import torch
 
-    from esmeta.agent import heads
-    from esmeta.evaluator import PopulationEvaluator
     from esmeta.scoring import variant
 
     objective, params, config = open_run(
@@ -244,32 +235,36 @@ def _scores(args: argparse.Namespace) -> tuple[dict[str, dict[str, Any]], Refere
     trained = configs.resolve(configs.load(args.run / "config.toml"), args.set)
     about = {"split": args.split, "variant": variant(trained, config), "lesion": args.lesion}
     about |= {"greedy": args.greedy, "theta": "best" if args.best else "last"}
-    task: Task = config.task.instance
-    reference = config.objective.instance.reference(task)
     seed = config.run.seed if args.seed is None else args.seed
     errors.non_negative_int("--seed", seed)
+    control = _control(args, objective, params, config)
     groups = objective.groups(torch.arange(args.trials, device="cpu"), args.split)
-    if config.objective.name != "return":
+    fitness = objective.heldout(params, args.trials, seed, split=args.split, **control)
+    reference = config.objective.instance.reference(config.task.instance)
+    return table(fitness, groups, reference, about), reference
+
+
+def _control(
+    args: argparse.Namespace, objective: RunObjective, params: Params, config: configs.Config
+) -> dict[str, Any]:
+    """How the policy acts other than by itself: the most likely actions, a lesion."""
+    from esmeta.agent import heads
+
+    policy = objective.policy
+    if policy is None:
         if args.greedy or args.lesion != "none":
             raise errors.UserError(
                 f"--greedy and --lesion are for runs whose theta is a policy; this one has "
                 f"objective {config.objective.name!r}: leave them out"
             )
-        fitness = objective.heldout(params, args.trials, seed, split=args.split)
-        return table(fitness, groups, reference, about), reference
-    policy = objective.policy
-    check_lesion(args.lesion, policy, params, task)
-    evaluator = PopulationEvaluator(policy, task, trials=args.trials)
-    fitness = evaluator(
-        params,
-        seed=seed,
-        split=args.split,
-        index=torch.arange(args.trials, device="cpu"),
-        act=(lambda out, noise: heads.mode(out)) if args.greedy else heads.sample,
-        intervene=lesion(args.lesion, policy, params),
-        mark_failed=True,
-    )
-    return table(fitness, groups, reference, about), reference
+        return {}
+    check_lesion(args.lesion, policy, params, config.task.instance)
+    control: dict[str, Any] = {}
+    if args.greedy:
+        control["act"] = lambda out, noise: heads.mode(out)
+    if args.lesion != "none":
+        control["intervene"] = lesion(args.lesion, policy, params)
+    return control
 
 
 if __name__ == "__main__":

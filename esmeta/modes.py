@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -63,23 +62,6 @@ def differentiating(function: Callable[P, R]) -> Callable[P, R]:
         return function(*args, **kwargs)
 
     return wrapped
-
-
-@contextlib.contextmanager
-def usual_defaults() -> Iterator[None]:
-    """Torch's defaults as it is delivered with, for libraries that leave dtype and device to them.
-
-    The default dtype is one for all threads: it is touched only where somebody has changed it.
-    """
-    dtype = torch.get_default_dtype()
-    if dtype != torch.float32:
-        torch.set_default_dtype(torch.float32)
-    try:
-        with torch.device("cpu"):
-            yield
-    finally:
-        if dtype != torch.float32:
-            torch.set_default_dtype(dtype)
 
 
 @exact

@@ -14,7 +14,7 @@ import pkgutil
 import sys
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING
 from typing import Any, Literal, Union
 
@@ -61,7 +61,14 @@ def load(kind: str, name: str) -> type:
                 f"{listed(modules)}; or write package.module:{class_name} for your own"
             )
         module_name = f"{KINDS[kind][0]}.{modules[name]}"
-    found = _attribute(f"{kind} {name!r}", module_name, class_name)
+    module = _module(f"{kind} {name!r}", module_name, class_name)
+    found = getattr(module, class_name, None)
+    if not isinstance(found, type):
+        classes = [key for key, value in vars(module).items() if isinstance(value, type)]
+        raise UserError(
+            f"{kind} {name!r}: module {module_name!r} has no class {class_name!r}"
+            f"{nearest(class_name, classes)}; it must define one"
+        )
     if not dataclasses.is_dataclass(found):
         raise UserError(
             f"{kind} {name!r}: {class_name} is not a dataclass; decorate it with "
@@ -70,12 +77,18 @@ def load(kind: str, name: str) -> type:
     return found
 
 
-def _attribute(what: str, module_name: str, class_name: str) -> type:
-    """A class of a module; errors begin with ``what`` was asked for."""
-    if not all(part.isidentifier() for part in (*module_name.split("."), class_name)):
+def function(address: str) -> Callable[..., Any]:
+    """The function that is called ``package.module:name``."""
+    module, _, name = address.partition(":")
+    return getattr(_module(address, module, name), name)
+
+
+def _module(what: str, module_name: str, attribute: str) -> types.ModuleType:
+    """An imported module; errors begin with ``what`` was asked for."""
+    if not all(part.isidentifier() for part in (*module_name.split("."), attribute)):
         raise UserError(f"{what}: not a name; write package.module:Name")
     try:
-        module = importlib.import_module(module_name)
+        return importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         missing = str(error.name)
         if f"{module_name}.".startswith(f"{missing}."):
@@ -87,14 +100,6 @@ def _attribute(what: str, module_name: str, class_name: str) -> type:
             f"{what} needs the Python package {missing!r}, which is not installed; install it, "
             f"for example with: pip install {missing}"
         ) from error
-    found = getattr(module, class_name, None)
-    if not isinstance(found, type):
-        classes = [key for key, value in vars(module).items() if isinstance(value, type)]
-        raise UserError(
-            f"{what}: module {module_name!r} has no class {class_name!r}"
-            f"{nearest(class_name, classes)}; it must define one"
-        )
-    return found
 
 
 def make(kind: str, name: str, options: Mapping[str, Any], where: str = "") -> Any:

@@ -12,15 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from esmeta import names
 from esmeta.cli import Parser, simulators_closed
 from esmeta.errors import UserError, keep_traceback, non_negative_int
 from esmeta.terminal import prepare_streams
 
 if TYPE_CHECKING:
     from esmeta.analysis.groups import Group, RunData
-    from esmeta.objectives._metagenrl import MetaGenRLObjective
-    from esmeta.types import Params
-
 
 _FILM_FPS = 20
 """Frames per second at most."""
@@ -159,8 +157,9 @@ class Pictures:
 
 def _pictures(group: Group, where: Destination, wanted: Pictures) -> list[str]:
     """Trials of a group's first run, of the test split; a warning where they cannot be drawn."""
-    from esmeta.analysis import page, pictures, trials
+    from esmeta.analysis import page, pictures
     from esmeta.evaluate import load
+    from esmeta.types import Illustrated
 
     run = group.runs[0]
     try:
@@ -174,9 +173,9 @@ def _pictures(group: Group, where: Destination, wanted: Pictures) -> list[str]:
         print(f"esmeta: warning: no picture of {group.label}: {error}", file=sys.stderr)
         return [page.paragraph(f"No picture: {error}", note=True)]
     parts = []
-    if trials.can_draw(task):
+    if isinstance(task, Illustrated):
         out = where.figure(f"trials-{group.slug}.png")
-        trials.draw_trials(policy, params, task, out, seed=run.seed)
+        names.function(task.figures)(policy, params, task, out, seed=run.seed)
         parts.append(page.image(out, f"Test trials of theta, seed {run.seed}."))
     name, fps = f"trial-{group.slug}", rate / every
     if wanted.film == "png":
@@ -190,50 +189,26 @@ def _pictures(group: Group, where: Destination, wanted: Pictures) -> list[str]:
     ]
 
 
-def _loss_figures(group: Group, where: Destination) -> list[str]:
-    """What the first run's loss does for agents, and what it looks like."""
+def _objective_figures(group: Group, where: Destination) -> list[str]:
+    """What the first run's objective has drawn of itself, such as a learned loss."""
     from esmeta.analysis import page
-
-    if group.runs[0].tables["objective"]["name"] not in ("epg", "metagenrl"):
-        return []
-    try:
-        return _learned_loss(group, where)
-    except UserError as error:  # such as too few simulators for the agents of a figure
-        print(f"esmeta: warning: no figures of the loss of {group.label}: {error}", file=sys.stderr)
-        return [page.paragraph(f"No figures of the loss: {error}", note=True)]
-
-
-def _learned_loss(group: Group, where: Destination) -> list[str]:
-    from esmeta.analysis import losses, page
     from esmeta.evaluate import open_run
+    from esmeta.types import Illustrated
 
-    objective, eta, config = open_run(group.runs[0].path)
-    if config.objective.name == "metagenrl":
-        return _objective_figures(objective, eta, group, where)
-    curves = losses.life_curves(objective, eta)
-    best = group.reference.best / min(objective.config.test_steps, config.task.instance.horizon)
-    lives = losses.draw_life_curves(curves, best, where.figure(f"lives-{group.slug}.png"))
-    loss = losses.draw_gallery(objective, eta, where.figure(f"loss-{group.slug}.png"))
-    caption = (
-        f"Agents that learn, {losses.LIVES} lives each, mean ± s.e.; dashed: the best possible."
-    )
-    seen = "Its value at an agent's newest step, as if action and reward had been others."
-    return [page.image(lives, caption), page.image(loss, f"The learned loss. {seen}")]
+    options = group.scored and group.scored.objective.instance
+    if not isinstance(options, Illustrated):
+        return []
 
+    def place(name: str) -> Path:
+        return where.figure(f"{name}-{group.slug}.png")
 
-def _objective_figures(
-    objective: MetaGenRLObjective, alpha: Params, group: Group, where: Destination
-) -> list[str]:
-    from esmeta.analysis import losses, objectives, page
-
-    episode = objective.task.spec.horizon / objective.task.spec.episodes_per_trial
-    curves = objectives.life_curves(objective, alpha)
-    best, out = group.reference.best / episode, where.figure(f"lives-{group.slug}.png")
-    lives = losses.draw_life_curves(curves, best, out)
-    loss = objectives.draw_gallery(objective, alpha, where.figure(f"loss-{group.slug}.png"))
-    caption = f"{objectives.AGENTS} agents that learn, mean ± s.e.; dashed: the best known."
-    shape = "The sum of l_t over a snippet in which one step is not zero, against both actions."
-    return [page.image(lives, caption), page.image(loss, shape)]
+    try:
+        objective, theta, _ = open_run(group.runs[0].path)
+        drawn = names.function(options.figures)(objective, theta, group.reference, place)
+    except UserError as error:  # such as too few simulators for the agents of a figure
+        print(f"esmeta: warning: no figures of {group.label}: {error}", file=sys.stderr)
+        return [page.paragraph(f"No figures of what was learned: {error}", note=True)]
+    return [page.image(out, caption) for out, caption in drawn]
 
 
 def _section(group: Group, where: Destination, wanted: Pictures | None) -> list[str]:
@@ -257,7 +232,7 @@ def _section(group: Group, where: Destination, wanted: Pictures | None) -> list[
         *(page.paragraph(remark, note=True) for remark in remarks),
         page.paragraph(f"Return of a trial: {known} ({reference.note}).", note=True),
         page.image(out, "Learning curve."),
-        *_loss_figures(group, where),
+        *_objective_figures(group, where),
         *(_pictures(group, where, wanted) if wanted else []),
         page.folded("versions and commands", "\n\n".join(map(_provenance, group.runs))),
         page.folded(

@@ -24,8 +24,17 @@ def training_aids(config: Config) -> dict[str, tuple[Any, Any]]:
     return {f"{s}.{k}": v for s, options in sections.items() for k, v in aids(options).items()}
 
 
-def without_aids(config: Config, keep: Collection[str] = ()) -> Config:
-    """The configuration that scores are made with; training aids named in ``keep`` stay."""
+def scored_config(
+    config: Config, keep: Collection[str] = (), *, as_trained: bool | None = None
+) -> Config:
+    """The configuration that scores are of: without training aids but for those in ``keep``.
+
+    Itself if there is none to leave out, or if it is scored ``as_trained`` (by default as
+    ``run.evaluate_as_trained`` says).
+    """
+    as_trained = config.run.evaluate_as_trained if as_trained is None else as_trained
+    if as_trained or not training_aids(config):
+        return config
     sections = {
         name: replace(section, instance=published(section.instance, keep))
         for name, section in (("task", config.task), ("objective", config.objective))

@@ -1,4 +1,4 @@
-"""``python -m esmeta.train``: composition root and outer loop."""
+"""``python -m esmeta.train``: the outer loop over what a configuration names."""
 
 from __future__ import annotations
 
@@ -15,84 +15,18 @@ from typing import TYPE_CHECKING, Any
 from esmeta import config as configs
 from esmeta import errors, older
 from esmeta.cli import close_simulators, configuration, parser, prepare_process, refuse
+from esmeta.parts import Parts, build
 from esmeta.terminal import prepare_streams
 
 if TYPE_CHECKING:
     from esmeta.comm import MPIComm, SelfComm
     from esmeta.envs.remote import Node
-    from esmeta.policy import Policy
     from esmeta.record import NullRun, RunDir
-    from esmeta.rng import Rng
-    from esmeta.types import Comm, Metrics, Optimizer, Params, RunObjective, Task
+    from esmeta.types import Comm, Metrics, Params, RunObjective
     from esmeta.watch import Stop
 
 EXIT_STOPPED = 75
 """Exit code of a run that was told to stop (SIGTERM, SIGUSR1) and saved a checkpoint first."""
-
-
-@dataclass
-class Parts:
-    """Everything that a config names, built."""
-
-    config: configs.Config
-    task: Task
-    policy: Policy | None
-    objective: RunObjective
-    scored: RunObjective
-    """The objective that theta is scored by: of the task without training aids."""
-    optimizer: Optimizer
-    theta: Params
-    rng: Rng
-    state: Any
-    """The optimizer's first state; making it finds sizes that do not fit before files are made."""
-
-
-def build(config: configs.Config, ranks: int = 1, node: Node | None = None) -> Parts:
-    """Build what a resolved config names, for a number of ranks; ``node`` runs environments."""
-    import torch
-
-    from esmeta.rng import Rng
-    from esmeta.scoring import training_aids
-    from esmeta.tasks import published
-
-    torch.set_num_threads(config.run.threads)
-    device = _device(config.run.device)
-    task: Task = config.task.instance if node is None else node.task(config.task.instance)
-    optimizer: Optimizer = config.optimizer.instance
-    policy = None
-    if config.policy.instance is not None:
-        policy = config.policy.instance.make(task.spec, value=optimizer.gradient)
-    options = config.objective.instance
-    made = {"trials": config.trials, "seed": config.run.seed, "device": device}
-    objective: RunObjective = options.make(policy, task, **made)
-    scored = objective
-    if not config.run.evaluate_as_trained and training_aids(config):
-        scored = published(options).make(policy, published(task), **made)
-    optimizer.check(objective, ranks)
-    theta = {k: v.to(device) for k, v in objective.init(config.run.seed).items()}
-    policy = getattr(objective, "policy", None)  # agents of others are none that theta is of
-    if policy is not None:
-        policy.bind(theta)  # kernels for sizes that are new here are compiled before clocks run
-    rng = Rng(config.run.seed).fold("optimizer")
-    state = optimizer.init(theta, rng)
-    return Parts(config, task, policy, objective, scored, optimizer, theta, rng, state)
-
-
-def _device(name: str) -> str:
-    import torch
-
-    from esmeta.ranks import local_rank
-
-    if name == "cpu":
-        return name
-    found = torch.cuda.device_count()
-    number = name.partition(":")[2]
-    if found == 0 or (number and int(number) >= found):
-        raise errors.UserError(
-            f"run.device = {name!r}: this machine has {found} CUDA devices; write --device cpu"
-        )
-    # Ranks of one machine share its GPUs in turn.
-    return name if number else f"cuda:{local_rank() % found}"
 
 
 @dataclass
@@ -313,15 +247,14 @@ def heldout(
 def report(parts: Parts, trainer: Trainer, reason: str, out: Path) -> None:
     """Print what was learned, by the test split, and draw the learning curve."""
     from esmeta.analysis.plots import learning_curve
-    from esmeta.scoring import variant, without_aids
+    from esmeta.scoring import scored_config, variant
 
     theta = parts.optimizer.theta(trainer.state)
     # Where a trial is the whole training of an agent, more of them would take as long as the run.
-    trials = max(1 if parts.policy is None else 256, parts.config.run.evaluate_trials)
+    trials = max(1 if parts.objective.policy is None else 256, parts.config.run.evaluate_trials)
     scores = heldout(parts.scored, theta, trials, "test")
     trainer.run.add_scores({"trials": trials, **scores})
-    config = parts.config
-    scored = config if config.run.evaluate_as_trained else without_aids(config)
+    config, scored = parts.config, scored_config(parts.config)
     reference = scored.objective.instance.reference(scored.task.instance)
     picture = learning_curve([out], out / "curve.png", reference)
     count = trainer.count
@@ -382,7 +315,7 @@ def _learn(
     memory = parts.objective.explain(parts.optimizer.gradient)
     if comm.rank == 0:
         where = "" if node is None else f"\nenvironments: {node.ranks} ranks of this machine"
-        word = "runs" if parts.policy is None else "memory"
+        word = "runs" if parts.objective.policy is None else "memory"
         print(f"{word}: {memory}{where}", flush=True)
     trainer = Trainer(parts, comm, folder, stop)
     try:
@@ -410,7 +343,8 @@ def _finish(trainer: Trainer, reason: str, folder: RunDir | NullRun, out: Path, 
             idle=idle,
             memory=memory,
         )
-        if reason == "signal" and parts.policy is None:  # to score it, agents must be trained first
+        # To score what trains agents, agents must be trained first.
+        if reason == "signal" and parts.objective.policy is None:
             print(f"stopped by {reason} after {count.step} steps\nrun: {out}", flush=True)
         else:
             report(parts, trainer, reason, out)

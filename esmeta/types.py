@@ -23,6 +23,7 @@ from torch import Tensor
 from esmeta.options import options_class
 
 if TYPE_CHECKING:
+    from esmeta.policy import Policy
     from esmeta.rng import Rng
 
 Params = dict[str, Tensor]
@@ -289,6 +290,14 @@ class RunObjective(Objective, Protocol):
     """An objective that a run is built around: theta is whatever it says."""
 
     @property
+    def policy(self) -> Policy | None:
+        """The policy that theta is, if it is one; None where a trial trains agents by it.
+
+        With one, :meth:`heldout` also takes ``act`` and ``intervene`` (:mod:`esmeta.rollout`).
+        """
+        ...
+
+    @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Leaves of theta, without the axis P."""
         ...
@@ -318,6 +327,18 @@ class RunObjective(Objective, Protocol):
     def explain(self, gradient: bool) -> str:
         """In one line, what runs there."""
         ...
+
+
+@runtime_checkable
+class Illustrated(Protocol):
+    """Options that name who draws reports' figures of them, as ``package.module:function``.
+
+    Of a task, ``(policy, params, task, out, *, seed)`` draws trials of the test split on one page
+    ``out``. Of an objective, ``(objective, theta, reference, place)`` draws files, each at
+    ``place(name)``, and gives pairs of a file and its caption.
+    """
+
+    figures: ClassVar[str]
 
 
 @runtime_checkable

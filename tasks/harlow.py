@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -85,6 +85,7 @@ class Task:
     cells: int = 17
     mirrored: bool = aid(False)
     forfeit: float = aid(0.0)
+    figures: ClassVar[str] = "esmeta.analysis.trials:draw_harlow"
 
     def __post_init__(self) -> None:
         check_int("horizon", self.horizon, 1, 1_000_000)

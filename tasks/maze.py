@@ -10,7 +10,7 @@ no other wall. Boards are made in numpy for many tasks at once.
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -99,6 +99,7 @@ class Task:
     horizon: int = 100
     generator: str = "pillars"
     avoid_target: bool = False
+    figures: ClassVar[str] = "esmeta.analysis.trials:draw_maze"
 
     def __post_init__(self) -> None:
         check_int("size", self.size, 4, 12)

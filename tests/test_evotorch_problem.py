@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT, RunFunction, environment
-from searches import Objective, RankComm, on_ranks, solo, sphere
+from searches import RankComm, on_ranks, solo, sphere
 from torch import Tensor
 
 import esmeta
@@ -338,7 +338,7 @@ def test_a_failure_is_worse_than_all_before_it() -> None:
 
 
 def test_below_worst() -> None:
-    from esmeta.optimizers._evotorch_problem import below_worst
+    from esmeta.evolution.evotorch import below_worst
 
     assert below_worst(torch.tensor([math.nan, math.inf]).double()).tolist() == [0.0, 0.0]
     assert below_worst(torch.tensor([math.nan]).double(), -4.0).tolist() == [-5.0]
@@ -396,14 +396,8 @@ def test_the_example_learns_the_same_alone_and_on_two_ranks(
     assert len(re.findall(r"^ *iter", pair.stdout, re.MULTILINE)) == 2  # rank 0 only
 
 
-def _score(values: Tensor, generation: int) -> Fitness:
-    return Objective(sphere).fitness(values, generation)
-
-
 def test_copies_have_no_communicator() -> None:
-    from esmeta.optimizers._evotorch_problem import PopulationProblem
-
-    problem = PopulationProblem(_score, 4, seed=0, comm=solo())
+    problem = make_problem(comm=solo())
     for copy in (pickle.loads(pickle.dumps(problem)), problem.clone()):
-        assert copy.comm is None and copy.solution_length == 4
+        assert copy.comm is None and copy.solution_length == 6
     assert problem.comm is not None

@@ -33,16 +33,16 @@ LAYERS = [
     {"envs", "tasks"},
     {"rl", "rollout"},
     {"evaluator", "lives", "learners", "scoring"},
+    {"evolution"},
     {"objectives", "optimizers"},
     {"terminal", "lock", "record", "progress", "analysis", "watch", "cli", "provenance", "hosts"},
-    {"train", "evaluate", "report", "launch", "learn"},
+    {"parts", "train", "evaluate", "report", "launch", "learn"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 # Composition roots and the hosts that own a device; everything else follows its inputs.
 MAY_CHOOSE_DEVICE = {
-    "esmeta/train.py",
-    "esmeta/evaluate.py",
+    "esmeta/parts.py",
     "esmeta/evaluator.py",
     "esmeta/envs/gym.py",
     "esmeta/envs/remote.py",

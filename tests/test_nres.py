@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -15,9 +16,11 @@ from torch import Tensor
 
 from esmeta import make_policy, make_task
 from esmeta.errors import UserError
+from esmeta.evolution import ascent
+from esmeta.evolution.noise import pair_noise
+from esmeta.evolution.shaping import differences
 from esmeta.objectives.return_ import ReturnObjective
 from esmeta.optimizers import nres, openes, pes
-from esmeta.optimizers._noise import pair_noise
 from esmeta.rng import Rng
 from esmeta.types import Fitness, Lifetimes, Metrics, Params, State
 
@@ -98,12 +101,17 @@ def spied(kind: Any, move: bool = False) -> tuple[type, list[np.ndarray]]:
     """The optimizer with its gradients written down, and theta held still unless ``move``."""
     seen: list[np.ndarray] = []
 
-    class Spy(kind.Optimizer):
-        def _ascend(self, state: Any, gradient: np.ndarray) -> Any:
-            seen.append(gradient)
-            theta, moments = super()._ascend(state, gradient)
-            return (theta if move else state.theta.astype(np.float64)), moments
+    def follow(kind: Any, moments: Any, gradient: np.ndarray, **options: Any) -> Any:
+        seen.append(gradient)
+        step, moments = real(kind, moments, gradient, **options)
+        return step * move, moments
 
+    class Spy(kind.Optimizer):
+        def update(self, *args: Any) -> Any:
+            with mock.patch.object(ascent, "follow", follow):
+                return super().update(*args)
+
+    real = ascent.follow
     return Spy, seen
 
 
@@ -230,15 +238,15 @@ def test_nres_by_hand_while_theta_moves() -> None:
 
 def test_differences_are_scaled_as_one() -> None:
     fitness = torch.tensor([3.0, 1.0, 0.0, 4.0, math.nan, 7.0, 5.0, 5.0], dtype=torch.float64)
-    raw = nres.shaped_differences(fitness, "raw")
+    raw = differences(fitness, "raw")
     assert raw.tolist() == [1.0, -1.0, -2.0, 2.0, 0.0, 0.0, 0.0, 0.0]
     scale = math.sqrt((4 + 16 + 0) / 3)
-    scaled = nres.shaped_differences(fitness, "zscore")
+    scaled = differences(fitness, "zscore")
     torch.testing.assert_close(scaled, raw / scale, rtol=1e-15, atol=0)
-    huge = nres.shaped_differences(fitness * 1e300, "zscore")
+    huge = differences(fitness * 1e300, "zscore")
     torch.testing.assert_close(huge, scaled, rtol=1e-14, atol=0)
     for flat in (torch.full((4,), math.nan), torch.ones(4)):
-        assert not nres.shaped_differences(flat.double(), "zscore").any()
+        assert not differences(flat.double(), "zscore").any()
 
 
 class Linear(Inner):

@@ -73,8 +73,8 @@ def test_a_preset_builds_and_its_name_is_true(name: str) -> None:
     assert text.startswith("#"), f"{name}: the first line says what it is"
     parts = train.build(config)
     assert ravel(parts.theta).shape == (1, size_of(parts.objective.shapes))
-    if parts.policy is not None:
-        assert parts.policy.has_value == parts.optimizer.gradient  # type: ignore[attr-defined]
+    if parts.objective.policy is not None:
+        assert parts.objective.policy.has_value == parts.optimizer.gradient
     assert torch.equal(ravel(parts.optimizer.theta(parts.state)), ravel(parts.theta))
     minibatches = getattr(parts.optimizer, "minibatches", 1)
     assert minibatches <= config.trials, "one process must be able to run it"

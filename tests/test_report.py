@@ -19,7 +19,7 @@ from PIL import Image
 
 import esmeta
 from esmeta import config as configs
-from esmeta import report, train
+from esmeta import names, report, train
 from esmeta.analysis import groups, page, pictures, plots, series, trials
 from esmeta.errors import UserError
 from esmeta.types import Reference
@@ -259,7 +259,7 @@ def test_groups_say_which_training_aids_their_scores_are_without(tmp_path):
             tmp_path, configs.to_tables(config), {"stopped_by": "steps"}, [], old_scores=None
         )
         run.rows.append({"step": 1, "validation_return": 0.0})
-        note = groups.Group("x", [run], Reference(0.0, 1.0, "")).remarks()[-1]
+        note = groups.Group.of("x", [run]).remarks()[-1]
         aids = f"{words} task.mirrored = True, task.forfeit = 1.0"
         assert note == f"scores are of the validation split, {aids}"
 
@@ -382,7 +382,7 @@ def test_maze_paths_move_cell_by_cell_and_end_on_the_target(tmp_path):
         assert all(path[-1] == target for path in done)
         hits += len(done)
     assert hits > 0
-    Image.open(trials.draw_trials(policy, params, task, tmp_path / "paths.png")).verify()
+    Image.open(names.function(task.figures)(policy, params, task, tmp_path / "paths.png")).verify()
     with pytest.raises(UserError, match="harlow"):
         trials.draw_harlow(policy, params, task, tmp_path / "x.png")
 

@@ -24,7 +24,7 @@ from searches import (
 )
 from torch import Tensor
 
-from esmeta.optimizers._noise import Noise
+from esmeta.evolution.noise import Noise
 from esmeta.rng import Rng
 from esmeta.types import Params
 

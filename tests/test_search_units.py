@@ -11,8 +11,8 @@ import torch
 from searches import EVOTORCH, SLICED, RankComm, flat_theta, on_ranks, run, same_saved, sphere
 from torch import Tensor
 
+from esmeta.evolution.noise import Noise
 from esmeta.optimizers import nres, pes
-from esmeta.optimizers._noise import Noise
 from esmeta.rng import Rng
 from esmeta.types import Fitness, Params, State
 
@@ -84,8 +84,8 @@ def test_units_are_a_change_of_coordinates(name: str, options: dict[str, Any], b
     moved = flat_theta(united, got).double() / unit
     assert torch.equal(moved, flat_theta(plain, want).double())
     assert (moved - torch.cat([leaf.flatten() for leaf in small.values()])).abs().max() > 0.01
-    spread = united._spread(got) / unit.numpy()
-    assert np.array_equal(spread, plain._spread(want))
+    spread = united.rule().spread(got) / unit.numpy()
+    assert np.array_equal(spread, plain.rule().spread(want))
     # The units are those of the first theta: a run that goes on does not measure them again,
     # neither on where it is nor on what it is given for the shapes.
     half, _ = run(united, Windows(unit), theta, 3)  # type: ignore[arg-type]

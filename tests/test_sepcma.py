@@ -13,8 +13,8 @@ import torch
 from searches import Objective, RankComm, flat_theta, on_ranks, run, same_saved, sphere
 from torch import Tensor
 
+from esmeta.evolution.noise import pair_noise
 from esmeta.optimizers import sepcma
-from esmeta.optimizers._noise import pair_noise
 from esmeta.rng import Rng
 
 # Three blocks of members: two ranks get them out of order.
@@ -133,7 +133,7 @@ def test_updates_are_those_of_the_equations(value: Callable[[Tensor], Tensor], r
         for _ in range(steps):
             state, metrics = optimizer.step(state, Objective(value), comm, Rng(4))
             thetas.append(state.theta.astype(float))
-            spreads.append(optimizer._spread(state))
+            spreads.append(optimizer.rule().spread(state))
             flat.append(metrics["flat"])
         return thetas, spreads, flat
 

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from esmeta.optimizers._noise import pair_noise
-from esmeta.optimizers._shaping import SHAPINGS, rank_weighted, utilities
+from esmeta.evolution.noise import pair_noise
+from esmeta.evolution.shaping import SHAPINGS, rank_weighted, utilities
 from esmeta.rng import Rng
 
 NAN, INF = math.nan, math.inf

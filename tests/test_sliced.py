@@ -1,5 +1,6 @@
 """The sliced searches against EvoTorch's; failures and options."""
 
+import dataclasses
 import math
 import subprocess
 import sys
@@ -27,11 +28,12 @@ from searches import (
 )
 from torch import Tensor
 
+from esmeta.evolution.ascent import exact_norm, follow, zeros
+from esmeta.evolution.noise import Noise
+from esmeta.evolution.population import Generation
+from esmeta.evolution.replicated import Sampled
+from esmeta.evolution.shaping import aggregated, weighed
 from esmeta.optimizers import cmaes, evotorch_pgpe, evotorch_snes, openes, pgpe, sepcma, snes
-from esmeta.optimizers._ascent import exact_norm, follow, zeros
-from esmeta.optimizers._evotorch_problem import values_of
-from esmeta.optimizers._noise import Noise
-from esmeta.optimizers._shaping import aggregated, weighed
 from esmeta.rng import Rng
 from esmeta.types import Fitness, Params
 
@@ -58,28 +60,21 @@ def evotorch_centers(optimizer: Any, theirs: Any, theta: Params, steps: int) -> 
     """Centres (and sigmas) of a native search and of EvoTorch's with the same noise and fitness."""
     objective, comm = Replay(), solo()
     state = optimizer.init(theta, Rng(3))
-    other = theirs.init(theta, Rng(3))
-    problem, searcher = other.searcher
+    other, rule = theirs.init(theta, Rng(3)), theirs.rule()
     got, want = [], []
     for _ in range(steps):
         before = state
         state, _ = optimizer.step(state, objective, comm, Rng(3))
         members = objective.members.pop()
-        scores = Replay().fitness(members, 0).returns[:, 0]
-        if isinstance(optimizer, sepcma.Optimizer):
-            noise = Noise(before.shapes).draw(Rng(3), before.generation, np.arange(len(members)))
-            zs = torch.from_numpy(noise)
-            searcher.drawn = zs, searcher.search.A * zs
-        else:
-            values_of(searcher.batch).copy_(members)
-        searcher.update(scores)
-        spread = optimizer._spread(state)
-        tensors = searcher.dump()
-        sigma = tensors["sigma"]
-        if isinstance(optimizer, sepcma.Optimizer):
-            sigma = sigma * tensors["factor"]
-        got.append((state.theta.astype(float), spread))
-        want.append((tensors["center"].double().numpy(), sigma.double().numpy()))
+        fitness = Replay().fitness(members, 0).returns[:, 0]
+        zs = Noise(before.shapes).draw(Rng(3), before.generation, np.arange(len(members)))
+        sampled: Any = Sampled(torch.from_numpy(zs), members, fitness)
+        utilities = rule.utilities(fitness).numpy()
+        center, arrays = rule.update(other, utilities, Generation(sampled, sampled))
+        other = dataclasses.replace(other, theta=center, arrays=arrays)
+        sigma = arrays["sigma"] * arrays.get("factor", 1.0)
+        got.append((state.theta.astype(float), optimizer.rule().spread(state)))
+        want.append((center.astype(float), sigma.astype(float)))
     return got, want
 
 

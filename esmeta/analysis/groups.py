@@ -15,7 +15,7 @@ from esmeta import config as configs
 from esmeta import older
 from esmeta.analysis.series import Series, common_end, from_rows, over_seeds
 from esmeta.errors import UserError
-from esmeta.scoring import variant, without_aids
+from esmeta.scoring import scored_config, variant
 from esmeta.types import Reference
 
 _NUMBERED = re.compile(r"(.+)_(\d+)")
@@ -71,6 +71,21 @@ class Group:
     label: str
     runs: list[RunData]
     reference: Reference
+    scored: configs.Config | None = None
+    """What their scores are of; None if it cannot be built here any more."""
+    variant: str = ""
+    """Which training aids their scores are without or with, for a sentence."""
+
+    @classmethod
+    def of(cls, label: str, runs: list[RunData]) -> Group:
+        """Runs with what their scores are of and read against, as the first of them says."""
+        try:
+            config = configs.resolve(runs[0].tables)
+            scored = scored_config(config)
+            reference = scored.objective.instance.reference(scored.task.instance)
+        except UserError as error:
+            return cls(label, runs, Reference(math.nan, math.nan, str(error)))
+        return cls(label, runs, reference, scored, variant(config, scored))
 
     @property
     def slug(self) -> str:
@@ -80,10 +95,9 @@ class Group:
     @property
     def task(self) -> str:
         """The task that is scored, with all its options: only groups with the same one compare."""
-        try:
-            return repr(_scored(self.runs[0]).task.instance)
-        except UserError:  # it cannot be built here any more
-            return json.dumps(self.runs[0].tables["task"], sort_keys=True)
+        if self.scored is not None:
+            return repr(self.scored.task.instance)
+        return json.dumps(self.runs[0].tables["task"], sort_keys=True)
 
     @property
     def split(self) -> str:
@@ -116,8 +130,8 @@ class Group:
                 f"made before there was a validation split: curves{part} are of the test split, "
                 "with the training aids of the run's task"
             )
-        elif aids := _variant(self.runs[0]):
-            notes.append(f"scores are of the {self.split} split{aids}")
+        elif self.variant:
+            notes.append(f"scores are of the {self.split} split{self.variant}")
         open_ = [str(run.seed) for run in self.runs if not run.facts.get("stopped_by")]
         if open_:
             notes.append(f"not finished: seed {', '.join(open_)}")
@@ -164,10 +178,9 @@ def _flat(run: RunData) -> dict[str, Any]:
 
 
 def _base_label(run: RunData) -> str:
-    names = [run.tables[kind]["name"] for kind in ("task", "policy", "objective", "optimizer")]
-    return " ".join(
-        name for k, name in enumerate(names) if (k, name) not in ((1, "none"), (2, "return"))
-    )
+    silent = {("policy", configs.NO_POLICY), ("objective", configs.DEFAULT_OBJECTIVE)}
+    found = [(kind, run.tables[kind]["name"]) for kind in configs.KINDS]
+    return " ".join(name for kind, name in found if (kind, name) not in silent)
 
 
 def _labels(runs: Sequence[RunData]) -> list[str]:
@@ -185,29 +198,6 @@ def _labels(runs: Sequence[RunData]) -> list[str]:
     return labels
 
 
-def _scored(run: RunData) -> configs.Config:
-    """The configuration that a run's scores are of."""
-    config = configs.resolve(run.tables)
-    return config if config.run.evaluate_as_trained else without_aids(config)
-
-
-def _variant(run: RunData) -> str:
-    """Which training aids a run's scores are without or with, for a sentence."""
-    try:
-        return variant(configs.resolve(run.tables), _scored(run))
-    except UserError:  # the task cannot be built here any more
-        return ""
-
-
-def _reference(run: RunData) -> Reference:
-    """Reference scores of a run's task; unknown if the task cannot be built here any more."""
-    try:
-        config = _scored(run)
-        return config.objective.instance.reference(config.task.instance)
-    except UserError as error:
-        return Reference(math.nan, math.nan, str(error))
-
-
 def group_runs(paths: Sequence[Path]) -> list[Group]:
     """Runs by configuration, in the order given; a directory given twice counts once."""
     distinct = {path.resolve(): path for path in paths}
@@ -217,9 +207,7 @@ def group_runs(paths: Sequence[Path]) -> list[Group]:
         found.setdefault(json.dumps(_flat(run), sort_keys=True, default=str), []).append(run)
     members = [sorted(runs, key=lambda run: run.seed) for runs in found.values()]
     labels = _labels([runs[0] for runs in members])
-    return [
-        Group(label, runs, _reference(runs[0])) for label, runs in zip(labels, members, strict=True)
-    ]
+    return [Group.of(label, runs) for label, runs in zip(labels, members, strict=True)]
 
 
 # --- numbers -----------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -17,7 +17,7 @@ from esmeta.learners._experience import Experience
 from esmeta.learners._life import Lives
 from esmeta.learners._loss import Batch, Loss, PolicyGradient
 from esmeta.learners._record import Diary
-from esmeta.types import Params
+from esmeta.types import Params, Reference
 
 if TYPE_CHECKING:
     from esmeta.objectives.epg import EpgObjective
@@ -135,6 +135,19 @@ def loss_surface(
         prepared = loss.prepare(learner.agent, params, grid)
         value = loss(learner.agent, params, grid, prepared, rows).reshape(_GRID, _GRID)
     return value - value[_GRID // 2, _GRID // 2]
+
+
+def figures(
+    objective: EpgObjective, eta: Params, reference: Reference, place: Callable[[str], Path]
+) -> list[tuple[Path, str]]:
+    """What the loss does for agents, and what it looks like; see :class:`Illustrated`."""
+    episode = min(objective.config.test_steps, objective.task.spec.horizon)
+    curves = life_curves(objective, eta)
+    lives = draw_life_curves(curves, reference.best / episode, place("lives"))
+    caption = f"Agents that learn, {LIVES} lives each, mean ± s.e.; dashed: the best possible."
+    seen = "Its value at an agent's newest step, as if action and reward had been others."
+    loss = draw_gallery(objective, eta, place("loss"))
+    return [(lives, caption), (loss, f"The learned loss. {seen}")]
 
 
 def draw_gallery(objective: EpgObjective, eta: Params, out: Path) -> Path:

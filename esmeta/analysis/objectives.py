@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from esmeta.analysis.losses import LifeCurve
+from esmeta.analysis.losses import LifeCurve, draw_life_curves
 from esmeta.analysis.plots import new_figure, save
 from esmeta.learners._loss import Loss
 from esmeta.learners._off_policy_losses import DeterministicGradient
-from esmeta.types import Params, Task
+from esmeta.types import Params, Reference, Task
 
 if TYPE_CHECKING:
     from esmeta.learners._training import Agents
@@ -95,6 +96,21 @@ def loss_surface(objective: MetaGenRLObjective, alpha: Params, value: float, tol
         each = network.loss(alpha).steps(agent, action, now, inputs, inside)
     surface = each[0].sum(dim=-1).reshape(_GRID, _GRID)
     return surface - surface[_GRID // 2, _GRID // 2]
+
+
+def figures(
+    objective: MetaGenRLObjective,
+    alpha: Params,
+    reference: Reference,
+    place: Callable[[str], Path],
+) -> list[tuple[Path, str]]:
+    """What the objective function does for agents, and its shape; see :class:`Illustrated`."""
+    spec = objective.task.spec
+    best = reference.best / (spec.horizon / spec.episodes_per_trial)
+    lives = draw_life_curves(life_curves(objective, alpha), best, place("lives"))
+    caption = f"{AGENTS} agents that learn, mean ± s.e.; dashed: the best known."
+    shape = "The sum of l_t over a snippet in which one step is not zero, against both actions."
+    return [(lives, caption), (draw_gallery(objective, alpha, place("loss")), shape)]
 
 
 def draw_gallery(objective: MetaGenRLObjective, alpha: Params, out: Path) -> Path:

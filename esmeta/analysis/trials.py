@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from esmeta import names
 from esmeta.analysis.pictures import Trial, run_trial
 from esmeta.analysis.plots import COLOURS, GREY, new_figure, save
 from esmeta.errors import UserError
 from esmeta.policy import Policy
-from esmeta.tasks.harlow import Task as Harlow
-from esmeta.tasks.maze import Task as Maze
 from esmeta.types import Params, Task
 
 if TYPE_CHECKING:
@@ -28,24 +27,15 @@ _GOOD, _BAD, _FIXATION, _EMPTY = (178, 212, 240), (250, 211, 180), (214, 214, 21
 _WALL, _FLOOR = (85, 85, 85), (250, 250, 250)
 
 
-def can_draw(task: Task) -> bool:
-    """Whether :func:`draw_trials` can draw this task."""
-    return isinstance(task, Harlow | Maze)
-
-
-def draw_trials(
-    policy: Policy, params: Params, task: Task, out: Path, *, split: str = "test", seed: int = 0
-) -> Path:
-    """The first trials of a split on one page, as the task has them."""
-    if isinstance(task, Maze):
-        return draw_maze(policy, params, task, out, split=split, seed=seed)
-    return draw_harlow(policy, params, task, out, split=split, seed=seed)
+def _check(task: Task, name: str) -> None:
+    if not isinstance(task, names.load("task", name)):
+        raise UserError(f"task {task!r}: this draws trials of {name}; give one of its tasks")
 
 
 # --- Harlow ------------------------------------------------------------------------------------
 
 
-def _harlow_rows(trial: Trial, task: Harlow) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _harlow_rows(trial: Trial, task: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """What lies on the line at every step, where the agent is, and which presentation it is.
 
     Returns colours uint8 ``[T, cells, 3]``, positions ``[T + 1]`` and presentations ``[T]``.
@@ -71,7 +61,7 @@ def _harlow_rows(trial: Trial, task: Harlow) -> tuple[np.ndarray, np.ndarray, np
     return picture, places, shown
 
 
-def _space_time(axes: Axes, trial: Trial, task: Harlow, number: int) -> None:
+def _space_time(axes: Axes, trial: Trial, task: Any, number: int) -> None:
     picture, places, shown = _harlow_rows(trial, task)
     steps = len(trial.rewards)
     axes.imshow(
@@ -107,7 +97,7 @@ def _space_time(axes: Axes, trial: Trial, task: Harlow, number: int) -> None:
 def draw_harlow(
     policy: Policy,
     params: Params,
-    task: Harlow | Any,
+    task: Any,
     out: Path,
     indices: Sequence[int] = (0, 1, 2, 3),
     *,
@@ -121,8 +111,7 @@ def draw_harlow(
     presentation; the dark line is the agent. An agent that learns from one choice always walks
     into blue after its first choice.
     """
-    if not isinstance(task, Harlow):
-        raise UserError(f"task {task!r}: this draws trials of harlow; give one of its tasks")
+    _check(task, "harlow")
     trials = [run_trial(policy, params, task, index, split, seed) for index in indices]
     figure, panels = new_figure(len(trials), width=2.1, height=5.4)
     longest = max(len(trial.rewards) for trial in trials)
@@ -230,7 +219,7 @@ def _before_and_after(before: Axes, after: Axes, trial: Trial, number: int) -> N
 def draw_maze(
     policy: Policy,
     params: Params,
-    task: Maze | Any,
+    task: Any,
     out: Path,
     indices: Sequence[int] = (0, 1, 2),
     *,
@@ -243,8 +232,7 @@ def draw_maze(
     on (dotted: cut off by the end of the trial). Dots are starts and the star is the target, which
     the agent cannot see.
     """
-    if not isinstance(task, Maze):
-        raise UserError(f"task {task!r}: this draws trials of maze; give one of its tasks")
+    _check(task, "maze")
     from matplotlib.figure import Figure
 
     from esmeta.analysis.plots import DPI

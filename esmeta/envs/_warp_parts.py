@@ -7,6 +7,7 @@ Importing this module needs ``pip install "esmeta[gpu]"``; see
 # and what stands in these functions is Warp's language, not Python.
 # pyright: reportInvalidTypeForm=false, reportCallIssue=false, reportArgumentType=false
 # pyright: reportIndexIssue=false, reportAttributeAccessIssue=false
+# pyright: reportMissingImports=false
 
 import mujoco_warp as mjw
 import warp as wp

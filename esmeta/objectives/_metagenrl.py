@@ -44,6 +44,8 @@ class MetaGenRLObjective:
     fresh agent in held-out task number k.
     """
 
+    policy = None
+
     def __init__(
         self,
         config: Objective,

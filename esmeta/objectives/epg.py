@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -82,6 +82,7 @@ class Objective(SegmentOptions):
     test_steps: int = 1000
     twins: int = aid(1)
     chunk: int = 64
+    figures: ClassVar[str] = "esmeta.analysis.losses:figures"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -151,6 +152,8 @@ class EpgObjective:
     Step k uses lives k * trials .. (k + 1) * trials - 1 of the run's seed, on all ranks and for all
     members. They can be run in windows of updates: it is a :class:`esmeta.types.Lifetimes`.
     """
+
+    policy = None
 
     def __init__(
         self,

@@ -15,7 +15,7 @@ update rounds, and the short ends of episodes are masked.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -100,6 +100,7 @@ class Objective(ReplayOptions):
     timeout_is_terminal: bool = False
     test_episodes: int = 5
     chunk: int = 64
+    figures: ClassVar[str] = "esmeta.analysis.objectives:figures"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from esmeta import rollout as loop
+from esmeta.agent import heads
 from esmeta.agent.plastic import composite_decay
 from esmeta.errors import EnvError, EnvFailure, UserError, warn
 from esmeta.evaluator import OwnEnv, PopulationEvaluator
@@ -132,11 +133,16 @@ class ReturnObjective(OwnEnv):
         seed: int | None = None,
         first: int = 0,
         split: str = "test",
+        *,
+        act: loop.Act = heads.sample,
+        intervene: loop.Intervention | None = None,
     ) -> Fitness:
         """Returns on the tasks ``first`` .. ``trials`` - 1 of a split, the same for a seed."""
         seed = self.seed if seed is None else seed
         index = torch.arange(first, trials, device="cpu")
-        return self.evaluator(params, seed=seed, split=split, index=index, mark_failed=True)
+        return self.evaluator(
+            params, seed, split, index, act=act, intervene=intervene, mark_failed=True
+        )
 
     def groups(self, index: Tensor, split: str) -> Tensor:
         """Numbers ``[B]``, the same for trials that share randomness."""

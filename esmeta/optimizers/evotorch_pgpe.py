@@ -2,79 +2,94 @@
 
 Sehnke et al., "Parameter-exploring policy gradients", Neural Networks 23, 2010,
 https://doi.org/10.1016/j.neunet.2009.12.004; ClipUp: Toklu et al., PPSN 2020,
-https://arxiv.org/abs/2008.02387. What differs from EvoTorch: see :mod:`_evotorch`; Adam is the
-default, because ClipUp's fixed step length needs a learning rate of its own (about 0.15).
+https://arxiv.org/abs/2008.02387. What differs from EvoTorch: see
+:mod:`esmeta.evolution.replicated`; Adam is the default, because ClipUp's fixed step length needs a
+learning rate of its own (about 0.15), and ClipUp coasts on a zero gradient, where EvoTorch's
+divides zero by zero.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import ClassVar
 
+import torch
 from torch import Tensor
 
-from esmeta.errors import UserError, finite_positive, non_negative, one_of
-from esmeta.optimizers._evotorch import EvoTorchOptimizer, GaussianSearcher, Searcher
-from esmeta.optimizers._shaping import SHAPINGS, Shaping
+from esmeta.evolution.replicated import (
+    Replicated,
+    Sampled,
+    Tensors,
+    diagonal,
+    held,
+    mean_sigma,
+    spread_out,
+)
+from esmeta.evolution.search import Rule
+from esmeta.optimizers.pgpe import Options
 from esmeta.options import options_class
-
-if TYPE_CHECKING:
-    from esmeta.optimizers._evotorch_problem import PopulationProblem
 
 
 @options_class
-class Optimizer(EvoTorchOptimizer):
-    """PGPE.
-
-    Attributes:
-        popsize: members per generation, even.
-        sigma: initial standard deviation of every coordinate.
-        learning_rate: step size of the centre.
-        stdev_learning_rate: step size of the standard deviations.
-        stdev_max_change: largest relative change of a standard deviation per generation.
-        optimizer: of the centre: ``adam``, ``clipup`` or ``sgd``.
-        shaping: ``centered``, ``nes``, ``zscore`` or ``raw``.
-    """
+class Optimizer(Options, Replicated):
+    """PGPE."""
 
     mirrored: ClassVar[bool] = True
 
-    learning_rate: float = 0.02
-    stdev_learning_rate: float = 0.1
-    stdev_max_change: float = 0.2
-    optimizer: Literal["adam", "clipup", "sgd"] = "adam"
-    shaping: Shaping = "centered"
-
     def __post_init__(self) -> None:
         super().__post_init__()
-        finite_positive("learning_rate", self.learning_rate, example=0.02)
-        non_negative("stdev_learning_rate", self.stdev_learning_rate, example=0.1)
-        finite_positive("stdev_max_change", self.stdev_max_change, example=0.2)
-        if self.stdev_max_change >= 1:
-            raise UserError(
-                f"stdev_max_change = {self.stdev_max_change!r}: must be below 1 (a standard "
-                "deviation may not reach zero in one generation); write for example 0.2"
-            )
-        one_of("optimizer", self.optimizer, ("adam", "clipup", "sgd"))
-        one_of("shaping", self.shaping, SHAPINGS)
+        self.check_rates()
 
-    def _searcher(self, problem: PopulationProblem, center: Tensor) -> Searcher:
-        from evotorch.algorithms import PGPE
+    def rule(self) -> Rule:
+        """EvoTorch's PGPE."""
 
-        from esmeta.optimizers._evotorch_problem import GuardedClipUp, PlainAdam
+        def first(center: Tensor) -> Tensors:
+            return spread_out(self.sigma)(center) | zeros(self.optimizer, center)
 
-        ascent: Any = self.optimizer
-        if ascent != "sgd":
-            kind = GuardedClipUp if ascent == "clipup" else PlainAdam
-            ascent = kind(
-                solution_length=len(center), dtype=center.dtype, stepsize=self.learning_rate
-            )
-        search = PGPE(
-            problem,
-            popsize=self.popsize,
-            center_learning_rate=self.learning_rate,
-            stdev_learning_rate=self.stdev_learning_rate,
-            stdev_init=self.sigma,
-            stdev_max_change=self.stdev_max_change,
-            optimizer=ascent,
-            center_init=center,
+        return self.replicated(first, diagonal, self.shaping, self._update, mean_sigma)
+
+    def _update(self, tensors: Tensors, sampled: Sampled, utilities: Tensor) -> Tensors:
+        weights = utilities.float()
+        if self.shaping in ("nes", "raw"):
+            weights = weights - weights.mean()
+        center, sigma, pairs = tensors["center"], tensors["sigma"], len(weights) // 2
+        noise, plus, minus = (
+            sampled.members[0::2] - center,
+            weights[0::2, None],
+            weights[1::2, None],
         )
-        return GaussianSearcher(search, self.shaping)
+        odd, even = (plus - minus) / 2, (plus + minus) / 2
+        gradient = (odd * noise).sum(0) / pairs
+        wider = (even * ((noise**2 - sigma**2) / sigma)).sum(0) / pairs
+        step, moments = ascent(self.optimizer, tensors, gradient, self.learning_rate)
+        wider = held(sigma, sigma + self.stdev_learning_rate * wider, None, self.stdev_max_change)
+        return {"center": center + step, "sigma": wider, **moments}
+
+
+def zeros(kind: str, center: Tensor) -> Tensors:
+    """What an ascent remembers before its first step: Adam's moments, ClipUp's velocity."""
+    if kind == "adam":
+        count = torch.tensor(0.0, dtype=torch.float32, device="cpu")
+        zero = torch.zeros_like(center)
+        return {"adam_mean": zero, "adam_square": zero.clone(), "adam_updates": count}
+    return {"velocity": torch.zeros_like(center)} if kind == "clipup" else {}
+
+
+def ascent(kind: str, moments: Tensors, gradient: Tensor, rate: float) -> tuple[Tensor, Tensors]:
+    """The step of EvoTorch's Adam, ClipUp or SGD, bit for bit, and the moments after it."""
+    if kind == "adam":
+        updates = moments["adam_updates"] + 1
+        count = updates.item()
+        mean = torch.lerp(moments["adam_mean"], gradient, 1 - 0.9)
+        square = (moments["adam_square"] * 0.999).addcmul_(gradient, gradient, value=1 - 0.999)
+        spread = (square.sqrt() / (1 - 0.999**count) ** 0.5).add_(1e-8)
+        step = -torch.zeros_like(gradient).addcdiv_(mean, spread, value=-rate / (1 - 0.9**count))
+        return step, {"adam_mean": mean, "adam_square": square, "adam_updates": updates}
+    if kind == "sgd":
+        return rate * gradient, {}
+    velocity = 0.9 * moments["velocity"]
+    if torch.count_nonzero(gradient):
+        velocity = velocity + gradient / torch.norm(gradient) * rate
+        speed = torch.norm(velocity)
+        if speed > 2 * rate:
+            velocity = velocity * (2 * rate / speed)
+    return velocity, {"velocity": velocity}

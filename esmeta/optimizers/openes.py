@@ -13,26 +13,23 @@ last, and a generation without information (all equal, or all failed) changes no
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
-from torch import Tensor
 
-from esmeta.errors import finite_positive, non_negative, non_negative_int, one_of
-from esmeta.optimizers import _ascent
-from esmeta.optimizers._generation import Scores
-from esmeta.optimizers._noise import Noise, noise_rank
-from esmeta.optimizers._population import Draws
-from esmeta.optimizers._shaping import SHAPINGS, Shaping
-from esmeta.optimizers._sliced import Arrays, SearchState, SlicedOptimizer, in_range
+from esmeta.errors import UserError, finite_positive, non_negative, non_negative_int, one_of
+from esmeta.evolution import ascent
+from esmeta.evolution.noise import noise_rank
+from esmeta.evolution.population import Generation
+from esmeta.evolution.search import Arrays, Rule, SearchState, Sliced
+from esmeta.evolution.shaping import SHAPINGS, Shaping
 from esmeta.options import options_class
 
 
 @options_class
-class Optimizer(SlicedOptimizer):
-    """OpenAI-ES. Options besides those of :class:`SlicedOptimizer`.
+class OpenES:
+    """Options and update of OpenAI-ES, which nres and pes have as well.
 
     Attributes:
+        sigma: standard deviation of the perturbations at the start.
         learning_rate: step size of the ascent.
         optimizer: the ascent: ``adam``, ``clipup`` or ``sgd``.
         weight_decay: pull towards zero, subtracted from g (not decoupled), in units of search. The
@@ -51,8 +48,9 @@ class Optimizer(SlicedOptimizer):
         noise: ``full``, or ``lowrank:r``: matrices are perturbed by matrices of rank r.
     """
 
+    sigma: float = 0.05
     learning_rate: float = 0.02
-    optimizer: _ascent.Kind = "adam"
+    optimizer: ascent.Kind = "adam"
     weight_decay: float = 0.0
     beta1: float = 0.9
     beta2: float = 0.999
@@ -65,54 +63,67 @@ class Optimizer(SlicedOptimizer):
     learning_rate_generations: int = 0
     noise: str = "full"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check_ascent(self) -> None:
+        """Refuse bad values of these options, but for sigma and shaping."""
         finite_positive("learning_rate", self.learning_rate, example=0.02)
-        one_of("optimizer", self.optimizer, _ascent.KINDS)
+        one_of("optimizer", self.optimizer, ascent.KINDS)
         finite_positive("eps", self.eps, example=1e-8)
         for name in ("weight_decay", "sigma_min", "learning_rate_min"):
             non_negative(name, getattr(self, name))
-        for name in ("beta1", "beta2"):
-            in_range(name, getattr(self, name), low_open=False, high_open=True, example=0.9)
-        for name in ("sigma_decay", "learning_rate_decay"):
-            in_range(name, getattr(self, name), low_open=True, high_open=False, example=0.999)
+        for name in ("beta1", "beta2", "sigma_decay", "learning_rate_decay"):
+            value, decays = getattr(self, name), name.endswith("decay")
+            non_negative(name, value, example=0.9)
+            if value > 1 or value == (0 if decays else 1):
+                raise UserError(
+                    f"{name} = {value!r}: must be a number in {'(0, 1]' if decays else '[0, 1)'}; "
+                    f"write for example {name} = {0.999 if decays else 0.9}"
+                )
         non_negative_int("learning_rate_generations", self.learning_rate_generations, example=500)
-        one_of("shaping", self.shaping, SHAPINGS)
         noise_rank(self.noise)
 
-    def _noise(self, shapes: Mapping[str, tuple[int, ...]]) -> Noise:
-        return Noise(shapes, noise_rank(self.noise))
-
-    def _first(self, size: int, unit: np.ndarray) -> Arrays:
-        return _ascent.zeros(self.optimizer, size)
-
-    def _sigma(self, generation: int) -> float:
+    def sigma_at(self, generation: int) -> float:
+        """Standard deviation of the perturbations, in units of search."""
         return max(self.sigma_min, self.sigma * self.sigma_decay**generation)
 
-    def _spread(self, state: SearchState) -> np.ndarray:
-        return self._sigma(state.generation) * state.unit
-
-    def _shaped(self, fitness: Tensor) -> Tensor:
-        return self._weighed(fitness, self.shaping)
-
-    def _update(
-        self, state: SearchState, shaped: np.ndarray, scores: Scores, draws: Draws
-    ) -> tuple[np.ndarray, Arrays]:
-        total, _ = draws.sums(shaped[0::2] - shaped[1::2])
-        return self._ascend(state, total / (len(shaped) * self._sigma(state.generation)))
-
-    def _rate(self, generation: int) -> float:
+    def rate_at(self, generation: int) -> float:
+        """Learning rate."""
         low, rate = self.learning_rate_min, self.learning_rate
         if self.learning_rate_generations:
             rate -= (rate - low) * min(1.0, generation / self.learning_rate_generations)
         return max(low, rate * self.learning_rate_decay**generation)
 
-    def _ascend(self, state: SearchState, gradient: np.ndarray) -> tuple[np.ndarray, Arrays]:
+    def first(self, unit: np.ndarray) -> Arrays:
+        """Moments of the ascent before its first step."""
+        return ascent.zeros(self.optimizer, len(unit))
+
+    def spread(self, state: SearchState) -> np.ndarray:
+        """Standard deviations, float64 ``[D]``."""
+        return self.sigma_at(state.generation) * state.unit
+
+    def update(
+        self, state: SearchState, utilities: np.ndarray, generation: Generation
+    ) -> tuple[np.ndarray, Arrays]:
+        """The equation of this module."""
+        total, _ = generation.drawn.sums(utilities[0::2] - utilities[1::2])
+        gradient = total / (len(utilities) * self.sigma_at(state.generation))
         theta = state.theta.astype(np.float64)
         if self.weight_decay:
             gradient = gradient - self.weight_decay * (theta / state.unit)
-        step, moments = _ascent.follow(
+        step, moments = ascent.follow(
             self.optimizer, state.arrays, gradient, beta1=self.beta1, beta2=self.beta2, eps=self.eps
         )
-        rate = self._rate(state.generation)
-        return theta + rate * state.unit * step, moments
+        return theta + self.rate_at(state.generation) * state.unit * step, moments
+
+
+@options_class
+class Optimizer(OpenES, Sliced):
+    """OpenAI-ES."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_ascent()
+        one_of("shaping", self.shaping, SHAPINGS)
+
+    def rule(self) -> Rule:
+        """Utilities of the generation, and the update above."""
+        return self.sliced(self.first, self.spread, self.shaping, self.update, self.noise)

@@ -16,74 +16,88 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from torch import Tensor
 
 from esmeta.errors import UserError, finite_positive, non_negative, one_of
-from esmeta.optimizers import _ascent
-from esmeta.optimizers._generation import Scores
-from esmeta.optimizers._population import Draws
-from esmeta.optimizers._shaping import SHAPINGS, Shaping
-from esmeta.optimizers._sliced import Arrays, SearchState, SlicedOptimizer
+from esmeta.evolution import ascent
+from esmeta.evolution.population import Generation
+from esmeta.evolution.search import Arrays, Rule, SearchState, Sliced
+from esmeta.evolution.shaping import SHAPINGS, Shaping
 from esmeta.options import options_class
 
 
 @options_class
-class Optimizer(SlicedOptimizer):
-    """PGPE. Options besides those of :class:`SlicedOptimizer`.
+class Options:
+    """Options of PGPE, which ``evotorch_pgpe`` has as well, besides those of every search.
 
     Attributes:
         learning_rate: step size of the centre.
         stdev_learning_rate: step size of the standard deviations.
         stdev_max_change: largest relative change of a standard deviation per generation.
         optimizer: of the centre: ``adam``, ``clipup`` or ``sgd``.
-        weight_decay: pull of the centre towards zero, added to its gradient.
         shaping: ``centered``, ``nes``, ``zscore`` or ``raw``.
     """
 
     learning_rate: float = 0.02
     stdev_learning_rate: float = 0.1
     stdev_max_change: float = 0.2
-    optimizer: _ascent.Kind = "adam"
-    weight_decay: float = 0.0
+    optimizer: ascent.Kind = "adam"
     shaping: Shaping = "centered"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check_rates(self) -> None:
+        """Refuse bad values."""
         finite_positive("learning_rate", self.learning_rate, example=0.02)
         non_negative("stdev_learning_rate", self.stdev_learning_rate, example=0.1)
         finite_positive("stdev_max_change", self.stdev_max_change, example=0.2)
-        non_negative("weight_decay", self.weight_decay)
         if self.stdev_max_change >= 1:
             raise UserError(
                 f"stdev_max_change = {self.stdev_max_change!r}: must be below 1 (a standard "
                 "deviation may not reach zero in one generation); write for example 0.2"
             )
-        one_of("optimizer", self.optimizer, _ascent.KINDS)
+        one_of("optimizer", self.optimizer, ascent.KINDS)
         one_of("shaping", self.shaping, SHAPINGS)
 
-    def _first(self, size: int, unit: np.ndarray) -> Arrays:
-        return {"sigma": self.sigma * unit, **_ascent.zeros(self.optimizer, size)}
 
-    def _spread(self, state: SearchState) -> np.ndarray:
-        return state.arrays["sigma"]
+@options_class
+class Optimizer(Options, Sliced):
+    """PGPE.
 
-    def _shaped(self, fitness: Tensor) -> Tensor:
-        return self._weighed(fitness, self.shaping)
+    Attributes:
+        weight_decay: pull of the centre towards zero, added to its gradient.
+    """
+
+    weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_rates()
+        non_negative("weight_decay", self.weight_decay)
+
+    def rule(self) -> Rule:
+        """The equations above."""
+        return self.sliced(
+            first=lambda unit: {
+                "sigma": self.sigma * unit,
+                **ascent.zeros(self.optimizer, len(unit)),
+            },
+            spread=lambda state: state.arrays["sigma"],
+            shaping=self.shaping,
+            update=self._update,
+        )
 
     def _update(
-        self, state: SearchState, shaped: np.ndarray, scores: Scores, draws: Draws
+        self, state: SearchState, utilities: np.ndarray, generation: Generation
     ) -> tuple[np.ndarray, Arrays]:
         # The sigma gradient needs utilities without a bias.
-        shaped = shaped - math.fsum(shaped.tolist()) / len(shaped)
-        plus, minus, pairs = shaped[0::2], shaped[1::2], len(shaped) // 2
+        utilities = utilities - math.fsum(utilities.tolist()) / len(utilities)
+        plus, minus, pairs = utilities[0::2], utilities[1::2], len(utilities) // 2
         odd, even = (plus - minus) / 2, (plus + minus) / 2
-        first, second = draws.sums(odd, even)
+        first, second = generation.drawn.sums(odd, even)
         sigma, theta = state.arrays["sigma"], state.theta.astype(np.float64)
         # In units of search, as the pull is: follow()'s step is multiplied by the unit again.
         gradient = sigma / state.unit * first / pairs
         if self.weight_decay:
             gradient = gradient - self.weight_decay * (theta / state.unit)
-        step, moments = _ascent.follow(self.optimizer, state.arrays, gradient)
+        step, moments = ascent.follow(self.optimizer, state.arrays, gradient)
         change = sigma * (second - math.fsum(even.tolist())) / pairs * self.stdev_learning_rate
         most = self.stdev_max_change * sigma
         wider = sigma + np.clip(change, -most, most)

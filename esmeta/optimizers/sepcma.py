@@ -16,14 +16,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
-from torch import Tensor
 
 from esmeta.errors import UserError
-from esmeta.optimizers._ascent import exact_norm
-from esmeta.optimizers._generation import Scores
-from esmeta.optimizers._population import Draws
-from esmeta.optimizers._shaping import rank_weighted, utilities
-from esmeta.optimizers._sliced import Arrays, SearchState, SlicedOptimizer
+from esmeta.evolution.ascent import exact_norm
+from esmeta.evolution.population import Generation
+from esmeta.evolution.search import Arrays, Rule, SearchState, Sliced
+from esmeta.evolution.shaping import rank_weighted
 from esmeta.options import options_class
 
 
@@ -70,7 +68,7 @@ def rates(popsize: int, size: int) -> Rates:
 
 
 @options_class
-class Optimizer(SlicedOptimizer):
+class Optimizer(Sliced):
     """Separable CMA-ES; all learning rates follow from popsize and D."""
 
     mirrored: ClassVar[bool] = False
@@ -83,32 +81,36 @@ class Optimizer(SlicedOptimizer):
                 "write optimizer.name = 'openes'"
             )
 
-    def _first(self, size: int, unit: np.ndarray) -> Arrays:
+    def rule(self) -> Rule:
+        """The equations of the tutorial."""
+        return self.sliced(
+            first=self._first,
+            spread=lambda state: float(state.arrays["sigma"]) * state.arrays["stdev"],
+            # Only tells whether there is information; the weights are made in the update.
+            shaping="centered",
+            update=self._update,
+        )
+
+    def _first(self, unit: np.ndarray) -> Arrays:
         return {
             "sigma": np.array(self.sigma),
             "variance": unit * unit,
             "stdev": unit.copy(),
-            "path_sigma": np.zeros(size),
-            "path_c": np.zeros(size),
+            "path_sigma": np.zeros(len(unit)),
+            "path_c": np.zeros(len(unit)),
             "updates": np.array(0),
         }
 
-    def _spread(self, state: SearchState) -> np.ndarray:
-        return float(state.arrays["sigma"]) * state.arrays["stdev"]
-
-    def _shaped(self, fitness: Tensor) -> Tensor:
-        # Only tells whether there is information; the weights are made in the update.
-        return utilities(fitness, "centered")
-
     def _update(
-        self, state: SearchState, shaped: np.ndarray, scores: Scores, draws: Draws
+        self, state: SearchState, utilities: np.ndarray, generation: Generation
     ) -> tuple[np.ndarray, Arrays]:
+        fitness, draws = generation.scores.fitness, generation.drawn
         size, old = len(state.theta), state.arrays
         r = rates(self.popsize, size)
         # A tie across the border of the parents averages the two parts apart.
         positive = [max(0.0, weight) for weight in r.weights]
-        parents = rank_weighted(scores.fitness, positive).numpy()
-        ranked = rank_weighted(scores.fitness, r.weights).numpy()
+        parents = rank_weighted(fitness, positive).numpy()
+        ranked = rank_weighted(fitness, r.weights).numpy()
         norms = draws.square_norms()
         active = np.where(ranked > 0, ranked, size * ranked / norms)
         local, squares = draws.sums(parents, active)

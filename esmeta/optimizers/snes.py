@@ -15,54 +15,67 @@ import math
 from typing import ClassVar
 
 import numpy as np
-from torch import Tensor
 
 from esmeta.errors import finite_positive, one_of
-from esmeta.optimizers._generation import Scores
-from esmeta.optimizers._population import Draws
-from esmeta.optimizers._shaping import SHAPINGS, Shaping
-from esmeta.optimizers._sliced import Arrays, SearchState, SlicedOptimizer
+from esmeta.evolution.population import Generation
+from esmeta.evolution.search import Arrays, Rule, SearchState, Sliced
+from esmeta.evolution.shaping import SHAPINGS, Shaping
 from esmeta.options import options_class
 
 
 @options_class
-class Optimizer(SlicedOptimizer):
-    """SNES; the centre moves with learning rate 1. Options besides SlicedOptimizer's.
+class Options:
+    """Options of natural evolution strategies, besides those of every search.
+
+    The centre moves with learning rate 1.
 
     Attributes:
-        learning_rate: of the log standard deviations; none: 0.2 (3 + ln D) / sqrt(D).
+        learning_rate: of the log standard deviations, or of their matrix; none: 0.2 (3 + ln D) /
+            sqrt(D), for ``xnes`` 0.6 (3 + ln D) / (D sqrt(D)).
         shaping: ``centered``, ``nes``, ``zscore`` or ``raw``; the step size is tuned for ``nes``.
     """
-
-    mirrored: ClassVar[bool] = False
 
     learning_rate: float | None = None
     shaping: Shaping = "nes"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check_rate(self) -> None:
+        """Refuse bad values."""
         if self.learning_rate is not None:
             finite_positive("learning_rate", self.learning_rate, example=0.1)
         one_of("shaping", self.shaping, SHAPINGS)
 
-    def _first(self, size: int, unit: np.ndarray) -> Arrays:
-        return {"sigma": self.sigma * unit}
+    def rate(self, size: int) -> float:
+        """Of the log standard deviations of ``size`` coordinates."""
+        return self.learning_rate or 0.2 * (3 + math.log(size)) / math.sqrt(size)
 
-    def _spread(self, state: SearchState) -> np.ndarray:
-        return state.arrays["sigma"]
 
-    def _shaped(self, fitness: Tensor) -> Tensor:
-        return self._weighed(fitness, self.shaping)
+@options_class
+class Optimizer(Options, Sliced):
+    """SNES."""
+
+    mirrored: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_rate()
+
+    def rule(self) -> Rule:
+        """The equations above."""
+        return self.sliced(
+            first=lambda unit: {"sigma": self.sigma * unit},
+            spread=lambda state: state.arrays["sigma"],
+            shaping=self.shaping,
+            update=self._update,
+        )
 
     def _update(
-        self, state: SearchState, shaped: np.ndarray, scores: Scores, draws: Draws
+        self, state: SearchState, utilities: np.ndarray, generation: Generation
     ) -> tuple[np.ndarray, Arrays]:
         if self.shaping != "nes":
-            shaped = shaped / math.fsum(np.abs(shaped).tolist())
-        first, second = draws.sums(shaped, shaped)
-        size, sigma = len(state.theta), state.arrays["sigma"]
-        rate = self.learning_rate or 0.2 * (3 + math.log(size)) / math.sqrt(size)
-        growth = exact_exp(0.5 * rate * (second - math.fsum(shaped.tolist())))
+            utilities = utilities / math.fsum(np.abs(utilities).tolist())
+        first, second = generation.drawn.sums(utilities, utilities)
+        sigma, rate = state.arrays["sigma"], self.rate(len(state.theta))
+        growth = exact_exp(0.5 * rate * (second - math.fsum(utilities.tolist())))
         return state.theta.astype(np.float64) + sigma * first, {"sigma": sigma * growth}
 
 

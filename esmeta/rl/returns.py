@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+
 def gae(
     reward: Tensor,
     value: Tensor,

@@ -62,7 +62,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=32)
     args = parser.parse_args()
     parts = train.build(configs.resolve(configs.load(args.preset)))
-    evaluator = PopulationEvaluator(parts.policy, parts.task, trials=parts.config.trials)
+    evaluator = PopulationEvaluator(
+        parts.objective.policy, parts.config.task.instance, trials=parts.config.trials
+    )
     sigma = float(getattr(parts.config.optimizer.instance, "sigma", 0.1))
     state = parts.state
     for generations in (0, args.generations):

@@ -145,6 +145,24 @@ def averaged_over_ties(weights: list[float], counts: np.ndarray) -> np.ndarray:
     )
 
 
+def differences(fitness: Tensor, kind: str) -> Tensor:
+    """Half the difference of each mirrored pair, with both signs: float64 ``[N]``.
+
+    Pairs in which a member failed (NaN or infinite fitness) have weight 0. ``zscore`` divides by
+    the root mean square of the others' differences, ``raw`` by nothing. All zero where no pair
+    says anything.
+    """
+    values = fitness.numpy().reshape(-1, 2)
+    with np.errstate(invalid="ignore", over="ignore"):
+        change = values[:, 0] - values[:, 1]
+    whole = np.isfinite(change)
+    change = np.where(whole, change, 0.0)
+    if kind == "zscore" and change.any():
+        change = _scaled_down(change)
+        change = change / math.sqrt(math.fsum((change * change).tolist()) / int(whole.sum()))
+    return torch.from_numpy(np.stack([change / 2, -change / 2], axis=1).reshape(-1))
+
+
 def rank_weighted(fitness: Tensor, weights: list[float]) -> Tensor:
     """Give ``weights`` (best first) to the members by rank, averaged over ties, float64 ``[N]``.
 
@@ -158,8 +176,12 @@ def rank_weighted(fitness: Tensor, weights: list[float]) -> Tensor:
 
 
 def _standardised(values: np.ndarray) -> np.ndarray:
-    # Scaling by a power of two first is exact and keeps squares of huge returns finite.
-    values = np.ldexp(values, -math.frexp(float(np.abs(values).max()))[1])
+    values = _scaled_down(values)
     centred = values - math.fsum(values) / len(values)
     std = math.sqrt(math.fsum(centred * centred) / len(values))
     return centred / std if std > 0 else np.zeros_like(values)
+
+
+def _scaled_down(values: np.ndarray) -> np.ndarray:
+    # Scaling by a power of two is exact and keeps squares of huge returns finite.
+    return np.ldexp(values, -math.frexp(float(np.abs(values).max()))[1])
