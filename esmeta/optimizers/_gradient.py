@@ -75,10 +75,10 @@ class GradientOptimizer:
 
     def load_state_dict(self, saved: dict[str, Any], theta: Params) -> Any:
         """The inverse of :meth:`state_dict`."""
-        device = next(iter(theta.values())).device
+        like = next(iter(theta.values()))
         names = ("theta", "first_moment", "second_moment")
-        flat, first, second = (saved[name].to(device).unsqueeze(0) for name in names)
-        updates = torch.full((1,), saved["adam_steps"], dtype=torch.int64, device=device)
+        flat, first, second = (saved[name].to(like.device).unsqueeze(0) for name in names)
+        updates = torch.full((1,), saved["adam_steps"], dtype=torch.int64, device=like.device)
         return GradientState(flat, Adam(first, second, updates), saved["update"], shapes_of(theta))
 
 
