@@ -197,7 +197,7 @@ def back(segment: Segment, carried: Carried) -> tuple[Adjoints, Carried]:
     change = outer(rows.pres_stack, k.gain * rows.posts_stack).split(batch, 1)
     weights = _weights(segment, change)
     grad_w, start, alpha, decay = carried
-    trace: list[Adjoints] = []
+    trace: list[_Step] = []
     for i in reversed(range(len(steps))):
         alpha = torch.addcmul(alpha, grad_w, change[i])
         decay = decay + (grad_w * weights[i]).sum((2, 3))
@@ -207,8 +207,28 @@ def back(segment: Segment, carried: Carried) -> tuple[Adjoints, Carried]:
         if mask is not None:
             start = start + grad_w.masked_fill(~mask, 0)
             grad_w = grad_w.masked_fill(mask, 0)
-    adjoints = Adjoints._make(torch.stack(leaves[::-1]) for leaves in zip(*trace, strict=True))
+    *rounds, x = zip(*reversed(trace), strict=True)
+    adjoints = Adjoints._make((*map(_by_step, rounds), torch.stack(x)))
     return adjoints, Carried(grad_w, start, alpha, decay)
+
+
+class _Step(NamedTuple):
+    """:class:`Adjoints` of one step, by round ``[P, B, n]``; ``written`` is ``[P, B, S, n]``."""
+
+    post: list[Tensor]
+    drive: list[Tensor]
+    pull: list[Tensor]
+    pre: list[Tensor]
+    written: list[Tensor]
+    x: Tensor
+
+
+def _by_step(steps: Sequence[list[Tensor]]) -> Tensor:
+    # [k, P B, S, n]
+    stacked = torch.stack([table for step in steps for table in step])
+    if stacked.dim() == 4:
+        stacked = stacked.unflatten(0, (len(steps), -1)).permute(0, 2, 3, 1, 4)
+    return stacked.flatten(1, 2)
 
 
 backward = functools.partial(sweep, back)
@@ -231,8 +251,8 @@ def _weights(segment: Segment, changes: Sequence[Tensor]) -> list[Tensor]:
 
 def _step_back(
     k: Constants, rows: Rows, w_t: Tensor, grad_w: Tensor, grad_y: Tensor
-) -> tuple[Adjoints, Tensor]:
-    """Through one step; its :class:`Adjoints`, without the axis of steps, and dJ/dW."""
+) -> tuple[_Step, Tensor]:
+    """Through one step: what it hands out, and dJ/dW."""
     shape = rows.posts_stack.shape
     depth, neurons = shape[2:]
     stacks = (rows.pres_stack, rows.posts_stack, rows.decayed)
@@ -263,10 +283,10 @@ def _step_back(
             post[s - 1] = post[s - 1] + k.spec.back(k.write, rows.kept[s - 1], pre[s - 1])
         drive.append(z)
         pull.append(pulled)
-    rounds = (post[1:], drive[::-1], pull[::-1], pre[:depth])
-    tables = [torch.stack(table, 2).view(posts.shape) for table in rounds]
-    before = torch.bmm(decayed.mT, tables[1]).view(grad_w.shape).addcmul_(k.decay_out, grad_w)
-    return Adjoints._make((*tables, written.view(posts.shape), post[0])), before
+    drive.reverse()
+    driven = torch.stack(drive, 2).view(posts.shape)
+    before = torch.bmm(decayed.mT, driven).view(grad_w.shape).addcmul_(k.decay_out, grad_w)
+    return _Step(post[1:], drive, pull[::-1], pre[:depth], [written], post[0]), before
 
 
 def _spread_back(k: Constants, correction: Tensor, error: Tensor) -> Tensor:

@@ -16,9 +16,9 @@ import sys
 
 import llvmlite.binding as llvm
 from backward import Backward
-from block import Machine
 from dense import Dense
 from forward import Forward
+from kernel import Machine, Size
 from llvmlite import ir
 from writer import I64, PTR
 
@@ -46,7 +46,7 @@ def machine_code(kind: str, row: int, words: list[str], processor: str = "") -> 
         *numbers, rule = words
         neurons, depth, alpha = map(int, numbers)
         build = Forward if kind == "plastic" else Backward
-        build(function, neurons, depth, alpha == 1, rule == "linear", on).run()
+        build(function, Size(neurons, depth, alpha == 1, rule), on).run()
     else:
         squash, parts, *widths = map(int, words)
         Dense(function, widths[:parts], widths[parts:], squash == 1, on).run()

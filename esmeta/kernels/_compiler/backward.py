@@ -7,12 +7,10 @@ machine, so that bits are the same everywhere.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
-from block import Machine, Shape, product
+from kernel import Kernel, Machine, Shape, Size, product
 from llvmlite import ir
-from writer import F32, I8, Writer, pieces
+from writer import Index, Place, Vector, Whole, fma, pieces
+from writes import WRITES
 
 POINTERS = (
     "posts pres slopes responses first start mask alpha_t alpha kappa composite write grad_y "
@@ -21,306 +19,238 @@ POINTERS = (
 SIZES = ("steps", "population", "batch", "starts")
 """The table that the function gets; shapes as in ``_segments``.
 
-``alpha_t`` is transposed, ``alpha`` and ``write`` (A) are not; ``weights`` ``[k, P B, n, n]`` is
-room; ``starts`` is the second axis of ``start`` (0: no resets).
+``alpha_t`` is transposed, ``alpha`` and ``write`` are not; ``weights`` ``[k, P B, n, n]`` is room;
+``starts`` is the second axis of ``start`` (0: no resets).
 """
 
 
-class Backward:
+class Backward(Kernel):
     """The function for one size; a block is a trial."""
 
-    def __init__(
-        self,
-        function: ir.Function,
-        neurons: int,
-        depth: int,
-        alpha: bool,
-        linear: bool,
-        on: Machine,
-    ) -> None:
-        self.w = Writer(function)
-        self.n, self.depth, self.alpha, self.linear, self.on = neurons, depth, alpha, linear, on
-        self.columns = pieces(neurons, 16)
-        self.shape = Shape(neurons, neurons)
-        table, self.low, self.high = function.args
-        self.of = self.w.table(table, POINTERS, SIZES)
-        tables = ("V", "U", "post_", "pre_", "gain", "heard", "driven")
-        self.rows = {name: self.w.room(F32, (depth + 1) * neurons) for name in tables}
-        if not linear:
-            self.rows["U"], self.rows["pre_"] = self.rows["V"], self.rows["post_"]
-        self.line = {k: self.w.room(F32, neurons) for k in ("g", "z", "error", "extra", "pulled")}
-        self.D = self.w.room(F32, neurons * neurons)
+    def __init__(self, function: ir.Function, size: Size, on: Machine) -> None:
+        n = size.neurons
+        super().__init__(function, size, on, Shape(n, n), (POINTERS, SIZES))
+        self.write = WRITES[self.rule]
+        self.columns = pieces(n, 16)
+        tables = ("V", "U", "post", "pre", "gain", "heard", "driven")
+        self.rows = {name: self.w.room((self.depth + 1) * n) for name in tables}
+        if self.write is None:
+            self.rows["U"], self.rows["pre"] = self.rows["V"], self.rows["post"]
+        lines = ("g", "z", "error", "extra", "pulled")
+        self.g, self.z, self.error, self.extra, self.pulled = (self.w.room(n) for _ in lines)
+        self.D = self.w.room(n * n)
 
     def run(self) -> None:
         """Trials ``low`` to ``high``, each through the segment and back."""
-        w, of = self.w, self.of
-        with w.loop(self.low, self.high) as trial:
-            p = w.b.sdiv(trial, of["batch"])
-            kappa = w.at(of["kappa"], w.mul(p, self.depth * (self.depth + 1)))
-            composite = w.at(of["composite"], w.mul(p, (self.depth + 1) ** 2))
-            final = w.at(composite, self.depth * (self.depth + 1))
-            with w.loop(0, of["steps"]) as step:
+        w, steps = self.w, self.size["steps"]
+        with w.loop(w.low, w.high) as trial:
+            p = trial // self.size["batch"]
+            kappa, composite, final = self.coefficients(p)
+            with w.loop(0, steps) as step:
                 self._rebuild(p, trial, step, final)
-            with w.loop(0, of["steps"]) as done:
-                step = w.b.sub(w.b.sub(of["steps"], w.whole(1)), done)
-                self._back(p, trial, step, kappa, composite)
+            last = steps - 1
+            with w.loop(0, steps) as done:
+                self._back(p, trial, last - done, kappa, composite, final)
         w.b.ret_void()
 
-    # Where things lie -----------------------------------------------------------------------
-
-    def _place(self, step: Any, trial: Any) -> Any:
+    def _place(self, step: Whole, trial: Whole) -> Whole:
         """The number of a trial at a step."""
-        w, of = self.w, self.of
-        return w.add(w.mul(step, w.mul(of["population"], of["batch"])), trial)
+        return step * (self.size["population"] * self.size["batch"]) + trial
 
-    def _matrix(self, name: str, index: Any) -> Any:
-        return self.w.at(self.of[name], self.w.mul(index, self.shape.size))
+    def _row(self, name: str, s: Index) -> Place:
+        return self.rows[name] + s * self.n
 
-    def _row(self, name: str, s: Any) -> Any:
-        return self.w.at(self.rows[name], self.w.mul(s, self.n))
-
-    def _load_rounds(self, place: Any, final: Any) -> None:
+    def _load_rounds(self, place: Whole, final: Place) -> None:
         """V, U and c_{S,l} V_l of one step."""
-        w, length = self.w, self.depth * self.n
-        w.copy(length, w.at(self.of["posts"], w.mul(place, length)), self.rows["V"])
-        if self.linear:
-            w.copy(length, w.at(self.of["pres"], w.mul(place, length)), self.rows["U"])
+        length = self.depth * self.n
+        (self.at["posts"] + place * length).copy_to(self.rows["V"], length)
+        if self.write is not None:
+            (self.at["pres"] + place * length).copy_to(self.rows["U"], length)
         for s in range(self.depth):
-            self._each(lambda at, k, s=s: self._gain(final, s, at, k))
+            V, gain = self._row("V", s), self._row("gain", s)
+            for at, width in self.columns:
+                gain[at] = final.copies(1 + s, width) * V[at, width]
 
-    def _gain(self, final: Any, s: int, at: int, width: int) -> None:
-        w = self.w
-        value = w.b.fmul(w.copies(final, 1 + s, width), w.load(self._row("V", s), at, width))
-        w.store(value, self._row("gain", s), at)
-
-    def _each(self, body: Callable[[int, int], None]) -> None:
-        for at, width in self.columns:
-            body(at, width)
-
-    def _change(self, i: Any, at: int, width: int) -> Any:
+    def _change(self, i: Whole, at: int, width: int) -> Vector:
         """``sum_l U_l[i] c_{S,l} V_l`` on some columns, the write before alpha."""
-        w, total = self.w, None
-        for s in range(self.depth):
-            left = w.copies(self._row("U", s), i, width)
-            right = w.load(self._row("gain", s), at, width)
-            total = w.b.fmul(left, right) if total is None else w.fma(left, right, total)
+        total = self._row("U", 0).copies(i, width) * self._row("gain", 0)[at, width]
+        for s in range(1, self.depth):
+            left, right = self._row("U", s).copies(i, width), self._row("gain", s)[at, width]
+            total = fma(left, right, total)
         return total
 
-    def _copy(self, source: Any, target: Any) -> None:
-        with self.w.loop(0, self.n) as i:
-            row = self.w.mul(i, self.n)
-            self.w.copy(self.n, self.w.at(source, row), self.w.at(target, row))
-
-    def _is_new(self, place: Any) -> Any:
-        mark = self.w.b.load(self.w.at(self.of["mask"], place, I8), typ=I8)
-        return self.w.b.icmp_signed("!=", mark, ir.Constant(I8, 0))
-
-    # Forward again --------------------------------------------------------------------------
-
-    def _rebuild(self, p: Any, trial: Any, step: Any, final: Any) -> None:
+    def _rebuild(self, p: Whole, trial: Whole, step: Whole, final: Place) -> None:
         """The fast weights before this step, and from them those before the next one."""
-        w, of = self.w, self.of
-        place = self._place(step, trial)
-        here = self._matrix("weights", place)
-        with w.b.if_then(w.b.icmp_signed("==", step, w.whole(0))):
-            self._copy(self._matrix("first", trial), here)
-        with w.b.if_then(w.b.icmp_signed("!=", of["starts"], w.whole(0))):
-            with w.b.if_then(self._is_new(place)):
-                last = w.b.sub(of["starts"], w.whole(1))
-                own = w.least(w.b.srem(trial, of["batch"]), last)
-                fresh = w.add(w.mul(p, of["starts"]), own)
-                self._copy(self._matrix("start", fresh), here)
-        more = w.b.icmp_signed("<", w.add(step, 1), of["steps"])
-        with w.b.if_then(more):
+        w, place = self.w, self._place(step, trial)
+        here = self.matrix("weights", place)
+        with w.when(step.compare("==", 0)):
+            self.copy(self.matrix("first", trial), here)
+        with w.when(self.may_start()):
+            with w.when(self.at["mask"].marked(place)):
+                self.copy(self.start(p, trial % self.size["batch"]), here)
+        with w.when((step + 1).compare("<", self.size["steps"])):
             self._load_rounds(place, final)
-            there = self._matrix("weights", self._place(w.add(step, 1), trial))
-            alpha = self._matrix("alpha_t", p)
+            there = self.matrix("weights", self._place(step + 1, trial))
+            alpha = self.matrix("alpha_t", p)
             with w.loop(0, self.n) as i:
                 for at, width in self.columns:
-                    index = w.add(w.mul(i, self.n), at)
+                    index = i * self.n + at
                     change = self._change(i, at, width)
                     if self.alpha:
-                        change = w.b.fmul(w.load(alpha, index, width), change)
-                    old = w.load(here, index, width)
-                    w.store(w.fma(w.copies(final, 0, width), old, change), there, index)
+                        change = alpha[index, width] * change
+                    there[index] = fma(final.copies(0, width), here[index, width], change)
 
-    # Back -----------------------------------------------------------------------------------
-
-    def _back(self, p: Any, trial: Any, step: Any, kappa: Any, composite: Any) -> None:
-        w, of, n = self.w, self.of, self.n
+    def _back(
+        self, p: Whole, trial: Whole, step: Whole, kappa: Place, composite: Place, final: Place
+    ) -> None:
+        w, n, length = self.w, self.n, self.depth * self.n
         place = self._place(step, trial)
-        final = w.at(composite, self.depth * (self.depth + 1))
         self._load_rounds(place, final)
-        weights, G = self._matrix("weights", place), self._matrix("grad_w", trial)
+        weights, G = self.matrix("weights", place), self.matrix("grad_w", trial)
         self._write_back(p, trial, place, final, weights, G)
-        w.copy(n, w.at(of["grad_y"], w.mul(place, n)), self.line["g"])
+        (self.at["grad_y"] + place * n).copy_to(self.g, n)
         for s in range(self.depth, 0, -1):
             self._round(s, p, place, kappa, composite, weights)
-        w.copy(n, self.line["g"], w.at(of["grad_x"], w.mul(place, n)))
-        length = self.depth * n
-        w.copy(length, self.rows["pre_"], w.at(of["pre"], w.mul(place, length)))
+        self.g.copy_to(self.at["grad_x"] + place * n, n)
+        self.rows["pre"].copy_to(self.at["pre"] + place * length, length)
         with w.loop(0, n) as i:
             for at, width in self.columns:
-                index = w.add(w.mul(i, n), at)
-                total = w.b.fmul(w.copies(final, 0, width), w.load(G, index, width))
+                index = i * n + at
+                total = final.copies(0, width) * G[index, width]
                 for s in range(self.depth):
-                    left = w.copies(self._row("V", s), i, width)
-                    total = w.fma(left, w.load(self._row("driven", s), at, width), total)
-                w.store(total, G, index)
-        with w.b.if_then(w.b.icmp_signed("!=", of["starts"], w.whole(0))):
-            with w.b.if_then(self._is_new(place)):
-                self._to_start(G, self._matrix("grad_start", trial))
+                    driven = self._row("driven", s)[at, width]
+                    total = fma(self._row("V", s).copies(i, width), driven, total)
+                G[index] = total
+        with w.when(self.may_start()):
+            with w.when(self.at["mask"].marked(place)):
+                self._to_start(G, self.matrix("grad_start", trial))
 
-    def _to_start(self, G: Any, start: Any) -> None:
+    def _to_start(self, G: Place, start: Place) -> None:
         """``start += G``, ``G = 0``."""
-        w = self.w
-        with w.loop(0, self.n) as i:
+        with self.w.loop(0, self.n) as i:
             for at, width in self.columns:
-                index = w.add(w.mul(i, self.n), at)
-                both = w.b.fadd(w.load(start, index, width), w.load(G, index, width))
-                w.store(both, start, index)
-                w.store(w.zero(width), G, index)
+                index = i * self.n + at
+                start[index] = start[index, width] + G[index, width]
+                G[index] = self.w.zero(width)
 
-    def _write_back(self, p: Any, trial: Any, place: Any, final: Any, weights: Any, G: Any) -> None:
+    def _write_back(
+        self, p: Whole, trial: Whole, place: Whole, final: Place, weights: Place, G: Place
+    ) -> None:
         """Through the write: sums over G, D U_l and D^T V_l, and the first gradients of rounds."""
-        w, of, n = self.w, self.of, self.n
-        alpha, d_alpha = self._matrix("alpha_t", p), self._matrix("grad_alpha", trial)
+        w, n, extra, rounds = self.w, self.n, self.extra, range(self.depth)
+        alpha, d_alpha = self.matrix("alpha_t", p), self.matrix("grad_alpha", trial)
         D = self.D if self.alpha else G
-        self._each(lambda at, k: w.store(w.zero(k), self.line["extra"], at))
+        for at, width in self.columns:
+            extra[at] = w.zero(width)
         with w.loop(0, n) as i:
             for at, width in self.columns:
-                index = w.add(w.mul(i, n), at)
-                g = w.load(G, index, width)
-                seen = w.fma(
-                    g, w.load(weights, index, width), w.load(self.line["extra"], at, width)
-                )
-                w.store(seen, self.line["extra"], at)
+                index = i * n + at
+                g = G[index, width]
+                extra[at] = fma(g, weights[index, width], extra[at, width])
                 if self.alpha:
-                    total = w.fma(g, self._change(i, at, width), w.load(d_alpha, index, width))
-                    w.store(total, d_alpha, index)
-                    w.store(w.b.fmul(w.load(alpha, index, width), g), D, index)
-        decay = w.load(of["grad_decay"], trial, 1)
-        w.store(w.b.fadd(decay, self._total(self.line["extra"])), of["grad_decay"], trial)
-        length = self.depth * n
+                    change = self._change(i, at, width)
+                    d_alpha[index] = fma(g, change, d_alpha[index, width])
+                    D[index] = alpha[index, width] * g
+        decay = self.at["grad_decay"]
+        decay[trial] = decay[trial, 1] + self._total(extra)
+        written = self.at["written"] + place * (self.depth * n)
 
-        def written(s: int, at: int, value: Any) -> None:
-            w.store(value, of["written"], w.add(w.mul(place, length), s * n + at))
-            gain = w.copies(final, 1 + s, value.type.count)
-            w.store(w.b.fmul(gain, value), self._row("post_", s), at)
+        def take(s: int, at: int, value: Vector) -> None:
+            written[s * n + at] = value
+            self._row("post", s)[at] = final.copies(1 + s, value.width) * value
 
-        rows = [self._row("U", s) for s in range(self.depth)]
-        product(w, self.on, rows, D, self.shape, written)
-        self._dots(D, [(self._row("V", s), self._row("heard", s)) for s in range(self.depth)])
-        for s in range(self.depth):
+        product(w, self.on, [self._row("U", s) for s in rounds], D, self.shape, take)
+        self._dots(D, [(self._row("V", s), self._row("heard", s)) for s in rounds])
+        for s in rounds:
             for at, width in self.columns:
-                value = w.b.fmul(
-                    w.copies(final, 1 + s, width), w.load(self._row("heard", s), at, width)
-                )
-                if not self.linear:
+                value = final.copies(1 + s, width) * self._row("heard", s)[at, width]
+                if self.write is None:
                     # In the base rule U_j is V_j: one table takes both gradients.
-                    value = w.b.fadd(value, w.load(self._row("post_", s), at, width))
-                w.store(value, self._row("pre_", s), at)
+                    value = value + self._row("post", s)[at, width]
+                self._row("pre", s)[at] = value
 
-    def _round(self, s: int, p: Any, place: Any, kappa: Any, composite: Any, weights: Any) -> None:
+    def _round(
+        self, s: int, p: Whole, place: Whole, kappa: Place, composite: Place, weights: Place
+    ) -> None:
         """From g_s to g_{s-1}."""
-        w, of, n, depth = self.w, self.of, self.n, self.depth
-        line, g, z = w.add(w.mul(place, depth * n), (s - 1) * n), self.line["g"], self.line["z"]
-        row = w.at(composite, (s - 1) * (depth + 1))
+        w, g, extra, before = self.w, self.g, self.extra, self._row("post", s - 1)
+        kappa, row = (t + (s - 1) * (self.depth + 1) for t in (kappa, composite))
+        line = place * (self.depth * self.n) + (s - 1) * self.n
+        slopes, post, drive, pull = (self.at[k] + line for k in ("slopes", "post", "drive", "pull"))
         for at, width in self.columns:
-            value = w.load(g, at, width)
-            driven = w.b.fmul(value, w.load(of["slopes"], w.add(line, at), width))
-            w.store(value, of["post"], w.add(line, at))
-            w.store(driven, of["drive"], w.add(line, at))
-            w.store(driven, z, at)
-            decayed = w.b.fmul(w.copies(row, 0, width), driven)
-            w.store(decayed, self._row("driven", s - 1), at)
-            w.store(w.zero(width), self.line["extra"], at)
-            for before in range(s):
-                k = w.copies(kappa, (s - 1) * (depth + 1) + before, width)
-                post = self._row("post_", before)
-                w.store(w.fma(k, value, w.load(post, at, width)), post, at)
+            value = g[at, width]
+            driven = value * slopes[at, width]
+            post[at], drive[at], self.z[at] = value, driven, driven
+            self._row("driven", s - 1)[at] = row.copies(0, width) * driven
+            extra[at] = w.zero(width)
+            for k in range(s):
+                other = self._row("post", k)
+                other[at] = fma(kappa.copies(k, width), value, other[at, width])
         if s > 1:
             with w.loop(0, s - 1) as j:
                 self._correction(s, j, p, place, row)
-        self._dots(weights, [(z, self.line["pulled"])])
-        if self.linear:
-            write = self._matrix("write", p)
+        self._dots(weights, [(self.z, self.pulled)])
+        if self.write is not None:
+            tensors = self.at["write"] + p * self.write.numbers(self.shape)
 
-            def own(_: int, at: int, value: Any) -> None:
-                extra = w.load(self.line["extra"], at, value.type.count)
-                w.store(w.b.fadd(extra, value), self.line["extra"], at)
+            def take(_: int, at: int, value: Vector) -> None:
+                extra[at] = extra[at, value.width] + value
 
-            product(w, self.on, [self._row("pre_", s - 1)], write, self.shape, own)
+            rows = [self._row("pre", s - 1)]
+            self.write.back(w, self.on, rows, tensors, self.shape, take)
         for at, width in self.columns:
-            pulled = w.load(self.line["pulled"], at, width)
-            w.store(pulled, of["pull"], w.add(line, at))
-            value = w.b.fadd(
-                w.load(self._row("post_", s - 1), at, width), w.load(self.line["extra"], at, width)
-            )
-            w.store(w.fma(w.copies(row, 0, width), pulled, value), g, at)
+            pulled = self.pulled[at, width]
+            pull[at] = pulled
+            g[at] = fma(row.copies(0, width), pulled, before[at, width] + extra[at, width])
 
-    def _correction(self, s: int, j: Any, p: Any, place: Any, row: Any) -> None:
+    def _correction(self, s: int, j: Whole, p: Whole, place: Whole, row: Place) -> None:
         """What the correction by the j-th write passes back."""
-        w, n, z, error = self.w, self.n, self.line["z"], self.line["error"]
-        last = self._row("V", s - 1)
+        z, error, extra, last = self.z, self.error, self.extra, self._row("V", s - 1)
+        V, U, post, pre = (self._row(name, j) for name in ("V", "U", "post", "pre"))
         for at, width in self.columns:
-            both = w.b.fmul(w.load(z, at, width), w.load(self._row("V", j), at, width))
-            w.store(both, error, at)
-        triangle = w.mul(place, self.depth * (self.depth - 1) // 2)
-        response = w.mul(w.add(triangle, (s - 1) * (s - 2) // 2, j), n)
-        c = w.at(row, w.add(j, 1))
+            error[at] = z[at, width] * V[at, width]
+        triangle = place * (self.depth * (self.depth - 1) // 2) + (s - 1) * (s - 2) // 2
+        responses, c = self.at["responses"] + (triangle + j) * self.n, row + (j + 1)
 
-        def take(_: int, at: int, value: Any) -> None:
-            width = value.type.count
-            value = w.b.fmul(w.copies(c, 0, width), value)
-            post, pre = self._row("post_", j), self._row("pre_", j)
-            heard = w.load(self.of["responses"], w.add(response, at), width)
-            w.store(w.fma(w.load(z, at, width), heard, w.load(post, at, width)), post, at)
-            w.store(w.fma(value, w.load(last, at, width), w.load(pre, at, width)), pre, at)
-            extra = w.load(self.line["extra"], at, width)
-            left = w.load(self._row("U", j), at, width)
-            w.store(w.fma(value, left, extra), self.line["extra"], at)
+        def take(_: int, at: int, value: Vector) -> None:
+            width = value.width
+            value = c.copies(0, width) * value
+            post[at] = fma(z[at, width], responses[at, width], post[at, width])
+            pre[at] = fma(value, last[at, width], pre[at, width])
+            extra[at] = fma(value, U[at, width], extra[at, width])
 
         if self.alpha:
-            product(w, self.on, [error], self._matrix("alpha", p), self.shape, take)
+            product(self.w, self.on, [error], self.matrix("alpha", p), self.shape, take)
         else:
-            total = w.b.extract_element(self._total(error), w.whole(0))
+            total = self._total(error)
             for at, width in self.columns:
-                take(0, at, w.splat(total, width))
+                take(0, at, total.first(width))
 
-    # Sums over columns ----------------------------------------------------------------------
-
-    def _dots(self, matrix: Any, pairs: list[tuple[Any, Any]]) -> None:
+    def _dots(self, matrix: Place, pairs: list[tuple[Place, Place]]) -> None:
         """``out[i] = matrix[i] . vector`` for pairs of vector and out."""
-        w = self.w
-        with w.loop(0, self.n) as i:
-            loaded = [w.load(matrix, w.add(w.mul(i, self.n), at), k) for at, k in self.columns]
+        with self.w.loop(0, self.n) as i:
+            loaded = [matrix[i * self.n + at, width] for at, width in self.columns]
             for vector, out in pairs:
-                w.store(self._dot(loaded, vector), out, i)
+                sums: dict[int, Vector] = {}
+                for (at, width), part in zip(self.columns, loaded, strict=True):
+                    other, known = vector[at, width], sums.get(width)
+                    sums[width] = part * other if known is None else fma(part, other, known)
+                out[i] = _across(sums)
 
-    def _dot(self, parts: list[Any], vector: Any) -> Any:
-        w, sums = self.w, {}
-        for (at, width), part in zip(self.columns, parts, strict=True):
-            other = w.load(vector, at, width)
-            if width in sums:
-                sums[width] = w.fma(part, other, sums[width])
-            else:
-                sums[width] = w.b.fmul(part, other)
-        return self._across(sums)
-
-    def _total(self, vector: Any) -> Any:
-        w, sums = self.w, {}
+    def _total(self, vector: Place) -> Vector:
+        sums: dict[int, Vector] = {}
         for at, width in self.columns:
-            value = w.load(vector, at, width)
-            sums[width] = w.b.fadd(sums[width], value) if width in sums else value
-        return self._across(sums)
+            value, known = vector[at, width], sums.get(width)
+            sums[width] = value if known is None else known + value
+        return _across(sums)
 
-    def _across(self, sums: dict[int, Any]) -> Any:
-        """The sum of all that is in some vectors, by halves, as a vector of one."""
-        width, total = max(sums), sums[max(sums)]
-        while width > 1:
-            width //= 2
-            total = self.w.b.fadd(self.w.part(total, 0, width), self.w.part(total, width, width))
-            if width in sums:
-                total = self.w.b.fadd(total, sums[width])
-        return total
+
+def _across(sums: dict[int, Vector]) -> Vector:
+    """The sum of all that is in some vectors, by halves, as a vector of one."""
+    width, total = max(sums), sums[max(sums)]
+    while width > 1:
+        width //= 2
+        total = total.part(0, width) + total.part(width, width)
+        if width in sums:
+            total = total + sums[width]
+    return total

@@ -1,11 +1,11 @@
-"""Writes LLVM instructions: loops, sums that stay in registers, vectors of float32."""
+"""LLVM instructions written as arithmetic: numbers, places in memory, vectors of float32, loops."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 from llvmlite import ir
 
@@ -15,118 +15,213 @@ Piece = tuple[int, int]
 """Offset and width of a vector within a row."""
 
 
-class Writer:
-    """Writes instructions; numbers known now may be given as int, and vectors are of float32."""
+class _Value:
+    """What is known when the function runs."""
 
-    def __init__(self, function: ir.Function) -> None:
-        self.b = ir.IRBuilder(function.append_basic_block())
+    def __init__(self, b: ir.IRBuilder, value: Any) -> None:
+        self.b, self.value = b, value
 
-    def table(self, base: Any, pointers: Sequence[str], sizes: Sequence[str]) -> dict[str, Any]:
-        """The entries of a table of addresses and then sizes, by name."""
-        kinds = [(name, PTR) for name in pointers] + [(name, I64) for name in sizes]
-        return {
-            name: self.b.load(self.at(base, k, I64), typ=kind, align=8)
-            for k, (name, kind) in enumerate(kinds)
-        }
 
-    def whole(self, value: Any) -> Any:
-        return ir.Constant(I64, value) if isinstance(value, int) else value
+def _whole(number: Any) -> Any:
+    return ir.Constant(I64, number) if isinstance(number, int) else number.value
 
-    def add(self, *terms: Any) -> Any:
-        total: Any = sum(t for t in terms if isinstance(t, int))
-        for term in terms:
-            if not isinstance(term, int):
-                total = term if isinstance(total, int) and total == 0 else self._sum(total, term)
-        return total
 
-    def _sum(self, left: Any, right: Any) -> Any:
-        return self.b.add(self.whole(left), right)
+V = TypeVar("V", bound=_Value)
 
-    def mul(self, left: Any, right: Any) -> Any:
-        if isinstance(left, int) and isinstance(right, int):
-            return left * right
-        return self.b.mul(self.whole(left), self.whole(right))
 
-    def at(self, base: Any, index: Any, kind: Any = F32) -> Any:
-        return self.b.gep(base, [self.whole(index)], source_etype=kind)
+def _operator(name: str) -> Callable[[V, V | int], V]:
+    """An operation of two values of one kind; the right one may be an int."""
+    return lambda left, right: type(left)(left.b, getattr(left.b, name)(left.value, _whole(right)))
 
-    def load(self, base: Any, index: Any, width: int) -> Any:
-        return self.b.load(self.at(base, index), align=4, typ=ir.VectorType(F32, width))
 
-    def store(self, value: Any, base: Any, index: Any) -> None:
-        self.b.store(value, self.at(base, index), align=4)
+class Truth(_Value):
+    """Yes or no."""
 
-    def zero(self, width: int) -> Any:
-        return ir.Constant(ir.VectorType(F32, width), None)
+    __and__, __or__ = _operator("and_"), _operator("or_")
 
-    def copies(self, base: Any, index: Any, width: int) -> Any:
-        """One number of memory in all places of a vector."""
-        return self.splat(self.b.load(self.at(base, index), align=4, typ=F32), width)
+    def __invert__(self) -> Truth:
+        return Truth(self.b, self.b.not_(self.value))
 
-    def prefetch(self, base: Any, index: Any) -> None:
-        """Ask for memory that will be read soon; any address will do."""
-        function = self._intrinsic("llvm.prefetch.p0", ir.VoidType(), [PTR, _I32, _I32, _I32])
-        read, soon, data = (ir.Constant(_I32, k) for k in (0, 3, 1))
-        self.b.call(function, [self.at(base, index), read, soon, data])
+    def choose(self, yes: Place, no: Place) -> Place:
+        """One place or the other."""
+        return Place(self.b, self.b.select(self.value, yes.value, no.value))
 
-    def splat(self, number: Any, width: int) -> Any:
-        kind = ir.VectorType(F32, width)
-        one = self.b.insert_element(ir.Constant(kind, ir.Undefined), number, ir.Constant(I64, 0))
-        zeros = ir.Constant(ir.VectorType(_I32, width), None)
-        return self.b.shuffle_vector(one, ir.Constant(kind, ir.Undefined), zeros)
 
-    def low(self, vector: Any, width: int) -> Any:
-        """The first ``width`` numbers of a vector."""
-        return vector if vector.type.count == width else self.part(vector, 0, width)
+class Whole(_Value):
+    """An integer; where it is known now, an int serves as well."""
 
-    def part(self, vector: Any, low: int, width: int) -> Any:
-        """``width`` numbers of a vector from ``low`` on."""
+    __add__ = __radd__ = _operator("add")
+    __mul__ = __rmul__ = _operator("mul")
+    __sub__, __floordiv__, __mod__ = _operator("sub"), _operator("sdiv"), _operator("srem")
+
+    def compare(self, sign: str, other: Index) -> Truth:
+        """``<``, ``==`` or ``!=``."""
+        return Truth(self.b, self.b.icmp_signed(sign, self.value, _whole(other)))
+
+    def at_most(self, other: Index) -> Whole:
+        """The smaller one."""
+        less = self.compare("<", other).value
+        return Whole(self.b, self.b.select(less, self.value, _whole(other)))
+
+
+Index = int | Whole
+
+
+class Vector(_Value):
+    """Some float32."""
+
+    __add__, __mul__, __truediv__ = _operator("fadd"), _operator("fmul"), _operator("fdiv")
+
+    @property
+    def width(self) -> int:
+        return self.value.type.count
+
+    def within(self, low: Vector, high: Vector) -> Vector:
+        """Cut to low..high; NaN stays NaN."""
+        b, x = self.b, self.value
+        x = b.select(b.fcmp_ordered("<", x, low.value), low.value, x)
+        return Vector(b, b.select(b.fcmp_ordered(">", x, high.value), high.value, x))
+
+    def part(self, low: int, width: int) -> Vector:
+        """``width`` numbers from ``low`` on."""
+        if (low, width) == (0, self.width):
+            return self
         mask = [ir.Constant(_I32, low + k) for k in range(width)]
         places = ir.Constant(ir.VectorType(_I32, width), mask)
-        return self.b.shuffle_vector(vector, ir.Constant(vector.type, ir.Undefined), places)
+        nothing = ir.Constant(self.value.type, ir.Undefined)
+        return Vector(self.b, self.b.shuffle_vector(self.value, nothing, places))
 
-    def fma(self, a: Any, b: Any, c: Any) -> Any:
-        """``a b + c``, rounded once where the machine can."""
-        kind = a.type
-        function = self._intrinsic(f"llvm.fmuladd.v{kind.count}f32", kind, [kind] * 3)
-        return self.b.call(function, [a, b, c])
+    def first(self, width: int) -> Vector:
+        """The first number, in all places of a vector."""
+        return _splat(self.b, self.b.extract_element(self.value, _whole(0)), width)
 
-    def _intrinsic(self, name: str, result: Any, arguments: list[Any]) -> Any:
-        module = self.b.module
-        known = module.globals.get(name)
-        return known or ir.Function(module, ir.FunctionType(result, arguments), name)
 
-    def least(self, left: Any, right: Any) -> Any:
-        return self.b.select(self.b.icmp_signed("<", left, right), left, right)
+def _splat(b: ir.IRBuilder, number: Any, width: int) -> Vector:
+    nothing = ir.Constant(ir.VectorType(F32, width), ir.Undefined)
+    zeros = ir.Constant(ir.VectorType(_I32, width), None)
+    return Vector(b, b.shuffle_vector(b.insert_element(nothing, number, _whole(0)), nothing, zeros))
 
-    def room(self, kind: Any, count: int = 1) -> Any:
-        """The address of new memory on the stack."""
-        place: Any = self.b.alloca(kind, count)
+
+def fma(a: Vector, b: Vector, c: Vector) -> Vector:
+    """``a b + c``, rounded once where the machine can."""
+    kind = a.value.type
+    function = _intrinsic(a.b.module, f"llvm.fmuladd.v{kind.count}f32", kind, [kind] * 3)
+    return Vector(a.b, a.b.call(function, [a.value, b.value, c.value]))
+
+
+def _intrinsic(module: Any, name: str, result: Any, arguments: list[Any]) -> Any:
+    known = module.globals.get(name)
+    return known or ir.Function(module, ir.FunctionType(result, arguments), name)
+
+
+class Place(_Value):
+    """An address of float32 (or of marks, of a byte each)."""
+
+    def __add__(self, index: Index) -> Place:
+        return Place(self.b, self._at(index))
+
+    def _at(self, index: Index, kind: Any = F32) -> Any:
+        return self.b.gep(self.value, [_whole(index)], source_etype=kind)
+
+    def __getitem__(self, piece: tuple[Index, int]) -> Vector:
+        """The vector of a width at an index."""
+        index, width = piece
+        kind = ir.VectorType(F32, width)
+        return Vector(self.b, self.b.load(self._at(index), align=4, typ=kind))
+
+    def __setitem__(self, index: Index, vector: Vector) -> None:
+        self.b.store(vector.value, self._at(index), align=4)
+
+    def copies(self, index: Index, width: int) -> Vector:
+        """The number at an index, in all places of a vector."""
+        return _splat(self.b, self.b.load(self._at(index), align=4, typ=F32), width)
+
+    def marked(self, index: Index) -> Truth:
+        """Whether the byte at an index is set."""
+        mark = self.b.load(self._at(index, I8), typ=I8)
+        return Truth(self.b, self.b.icmp_signed("!=", mark, ir.Constant(I8, 0)))
+
+    def prefetch(self, index: Index) -> None:
+        """Ask for memory that will be read soon; any address will do."""
+        kinds = [PTR, _I32, _I32, _I32]
+        function = _intrinsic(self.b.module, "llvm.prefetch.p0", ir.VoidType(), kinds)
+        self.b.call(function, [self._at(index), *(ir.Constant(_I32, k) for k in (0, 3, 1))])
+
+    def copy_to(self, target: Place, length: int) -> None:
+        """Copy ``length`` numbers, reading and writing nothing beyond."""
+        for offset, width in pieces(length, 16):
+            target[offset] = self[offset, width]
+
+
+class Variable(_Value):
+    """A place that changes."""
+
+    def set(self, place: Place) -> None:
+        self.b.store(place.value, self.value)
+
+    def get(self) -> Place:
+        return Place(self.b, self.b.load(self.value, typ=PTR))
+
+
+class Writer:
+    """Writes the body of ``function(table, low, high)``."""
+
+    def __init__(self, function: ir.Function, places: Sequence[str], sizes: Sequence[str]) -> None:
+        """The table holds addresses (``at``) and then sizes (``size``), by name."""
+        self.b = ir.IRBuilder(function.append_basic_block())
+        table, *ends = function.args
+        self.low, self.high = (Whole(self.b, end) for end in ends)
+        kinds = [PTR] * len(places) + [I64] * len(sizes)
+        entries = [
+            self.b.load(Place(self.b, table)._at(k, I64), typ=kind, align=8)
+            for k, kind in enumerate(kinds)
+        ]
+        named = dict(zip((*places, *sizes), entries, strict=True))
+        self.at = {name: Place(self.b, named[name]) for name in places}
+        self.size = {name: Whole(self.b, named[name]) for name in sizes}
+
+    def zero(self, width: int) -> Vector:
+        return Vector(self.b, ir.Constant(ir.VectorType(F32, width), None))
+
+    def room(self, count: int) -> Place:
+        """New memory on the stack for float32."""
+        place: Any = self.b.alloca(F32, count)
         place.align, place.type = 64, PTR
-        return place
+        return Place(self.b, place)
+
+    def variable(self) -> Variable:
+        cell: Any = self.b.alloca(PTR, 1)
+        cell.align, cell.type = 64, PTR
+        return Variable(self.b, cell)
 
     @contextmanager
-    def loop(self, low: Any, high: Any) -> Iterator[Any]:
+    def when(self, truth: Truth) -> Iterator[None]:
+        with self.b.if_then(truth.value):
+            yield
+
+    @contextmanager
+    def loop(self, low: Index, high: Index) -> Iterator[Whole]:
         """For i from low to high."""
         body, after = (self.b.append_basic_block() for _ in range(2))
-        low, high, before = self.whole(low), self.whole(high), self.b.block
-        self.b.cbranch(self.b.icmp_signed("<", low, high), body, after)
+        start, end, before = _whole(low), _whole(high), self.b.block
+        self.b.cbranch(self.b.icmp_signed("<", start, end), body, after)
         self.b.position_at_end(body)
-        i = self.b.phi(I64)
-        i.add_incoming(low, before)
+        phi = self.b.phi(I64)
+        phi.add_incoming(start, before)
+        i = Whole(self.b, phi)
         yield i
-        following = self.add(i, 1)
-        i.add_incoming(following, self.b.block)
-        self.b.cbranch(self.b.icmp_signed("<", following, high), body, after)
+        following = i + 1
+        phi.add_incoming(following.value, self.b.block)
+        self.b.cbranch(self.b.icmp_signed("<", following.value, end), body, after)
         self.b.position_at_end(after)
 
     def fold(
         self,
         count: int,
-        values: list[Any],
-        body: Callable[[Any, list[Any]], list[Any]],
+        values: list[Vector],
+        body: Callable[[Index, list[Vector]], list[Vector]],
         at_once: int,
-    ) -> list[Any]:
+    ) -> list[Vector]:
         """``values = body(i, values)`` for i in range(count), ``at_once`` per turn of the loop."""
         turns = count // at_once
         if turns > 1:
@@ -134,28 +229,23 @@ class Writer:
             self.b.branch(block)
             self.b.position_at_end(block)
             turn = self.b.phi(I64)
-            carried = [self.b.phi(value.type) for value in values]
-            turn.add_incoming(self.whole(0), before)
+            carried = [self.b.phi(value.value.type) for value in values]
+            turn.add_incoming(_whole(0), before)
             for phi, value in zip(carried, values, strict=True):
-                phi.add_incoming(value, before)
-            values = list(carried)
+                phi.add_incoming(value.value, before)
+            values, i = [Vector(self.b, phi) for phi in carried], Whole(self.b, turn)
             for k in range(at_once):
-                values = body(self.add(self.mul(turn, at_once), k), values)
-            following = self.add(turn, 1)
+                values = body(i * at_once + k, values)
+            following = (i + 1).value
             turn.add_incoming(following, self.b.block)
             for phi, value in zip(carried, values, strict=True):
-                phi.add_incoming(value, self.b.block)
+                phi.add_incoming(value.value, self.b.block)
             after = self.b.append_basic_block()
-            self.b.cbranch(self.b.icmp_signed("<", following, self.whole(turns)), block, after)
+            self.b.cbranch(self.b.icmp_signed("<", following, _whole(turns)), block, after)
             self.b.position_at_end(after)
         for i in range(turns * at_once if turns > 1 else 0, count):
             values = body(i, values)
         return values
-
-    def copy(self, length: int, source: Any, target: Any) -> None:
-        """``length`` numbers, reading and writing nothing beyond."""
-        for offset, width in pieces(length, 16):
-            self.store(self.load(source, offset, width), target, offset)
 
 
 def pieces(length: int, lanes: int) -> list[Piece]:
