@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -124,23 +125,16 @@ class LossNetwork:
 class LearnedLoss:
     """A :class:`esmeta.rl.losses.Loss`; every agent may have an eta of its own."""
 
+    needs: ClassVar[frozenset[Need]] = frozenset({"unit"})
+    snippet: ClassVar[int] = 0
+
     network: LossNetwork
     eta: Params
-
-    @property
-    def needs(self) -> frozenset[Need]:
-        """The memory unit is always an input."""
-        return frozenset({"unit"})
 
     @property
     def context(self) -> int:
         """The whole buffer."""
         return self.network.buffer
-
-    @property
-    def snippet(self) -> int:
-        """Steps in order."""
-        return 0
 
     def prepare(self, agent: Policy, params: Params, data: Data) -> Data:
         """Features of all steps that do not depend on the policy: ``[P, N, ...]``."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -110,19 +110,12 @@ class LearnedObjective:
     saturated policies, where the network has one, is added to both.
     """
 
+    needs: ClassVar[frozenset[Need]] = frozenset({"critics"})
+    context: ClassVar[int] = 0
+
     network: ObjectiveNetwork
     alpha: Params
     share: float = 1.0
-
-    @property
-    def needs(self) -> frozenset[Need]:
-        """Critics."""
-        return frozenset({"critics"})
-
-    @property
-    def context(self) -> int:
-        """None."""
-        return 0
 
     @property
     def snippet(self) -> int:

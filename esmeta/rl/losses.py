@@ -9,7 +9,7 @@ is made once by ``prepare``.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -160,6 +160,10 @@ class PolicyGradient:
     of what follows where it was cut (``reward_to_go``: ``gae`` at lambda 1).
     """
 
+    needs: ClassVar[frozenset[Need]] = frozenset({"value"})
+    context: ClassVar[int] = 0
+    snippet: ClassVar[int] = 0
+
     clip: float = 0.2
     gamma: float = 0.99
     gae_lambda: float = 0.95
@@ -168,21 +172,6 @@ class PolicyGradient:
     policy: bool = True
     reward_scale: float = 1.0
     value_target: ValueTarget = "gae"
-
-    @property
-    def needs(self) -> frozenset[Need]:
-        """V."""
-        return frozenset({"value"})
-
-    @property
-    def context(self) -> int:
-        """Only the newest steps."""
-        return 0
-
-    @property
-    def snippet(self) -> int:
-        """Steps in order."""
-        return 0
 
     def prepare(self, agent: Policy, params: Params, data: Data) -> Data:
         """Advantages, value targets, and the policy before the update."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,20 +39,9 @@ from esmeta.types import Continuous, Params, PolicyOut
 class DeterministicGradient:
     """DDPG's and TD3's: ``-Q_1(s, pi(s))`` (Lillicrap et al. 2016, arXiv 1509.02971, eq. 6)."""
 
-    @property
-    def needs(self) -> frozenset[Need]:
-        """Critics."""
-        return frozenset({"critics"})
-
-    @property
-    def context(self) -> int:
-        """None."""
-        return 0
-
-    @property
-    def snippet(self) -> int:
-        """Single transitions."""
-        return 1
+    needs: ClassVar[frozenset[Need]] = frozenset({"critics"})
+    context: ClassVar[int] = 0
+    snippet: ClassVar[int] = 1
 
     def prepare(self, agent: Policy, params: Params, data: Data) -> Data:
         """Nothing is held constant but the critic, whose gradient nobody takes."""
@@ -76,19 +65,12 @@ class OffPolicyReinforce:
     episode that ended without a terminal state bootstraps from its own last V.
     """
 
+    needs: ClassVar[frozenset[Need]] = frozenset({"critics"})
+    context: ClassVar[int] = 0
+
     length: int = 20
     gamma: float = 0.99
     gae_lambda: float = 0.97
-
-    @property
-    def needs(self) -> frozenset[Need]:
-        """Critics."""
-        return frozenset({"critics"})
-
-    @property
-    def context(self) -> int:
-        """None."""
-        return 0
 
     @property
     def snippet(self) -> int:
