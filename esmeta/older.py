@@ -47,6 +47,14 @@ def counters(saved: dict[str, Any]) -> dict[str, Any]:
     return kept | {"best_step": saved["step"], "peak_step": saved["step"]}
 
 
+def search(arrays: dict[str, Any]) -> dict[str, Any]:
+    """Arrays of an evolution search; once those of EvoTorch had a centre, and no units."""
+    if "center" not in arrays:
+        return arrays
+    rest = {name: value for name, value in arrays.items() if name != "center"}
+    return {"theta": arrays["center"], "unit": 1.0, **rest}
+
+
 def checkpoint(saved: dict[str, Any]) -> dict[str, Any]:
     """The fields of a checkpoint; older ones do not say which simulators made them."""
     return {"simulators": {}, **saved}

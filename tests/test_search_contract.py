@@ -125,6 +125,20 @@ def test_resume_is_exact_and_small(make: Callable[..., Any]) -> None:
     assert all(v.numel() <= 81 for v in saved.values() if isinstance(v, Tensor))
 
 
+@pytest.mark.parametrize("name", list(EVOTORCH))
+def test_checkpoints_of_before_go_on(name: str) -> None:
+    """EvoTorch's searches once had a centre and no units."""
+    optimizer = EVOTORCH[name]()
+    whole, _ = run(optimizer, Objective(sphere), start(9), 6)
+    half, _ = run(optimizer, Objective(sphere), start(9), 3)
+    saved = optimizer.state_dict(half)
+    old = {"center": saved.pop("theta"), **saved}
+    del old["unit"]
+    loaded = optimizer.load_state_dict(old, start(9))
+    resumed, _ = run(optimizer, Objective(sphere), {}, 3, state=loaded)
+    assert same_saved(optimizer.state_dict(resumed), optimizer.state_dict(whole))
+
+
 @every
 def test_a_state_can_be_stepped_twice(make: Callable[..., Any]) -> None:
     optimizer = make()

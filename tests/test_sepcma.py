@@ -1,4 +1,4 @@
-"""Separable CMA-ES by its equations: ties, pauses of the rank-one update, stalls, ranks."""
+"""Separable CMA-ES by its equations: ties, pauses of the rank-one update, ranks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from searches import Objective, RankComm, flat_theta, on_ranks, run, same_saved, sphere
+from searches import Objective, RankComm, flat_theta, on_ranks, run, sphere
 from torch import Tensor
 
 from esmeta.evolution.noise import pair_noise
@@ -168,18 +168,3 @@ def test_members_that_failed_tie_below_all_others() -> None:
     two, _ = run(optimizer, Objective(low), {"a": torch.zeros(1, SIZE)}, 5)
     assert log[0]["nan_members"] > 0
     assert torch.equal(flat_theta(optimizer, one), flat_theta(optimizer, two))
-
-
-def test_a_stall_changes_nothing_that_comes_after_it() -> None:
-    # After 3 updates: 4 generations that say nothing, or none; the noise of a generation is its
-    # own, so the next update is told the same ranks and compared by what it makes of the paths.
-    optimizer = sepcma.Optimizer(popsize=POPSIZE, sigma=SIGMA)
-    nothing = Objective(lambda x: torch.zeros(len(x), dtype=torch.float64))
-    moved, _ = run(optimizer, Objective(sphere), {"a": torch.zeros(1, SIZE)}, 3)
-    stalled, log = run(optimizer, nothing, {}, 4, state=moved)
-    before, after = optimizer.state_dict(moved), optimizer.state_dict(stalled)
-    assert [m["flat"] for m in log] == [1.0] * 4
-    assert (before.pop("generation"), after.pop("generation")) == (3, 7)
-    assert same_saved(before, after) and int(after["updates"]) == 3
-    more, _ = run(optimizer, Objective(sphere), {}, 1, state=stalled)
-    assert int(optimizer.state_dict(more)["updates"]) == 4

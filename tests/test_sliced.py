@@ -133,9 +133,6 @@ def test_ascents_by_hand() -> None:
     assert (follow("sgd", {}, gradient)[0] == gradient).all()
 
 
-# --- what they reach, and what must not move them ---------------------------------------------
-
-
 # --- low rank ---------------------------------------------------------------------------------
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,7 +24,7 @@ from esmeta.evolution.scores import Scores, Stopwatch, gather, score_members, sc
 from esmeta.options import plain
 from esmeta.sharing import Turn
 from esmeta.tree import ravel
-from esmeta.types import Comm, Fitness
+from esmeta.types import Comm
 
 
 def evotorch_problem(
@@ -53,25 +52,7 @@ def evotorch_problem(
     """
     seed = plain(seed)
     non_negative_int("seed", seed)
-    return PopulationProblem(TrainingTasks(evaluator, seed), comm)
-
-
-@dataclass(frozen=True)
-class TrainingTasks:
-    """Scores members on training tasks, and draws first members."""
-
-    evaluator: PopulationEvaluator
-    seed: int
-
-    def score(self, values: Tensor, step: int) -> Fitness:
-        """Members float32 ``[P, D]`` on the tasks of ``step``."""
-        trials = self.evaluator.trials
-        index = torch.arange(step * trials, (step + 1) * trials, device="cpu")
-        return self.evaluator(values, seed=self.seed, split="train", index=index)
-
-    def draw(self, start: int, count: int) -> Tensor:
-        """``count`` members as the policy draws them, float32 ``[count, D]``."""
-        return ravel(self.evaluator.policy.init(seed=start, population=count))
+    return PopulationProblem(evaluator, comm, seed)
 
 
 class PopulationProblem(Problem):
@@ -89,23 +70,23 @@ class PopulationProblem(Problem):
         episodes: trials so far.
     """
 
-    def __init__(self, tasks: TrainingTasks, comm: Comm | None = None) -> None:
+    def __init__(self, evaluator: PopulationEvaluator, comm: Comm | None, seed: int) -> None:
         super().__init__(
             "max",
-            solution_length=tasks.evaluator.size,
+            solution_length=evaluator.size,
             initial_bounds=(-1.0, 1.0),
             dtype=torch.float32,
             eval_dtype=torch.float64,
             # Without a seed of its own a Problem draws from the global generator, and ranks that
             # replicate a search drift apart without an error.
-            seed=tasks.seed,
+            seed=seed,
         )
         self.comm = comm
         self.generation = 0
         self.scores: Scores | None = None
         self.interactions = 0
         self.episodes = 0
-        self._tasks = tasks
+        self._evaluator, self._seed = evaluator, seed
         self._lowest = math.inf
         self._turn = Turn()
 
@@ -128,7 +109,7 @@ class PopulationProblem(Problem):
         # EvoTorch's own advances the global generator by one draw, to find out whether it runs
         # under vmap.
         start = int(torch.randint(2**31, (), generator=self.generator, device="cpu"))
-        return self._tasks.draw(start, num_solutions)
+        return ravel(self._evaluator.policy.init(seed=start, population=num_solutions))
 
     def _fill(self, values: Any) -> Any:
         values.copy_(self.generate_values(len(values)))
@@ -152,8 +133,12 @@ class PopulationProblem(Problem):
         owned, rows = np.array_split(np.arange(len(values)), ranks), None
         if len(owned[rank]):
             members = values[owned[rank][0] : owned[rank][-1] + 1].clone()
+            trials = self._evaluator.trials
+            index = torch.arange(trials, device="cpu") + self.generation * trials
             rows = score_members(
-                lambda rows: self._tasks.score(members[rows], self.generation),
+                lambda rows: self._evaluator(
+                    members[rows], seed=self._seed, split="train", index=index
+                ),
                 owned[rank],
                 self.generation,
             )

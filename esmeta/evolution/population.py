@@ -180,16 +180,9 @@ class Whole:
         for part in _draw(stage, numbers, kept):
             members = population.members(theta, spread * population.noise.expand(kept[part]))
             owners = population.members_of(numbers[part])
-            rows.append(score_on_tasks(stage, members, owners, self._tasks(stage, owners)))
+            stride = _MANY if self.interactions else population.directions
+            rows.append(score_on_tasks(stage, members, owners, stride if self.per_pair else 0))
         return kept, torch.cat(rows) if rows else None
-
-    def _tasks(self, stage: Stage, members: np.ndarray) -> int | Tensor:
-        number, population = stage.state.generation, stage.population
-        if not self.per_pair:
-            return number
-        # Every direction has tasks of its own, which its mirrored members share.
-        stride = _MANY if self.interactions else population.directions
-        return torch.from_numpy(members // population.per_direction) + number * stride
 
 
 def joined(blocks: list[np.ndarray]) -> np.ndarray:
@@ -197,17 +190,22 @@ def joined(blocks: list[np.ndarray]) -> np.ndarray:
     return np.concatenate([np.empty(0, dtype=np.int64), *blocks])
 
 
-def score_on_tasks(
-    stage: Stage, members: Tensor, numbers: np.ndarray, tasks: int | Tensor
-) -> Tensor:
-    """Rows of ``members [P, D]`` on the tasks of a step, or each on those of its own (``[P]``)."""
+def score_on_tasks(stage: Stage, members: Tensor, numbers: np.ndarray, stride: int) -> Tensor:
+    """Rows of ``members [P, D]`` on the tasks of this generation, which has ``stride`` of them.
+
+    Every direction has tasks of its own, which its mirrored members share; with 0, all share one.
+    """
+    number = stage.state.generation
+    tasks: int | Tensor = number
+    if stride:
+        tasks = torch.from_numpy(numbers // stage.population.per_direction) + number * stride
     with stage.watch.on("evaluate_s"):
         return score_members(
             lambda rows: stage.objective.fitness(
                 members[rows], tasks[rows] if isinstance(tasks, Tensor) else tasks
             ),
             numbers,
-            stage.state.generation,
+            number,
         )
 
 

@@ -65,12 +65,9 @@ class Everywhere:
         members = self.sample(tensors_of(state), directions)
         owned, rows = np.array_split(np.arange(len(members)), comm.size), None
         mine = owned[comm.rank]
-        tasks: int | Tensor = state.generation
-        if self.per_pair:
-            first = state.generation * population.directions
-            tasks = torch.from_numpy(mine // population.per_direction) + first
         if len(mine):
-            rows = score_on_tasks(stage, members[mine[0] : mine[-1] + 1].clone(), mine, tasks)
+            part = members[mine[0] : mine[-1] + 1].clone()
+            rows = score_on_tasks(stage, part, mine, population.directions * self.per_pair)
         table = gather(rows, list(owned), comm, stage.watch)
         scores = scores_of(table, self.aggregate, self.failed, state.generation)
         return Generation(Sampled(directions, members, scores.fitness), scores)

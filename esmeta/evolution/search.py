@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from esmeta import older
 from esmeta.errors import UserError, finite_positive, non_negative_int, one_of
 from esmeta.evolution.noise import Noise, noise_rank
 from esmeta.evolution.population import Evaluation, Generation, Population, Stage, Whole
@@ -182,20 +183,19 @@ class Search(ABC):
     def load_state_dict(self, saved: dict[str, Any], theta: Params) -> SearchState:
         """The inverse of :meth:`state_dict`; lives are lived again at the next step."""
         arrays = {
-            name: np.array(value.numpy())
-            for name, value in saved.items()
-            if isinstance(value, Tensor)
+            name: np.array(value.numpy()) for name, value in saved.items() if name != "generation"
         }
-        # Earlier runs of EvoTorch's searches have a centre, and no units.
-        flat = arrays.pop("theta") if "theta" in arrays else arrays.pop("center")
-        unit = arrays.pop("unit", np.ones(len(theta)))
+        arrays = older.search(arrays)
+        flat, unit = arrays.pop("theta"), arrays.pop("unit")
         size, shapes = ravel(theta).shape[1], shapes_of(theta)
         if len(flat) != size:
             raise UserError(
                 f"the checkpoint has {len(flat)} parameters, the policy has {size}: "
                 "resume with the [policy] and [task] sections that the run was started with"
             )
-        unit = np.repeat(unit, [math.prod(shape) for shape in shapes.values()])
+        unit = np.repeat(
+            np.broadcast_to(unit, len(shapes)), [math.prod(shape) for shape in shapes.values()]
+        )
         return SearchState(int(saved["generation"]), flat, arrays, unit, shapes)
 
 
