@@ -32,10 +32,10 @@ from esmeta.kernels import (  # noqa: E402
 SIZES = [
     ("base", 1, 1),
     ("base", 20, 2),
-    ("base", 16, 4),
+    ("base", 16, 2),
     ("linear", 9, 3),
-    ("no-alpha", 7, 4),
-    ("base", 5, 6),
+    ("no-alpha", 7, 3),
+    ("base", 5, 4),
 ]
 
 
@@ -55,8 +55,8 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
     torch.use_deterministic_algorithms(before)
 
 
-def case(variant: str, n: int, S: int, T: int = 5) -> Case:
-    made = Case(variant, 2, 3, n, S, T=T, dtype=torch.float32, seed=n, per_trial=S % 2 == 0)
+def case(variant: str, n: int, S: int, T: int = 4) -> Case:
+    made = Case(variant, 2, 2, n, S, T=T, dtype=torch.float32, seed=n, per_trial=S % 2 == 0)
     made.new_trial[:] = False
     made.new_trial[0, 0, 0] = made.new_trial[2, 1, 1] = True
     for name, value in vars(made).items():
@@ -101,7 +101,7 @@ def test_a_loop_of_steps_is_the_scan_and_runs_are_alike() -> None:
 
 def test_gradients_do_not_depend_on_the_segments() -> None:
     one = case("linear", 6, 2).require_grad()
-    runs = [backward(one.scan(store_every=k), one.inputs) for k in (1, 3, 5)]
+    runs = [backward(one.scan(store_every=k), one.inputs) for k in (1, 3, 4)]
     for grads in runs[1:]:
         for got, want in zip(grads, runs[0], strict=True):
             assert relative_error(got, want) < 1e-6
