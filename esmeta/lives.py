@@ -279,7 +279,7 @@ class Life(NamedTuple):
     """
 
     state: Any
-    index: Tensor
+    index: Tensor  # pyright: ignore[reportIncompatibleMethodOverride]
     end: loop.End
     noise: Tensor | None
     tasks: Tasks

@@ -193,8 +193,9 @@ class Trajectory(NamedTuple):
         def some(tree: Any, axis: int) -> Any:
             return with_leaves(tree, [choose(leaf, axis) for leaf in leaves_of(tree)])
 
-        start, *rows, end = self
-        return Trajectory(some(start, 1), *(some(leaf, 2) for leaf in rows), some(end, 1))
+        start, ts, action, active, out, end = self
+        rows = (some(leaf, 2) for leaf in (ts, action, active, out))
+        return Trajectory(some(start, 1), *rows, some(end, 1))
 
 
 class Recorder:

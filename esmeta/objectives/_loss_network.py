@@ -14,8 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -125,8 +124,8 @@ class LossNetwork:
 class LearnedLoss:
     """A :class:`esmeta.rl.losses.Loss`; every agent may have an eta of its own."""
 
-    needs: ClassVar[frozenset[Need]] = frozenset({"unit"})
-    snippet: ClassVar[int] = 0
+    needs: frozenset[Need] = field(default=frozenset({"unit"}), init=False)
+    snippet: int = field(default=0, init=False)
 
     network: LossNetwork
     eta: Params

@@ -9,8 +9,8 @@ its padding first.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -110,8 +110,8 @@ class LearnedObjective:
     saturated policies, where the network has one, is added to both.
     """
 
-    needs: ClassVar[frozenset[Need]] = frozenset({"critics"})
-    context: ClassVar[int] = 0
+    needs: frozenset[Need] = field(default=frozenset({"critics"}), init=False)
+    context: int = field(default=0, init=False)
 
     network: ObjectiveNetwork
     alpha: Params
@@ -306,7 +306,10 @@ def value_after(
             step = shortened(ravel(dict(zip(phi, found, strict=True))), clip)
             moves = unravel_shapes(step, shapes_of(phi))
             phi = {k: v - rate * moves[k] for k, v in phi.items()}
-        snippets, weight = where.trajectory, where.constants["inside"].to(step.dtype)
+        snippets, weight = (
+            where.trajectory,
+            where.constants["inside"].to(where.trajectory.reward.dtype),
+        )
         action = heads.mode(agent.read({**frozen, **phi}, snippets.start, snippets.steps))
         worth = agent.critic(frozen, CRITICS[0], steps_of(snippets.steps.obs), action)
         return (worth * weight).sum(dim=1) / weight.sum(dim=1)

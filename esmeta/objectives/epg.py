@@ -219,7 +219,7 @@ class EpgObjective:
 
     def with_value(self) -> AgentLives:
         """Its lives with agents that also have V, as hand-written losses need it."""
-        needs = self._ppo.needs | {"unit"}
+        needs: frozenset[Need] = self._ppo.needs | {"unit"}
         learner = replace(self.learner, agent=inner_policy(*self._agent, needs))
         return replace(self.lives, learner=learner)
 
@@ -406,14 +406,14 @@ class EpgObjective:
                     f"{name} = {saved[name].unique().tolist()}: lives that are restored together "
                     f"must have one {name}; restore each group by itself"
                 )
-        population, life = len(saved["life"]), int(saved["life"][0])
+        population, number = len(saved["life"]), int(saved["life"][0])
         flat = {k: v.flatten(0, 1) for k, v in saved.items() if v.ndim > 1}
         flat = on_device(flat, self.device)
-        numbers = self._numbers(population, life)
+        numbers = self._numbers(population, number)
         parts = []
         for rows in self._batches(len(numbers)):
             begun = self.lives.begin(numbers[rows], "train")
             own = {name: leaf[rows] for name, leaf in flat.items()}
             life = self.lives.restore(begun, own, "train")
             parts.append(Part(rows, life, own["score"]))
-        return EpgLives(life, int(saved["updates"][0]), population, tuple(parts))
+        return EpgLives(number, int(saved["updates"][0]), population, tuple(parts))

@@ -20,7 +20,7 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from esmeta import errors
-from esmeta.agent.policy import Policy, PolicyConfig
+from esmeta.agent.policy import Need, Policy, PolicyConfig
 from esmeta.learners import inner_policy
 from esmeta.objectives._metagenrl import MetaGenRLObjective
 from esmeta.objectives._objective_network import Time, Values
@@ -151,7 +151,7 @@ class Objective(ReplayOptions):
 
     def learner(self, task: Task, policy: PolicyConfig | None) -> ReplayLearner:
         """What trains agents of one task."""
-        needs = frozenset({"critics"})
+        needs: frozenset[Need] = frozenset({"critics"})
         agent = inner_policy(task.spec, policy, "metagenrl", self.hidden, needs, std=self.std)
         options = replace(self, critic_batch=self.critic_batch or self.batch * self.snippet)
         return ReplayLearner(

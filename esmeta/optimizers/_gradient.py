@@ -10,7 +10,7 @@ import functools
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -43,7 +43,7 @@ class GradientState:
         """Theta as leaves ``[1, ...]``."""
         return unravel_shapes(self.theta, self.shapes)
 
-    def along(self, gradient: Tensor, rate: float, eps: float) -> GradientState:
+    def along(self, gradient: Tensor, rate: float, eps: float) -> Self:
         """One step of Adam down ``gradient [1, D]``."""
         move, adam = self.adam.step(gradient, rate, eps=eps)
         return replace(self, theta=self.theta - move, adam=adam)

@@ -8,8 +8,8 @@ is made once by ``prepare``.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple, Protocol
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -160,9 +160,9 @@ class PolicyGradient:
     of what follows where it was cut (``reward_to_go``: ``gae`` at lambda 1).
     """
 
-    needs: ClassVar[frozenset[Need]] = frozenset({"value"})
-    context: ClassVar[int] = 0
-    snippet: ClassVar[int] = 0
+    needs: frozenset[Need] = field(default=frozenset({"value"}), init=False)
+    context: int = field(default=0, init=False)
+    snippet: int = field(default=0, init=False)
 
     clip: float = 0.2
     gamma: float = 0.99

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,9 +39,9 @@ from esmeta.types import Continuous, Params, PolicyOut
 class DeterministicGradient:
     """DDPG's and TD3's: ``-Q_1(s, pi(s))`` (Lillicrap et al. 2016, arXiv 1509.02971, eq. 6)."""
 
-    needs: ClassVar[frozenset[Need]] = frozenset({"critics"})
-    context: ClassVar[int] = 0
-    snippet: ClassVar[int] = 1
+    needs: frozenset[Need] = field(default=frozenset({"critics"}), init=False)
+    context: int = field(default=0, init=False)
+    snippet: int = field(default=1, init=False)
 
     def prepare(self, agent: Policy, params: Params, data: Data) -> Data:
         """Nothing is held constant but the critic, whose gradient nobody takes."""
@@ -65,8 +65,8 @@ class OffPolicyReinforce:
     episode that ended without a terminal state bootstraps from its own last V.
     """
 
-    needs: ClassVar[frozenset[Need]] = frozenset({"critics"})
-    context: ClassVar[int] = 0
+    needs: frozenset[Need] = field(default=frozenset({"critics"}), init=False)
+    context: int = field(default=0, init=False)
 
     length: int = 20
     gamma: float = 0.99
@@ -118,7 +118,7 @@ class OffPolicy(NamedTuple):
     target: Params
     adams: Adams
     replay: Replay
-    index: Tensor
+    index: Tensor  # pyright: ignore[reportIncompatibleMethodOverride]
     updates: Tensor
 
 

@@ -30,7 +30,7 @@ class Statistics(NamedTuple):
     float64: sums of many steps lose nothing.
     """
 
-    count: Tensor
+    count: Tensor  # pyright: ignore[reportIncompatibleMethodOverride]
     total: Tensor
     squares: Tensor
 
@@ -68,7 +68,7 @@ class OnPolicy(NamedTuple):
     statistics: Statistics
     buffer: Trajectory
     past: tuple[State, ...]
-    index: Tensor
+    index: Tensor  # pyright: ignore[reportIncompatibleMethodOverride]
     updates: Tensor
 
 

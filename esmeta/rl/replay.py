@@ -30,7 +30,7 @@ class Episodes(NamedTuple):
     first: Tensor
     last: Tensor
     oldest: Tensor
-    count: Tensor
+    count: Tensor  # pyright: ignore[reportIncompatibleMethodOverride]
 
     @classmethod
     def none(cls, agents: int, capacity: int, device: torch.device | str) -> Episodes:
@@ -84,7 +84,7 @@ class Replay(NamedTuple):
     terminated: Tensor
     ended: Tensor
     time: Tensor
-    count: int
+    count: int  # pyright: ignore[reportIncompatibleMethodOverride]
     episodes: Episodes
 
     @classmethod
@@ -94,8 +94,9 @@ class Replay(NamedTuple):
         whole = rows.long()
         action = whole if isinstance(spec.action, Discrete) else _wide(rows, spec.action.size)
         leaves = _wide(rows, spec.obs_size), action, rows, whole > 0, whole > 0, whole
+        obs, action, reward, terminated, ended, time = (leaf.clone() for leaf in leaves)
         episodes = Episodes.none(agents, capacity, device)
-        return cls(*(leaf.clone() for leaf in leaves), 0, episodes)
+        return cls(obs, action, reward, terminated, ended, time, 0, episodes)
 
     @property
     def rows(self) -> tuple[Tensor, ...]:
