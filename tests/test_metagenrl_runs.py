@@ -329,7 +329,6 @@ WRONG = [
     (["objective.more_tasks=[{size=8}]"], ["more_tasks", "has no name", "name = "]),
     (["objective.more_tasks=[{name='pendulun'}]"], ["'pendulun'", "pendulum"]),
     (["optimizer.name=ppo"], ["MetaGenRLObjective", "optimizer.name = 'openes'"]),
-    (["policy.name=metods"], ["'metagenrl'", 'policy.name = "none"']),
     (["optimizer.learning_rate_final=0"], ["optimizer.learning_rate_final = 0.0", "> 0"]),
     (["optimizer.schedule_updates=-1"], ["optimizer.schedule_updates = -1", ">= 0"]),
     (["optimizer.learning_rate=0"], ["optimizer.learning_rate = 0.0", "> 0"]),
