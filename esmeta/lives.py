@@ -68,8 +68,11 @@ def rows_of(env_state: Any, wider: Any, rows: int) -> State:
 
 def with_rows(env_state: Any, saved: State) -> Any:
     """A state that has just begun, as it was when :func:`rows_of` saw it."""
+    changed = named(saved, "env.")
+    if not changed:  # It was not stored, perhaps as it could not be.
+        return env_state
     leaves = leaves_of(env_state)
-    for name, leaf in named(saved, "env.").items():
+    for name, leaf in changed.items():
         # A number that all trials of a batch share is a clock. Batches stop early where all their
         # trials have ended, and what has ended stays so: the latest clock serves them all.
         shared = leaves[int(name)].ndim == 0

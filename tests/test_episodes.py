@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
 import torch
+from lived import window
 from torch import Tensor
 
 from esmeta.errors import UserError
 from esmeta.learners import offpolicy_reinforce, td3
-from esmeta.learners._experience import Experience
-from esmeta.learners._replay import OffPolicy, Replay, ReplayLearner
 from esmeta.objectives import metagenrl
+from esmeta.rl.off_policy import OffPolicy, ReplayLearner, ReplayOptions
+from esmeta.rl.replay import Over, Replay
 from esmeta.rng import Rng
 from esmeta.tasks import make_task
+from esmeta.rollout import Trajectory
 from esmeta.types import Continuous, Spec
 
 torch.set_num_threads(1)
@@ -26,19 +28,38 @@ TASK = make_task("pendulum", horizon=100, episode_steps=50)
 DRAWS = 20_000
 
 
-def lived(ends: Tensor, terminated: Tensor | None = None, seed: int = 0) -> Experience:
-    """Steps with episodes that end where ``ends [P, T]``; rewards are the numbers of steps."""
-    g = torch.Generator().manual_seed(seed)
-    shape = ends.shape
-    number = torch.arange(shape[1], dtype=torch.float32).repeat(shape[0], 1)
+def lived(
+    ends: Tensor, terminated: Tensor | None = None, actions: int = 2, low: int = 0
+) -> Trajectory:
+    """Steps with episodes that end where ``ends [P, T]``; rewards are their numbers from ``low``.
+
+    Observations are 3 numbers that depend on the step's own.
+    """
+    agents, length = ends.shape
+    g = torch.Generator().manual_seed(0)
+    obs = torch.randn(agents, 151, 3, generator=g)[:, low : low + length + 1]
+    action = torch.randn(agents, length, actions, generator=g).clamp(-2, 2)
+    number = torch.arange(low, low + length, dtype=torch.float32).repeat(agents, 1)
     none = torch.zeros_like(ends) if terminated is None else terminated
-    obs, after = torch.randn(2, *shape, 3, generator=g)
-    action = torch.randn(*shape, 2, generator=g).clamp(-2, 2)
-    return Experience(obs, action, number, after, none, ends)
+    return window(obs, action, number, none, ends)
 
 
-def part(steps: Experience, low: int, high: int) -> Experience:
-    return Experience(*(leaf[:, low:high] for leaf in steps))
+def full(ends: Tensor, capacity: int, terminated: bool = False) -> Replay:
+    """A replay of such steps, given ten at a time."""
+    replay = Replay.empty(len(ends), capacity, SPEC, "cpu")
+    for low in range(0, ends.shape[1], 10):
+        over = ends[:, low : low + 10]
+        replay = replay.add(lived(over, over if terminated else None, low=low))
+    return replay
+
+
+def drawn(
+    replay: Replay, rng: Rng, index: Tensor, count: int, length: int, over: Over
+) -> tuple[Tensor, Tensor]:
+    """Rewards of snippets, and what is inside, ``[P, count, length]``."""
+    data = replay.draw(rng, index, count, length, SPEC, over)
+    inside = data.constants["inside"].unflatten(1, (count, length))
+    return data.trajectory.reward.movedim(0, 2), inside
 
 
 def whole(ends: Sequence[bool], capacity: int) -> list[tuple[int, int]]:
@@ -56,11 +77,8 @@ def test_every_whole_episode_is_as_likely_and_every_place_in_it(capacity: int) -
     """Against the list of the release (``ReplayBuffer.sample_time_batch`` in ``model.py``)."""
     g = torch.Generator().manual_seed(3)
     ends = torch.rand(3, 150, generator=g) < torch.tensor([[0.05], [0.2], [0.5]])
-    steps, length = lived(ends, ends), 4
-    replay, index = Replay.empty(3, capacity, SPEC, "cpu"), torch.tensor([4, 7, 9])
-    for low in range(0, 150, 10):
-        replay = replay.add(part(steps, low, low + 10))
-    drawn, inside = replay.snippets(Rng(2), index, DRAWS, length, "episodes")
+    replay, index, length = full(ends, capacity, True), torch.tensor([4, 7, 9]), 4
+    reward, inside = drawn(replay, Rng(2), index, DRAWS, length, "episodes")
     for p in range(3):
         there = whole(ends[p].tolist(), capacity)
         assert len(there) > 1
@@ -70,13 +88,13 @@ def test_every_whole_episode_is_as_likely_and_every_place_in_it(capacity: int) -
             for k in range(room):
                 expected[first + k, min(last - first + 1, length)] += 1 / len(there) / room
         got = Counter(
-            zip(drawn.reward[p, :, 0].int().tolist(), inside[p].sum(dim=1).tolist(), strict=True)
+            zip(reward[p, :, 0].int().tolist(), inside[p].sum(dim=1).tolist(), strict=True)
         )
         assert got.keys() == expected.keys()
         for where, share in expected.items():
             assert abs(got[where] / DRAWS - share) < 5 * (share / DRAWS) ** 0.5
-        steps_in_a_row = drawn.reward[p, :, :1] + torch.arange(length)
-        assert torch.equal(drawn.reward[p][inside[p]], steps_in_a_row[inside[p]])
+        steps_in_a_row = reward[p, :, :1] + torch.arange(length)
+        assert torch.equal(reward[p][inside[p]], steps_in_a_row[inside[p]])
 
 
 def test_agents_without_a_whole_episode_draw_over_steps() -> None:
@@ -84,9 +102,9 @@ def test_agents_without_a_whole_episode_draw_over_steps() -> None:
     ends[1, 9] = True
     replay = Replay.empty(2, 50, SPEC, "cpu").add(lived(ends))
     index = torch.tensor([0, 1])
-    over, plain = (replay.snippets(Rng(0), index, 500, 5, how)[0] for how in ("episodes", "steps"))
-    assert torch.equal(over.reward[0], plain.reward[0])
-    assert over.reward[1].max() == 9 and plain.reward[1].max() == 29
+    over, plain = (drawn(replay, Rng(0), index, 500, 5, how)[0] for how in ("episodes", "steps"))
+    assert torch.equal(over[0], plain[0])
+    assert over[1].max() == 9 and plain[1].max() == 29
 
 
 def test_a_cut_ends_an_episode_and_what_follows_a_trial_is_none() -> None:
@@ -103,11 +121,9 @@ def test_a_cut_ends_an_episode_and_what_follows_a_trial_is_none() -> None:
 def test_an_episode_whose_first_steps_are_gone_is_not_whole() -> None:
     ends = torch.zeros(2, 40, dtype=torch.bool)
     ends[0, 4] = ends[:, 34] = True
-    steps, replay = lived(ends), Replay.empty(2, 32, SPEC, "cpu")
-    for low in range(0, 40, 10):
-        replay = replay.add(part(steps, low, low + 10))
+    replay = full(ends, 32)
     assert (replay.episodes.count - replay.episodes.oldest).tolist() == [0, 0]
-    again = replay.add(part(steps, 0, 10))
+    again = replay.add(lived(ends[:, :10]))
     assert (again.episodes.count - again.episodes.oldest).tolist() == [1, 0]
     replay.cut()
     assert (replay.episodes.count - replay.episodes.oldest).tolist() == [2, 1]
@@ -116,16 +132,15 @@ def test_an_episode_whose_first_steps_are_gone_is_not_whole() -> None:
 @pytest.mark.parametrize("capacity", [200, 40])
 def test_a_replay_that_was_stored_draws_the_same(capacity: int) -> None:
     ends = torch.rand(3, 150, generator=torch.Generator().manual_seed(3)) < 0.2
-    steps, replay = lived(ends, ends), Replay.empty(3, capacity, SPEC, "cpu")
-    for low in range(0, 150, 10):
-        replay = replay.add(part(steps, low, low + 10))
-    rows = [leaf[:, : replay.size].clone() for leaf in (*replay.steps, replay.time)]
-    again = Replay.empty(3, capacity, SPEC, "cpu").filled(rows, replay.count)
+    replay, empty = full(ends, capacity, True), Replay.empty(3, capacity, SPEC, "cpu")
+    again = empty.filled([rows.clone() for rows in replay.kept()], replay.count)
     for _ in range(2):
-        one, two = (r.sample(Rng(1), torch.arange(3), 300, 4, "episodes") for r in (replay, again))
-        assert torch.equal(one.steps.reward, two.steps.reward)
-        assert torch.equal(one.inside, two.inside) and one.inside.any()
-        replay, again = replay.add(steps), again.add(steps)
+        one, two = (
+            drawn(r, Rng(1), torch.arange(3), 300, 4, "episodes") for r in (replay, again)
+        )
+        assert torch.equal(one[1], two[1]) and one[1].any()
+        assert torch.equal(one[0][one[1]], two[0][two[1]])
+        replay, again = (r.add(lived(ends, ends)) for r in (replay, again))
 
 
 # --- who draws over what --------------------------------------------------------------------
@@ -135,10 +150,9 @@ def state_with(learner: ReplayLearner, later: float, whole: int = 12) -> OffPoli
     """Agents with an episode of ``whole`` steps and one that is not over, ``later`` in it."""
     ends = torch.zeros(2, 40, dtype=torch.bool)
     ends[:, whole - 1] = True
-    steps = lived(ends)
-    steps.obs[:, whole:] += later
-    steps.reward[:, whole:] += later
-    steps = steps._replace(action=steps.action[..., : learner.agent.spec.action.size])
+    steps = lived(ends, actions=learner.agent.spec.action.size)
+    steps.ts.obs[whole:] += later
+    steps.ts.reward[whole + 1 :] += later
     state = learner.init(Rng(0), torch.arange(2))
     return state._replace(replay=state.replay.add(steps))
 
@@ -157,7 +171,7 @@ def test_every_draw_of_a_learner_is_over_what_its_option_says(
             **sizes, snippets=over, snippet=5, extra=8, agents=2, period=10, steps=50
         )
         objective = config.make(None, TASK, trials=2, seed=0, device="cpu")
-        loss, trained = objective.network.loss(objective.init(0)), config.learner(TASK)
+        loss, trained = objective.network.loss(objective.init(0)), config.learner(TASK, None)
     else:
         kind = offpolicy_reinforce.Learner if learner == "control" else td3.Learner
         snippet: dict[str, Any] = {"snippet": 5} if learner == "control" else {}
@@ -169,12 +183,17 @@ def test_every_draw_of_a_learner_is_over_what_its_option_says(
         policies = trained.policy_step(state, loss, Rng(4)).params
         results.append([critics["q1.0.weight"], policies["policy.0.weight"]])
         if objective is not None:
-            agents = objective.start(0, 1)[0].agents._replace(state=state)
-            alpha = objective.init(0)
-            results[-1].append(objective._value(objective.trainings[0], agents, alpha))
+            lives, alpha = objective.environments[0], objective.init(0)
+            results[-1].append(objective._value(lives, state, alpha))
     assert len(results[0]) == 2 + (learner == "metagenrl")
     for one, two in zip(*results, strict=True):
         assert torch.equal(one, two) == (over == "episodes")
+
+
+def shared(learner: ReplayLearner) -> ReplayOptions:
+    """The options that every learner from a replay has."""
+    names = [field.name for field in fields(ReplayOptions)]
+    return ReplayOptions(**{name: getattr(learner.options, name) for name in names})
 
 
 def test_the_control_has_the_critics_of_metagenrl() -> None:
@@ -185,12 +204,13 @@ def test_the_control_has_the_critics_of_metagenrl() -> None:
     control, reinforce = offpolicy_reinforce.Learner(**sizes, snippet=5, period=10).make(
         TASK.spec, TASK.spec.horizon
     )
-    learner = config.learner(TASK)
-    assert learner.critic_batch == control.critic_batch == 30
+    learner = config.learner(TASK, None)
+    assert learner.options.critic_batch == control.options.critic_batch == 30
     for delay in (9, 2):  # 8 rounds: policies have taken no step, or four each on its own loss
         after = []
         for one, loss in ((learner, network.loss(network.init(Rng(0)))), (control, reinforce)):
-            one = replace(one, delay=delay, start=control.start)
+            sizes_of = replace(shared(one), delay=delay)
+            one = replace(one, options=sizes_of, start=control.start)
             after.append(one.rounds(state_with(one, 0.0), loss, Rng(3), 8))
         for name, leaf in after[0].params.items():
             same = torch.equal(leaf, after[1].params[name])
@@ -201,7 +221,9 @@ def test_the_control_has_the_critics_of_metagenrl() -> None:
         assert torch.equal(first, one.params["q1.0.bias"]), "snippets as long as the policy's"
         assert not torch.equal(first, two.params["q1.0.bias"])
     # Everything else that the two are made of is the same too.
-    assert replace(control, start=learner.start) == learner
+    one, two = (replace(x, agent=None, options=shared(x), start=0) for x in (learner, control))
+    assert one == two and learner.agent.shapes == control.agent.shapes
+    assert learner.agent.distribution == control.agent.distribution
 
 
 def test_numbers_and_words_of_the_options_are_checked() -> None:
@@ -211,6 +233,6 @@ def test_numbers_and_words_of_the_options_are_checked() -> None:
         with pytest.raises(UserError, match="critic_batch = -1"):
             kind(critic_batch=-1)
     learner, _ = td3.Learner(batch=7).make(SPEC, 2000)
-    assert learner.critic_batch == 7
+    assert learner.options.critic_batch == 7
     learner, _ = td3.Learner(batch=7, critic_batch=11).make(SPEC, 2000)
-    assert learner.critic_batch == 11
+    assert learner.options.critic_batch == 11

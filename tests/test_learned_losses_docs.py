@@ -11,11 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
+from lived import window
 
 from esmeta import config, learn
-from esmeta.learners._episodes import Over
-from esmeta.learners._experience import nothing
-from esmeta.learners._replay import Replay
+from esmeta.rl.replay import Over, Replay
 from esmeta.rng import Rng
 from esmeta.types import Continuous, Spec
 
@@ -96,11 +95,13 @@ def test_the_shares_of_whole_snippets_are_those_of_the_formula_and_of_a_replay()
         assert abs(steps[k] - 100 * exact[0]) <= 0.51 and abs(mean[k] - exact[1]) <= 0.051
         replay, index = Replay.empty(1, 50 * n, spec, "cpu"), torch.tensor([0])
         ended = (torch.arange(50 * n) % n == n - 1).unsqueeze(0)
-        lived = nothing(1, 50 * n, spec, "cpu")._replace(ended=ended, terminated=ended)
-        replay = replay.add(lived)
+        none = torch.zeros(1, 50 * n)
+        obs = torch.zeros(1, 50 * n + 1, 1)
+        replay = replay.add(window(obs, none.unsqueeze(-1), none, ended, ended))
         shares: dict[Over, float] = {"episodes": episodes[k] / 100, "steps": exact[0]}
         for over, share in shares.items():
-            inside = replay.snippets(Rng(1), index, 20_000, 20, over)[1].sum(dim=2).double()
+            drawn = replay.draw(Rng(1), index, 20_000, 20, spec, over)
+            inside = drawn.constants["inside"].reshape(-1, 20).sum(dim=1).double()
             # The newest 19 steps begin none: a 50th of an episode at most, all of it cut snippets.
             assert abs(float((inside == 20).double().mean()) - share) < 0.015 + 20 / (50 * n)
             if over == "steps":

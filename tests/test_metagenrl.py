@@ -8,18 +8,26 @@ from typing import Any
 
 import pytest
 import torch
+from lived import snippets
 from torch import Tensor
 
-from esmeta.learners._agent import Agent
-from esmeta.learners._experience import Experience
-from esmeta.learners._loss import Batch
-from esmeta.learners._off_policy_losses import DeterministicGradient, state_values
-from esmeta.learners._replay import ReplayLearner
-from esmeta.learners._training import Training
+from esmeta.agent import heads
+from esmeta.agent.policy import Policy, published_policy
+from esmeta.lives import AgentLives, Life
 from esmeta.objectives._objective_network import LearnedObjective, ObjectiveNetwork, value_after
+from esmeta.rl.diary import Scores
+from esmeta.rl.losses import Data, excess
+from esmeta.rl.off_policy import (
+    DeterministicGradient,
+    ReplayLearner,
+    ReplayOptions,
+    state_values,
+)
+from esmeta.rl.steppers import Adam
 from esmeta.rng import Rng
+from esmeta.rollout import Trajectory
 from esmeta.tasks import make_task
-from esmeta.tree import leaves_of, size_of, with_leaves
+from esmeta.tree import size_of
 from esmeta.types import Continuous, Params, Spec
 
 AGENTS, SNIPPETS, STEPS = 3, 4, 6
@@ -46,31 +54,38 @@ def noisy(params: Params, count: int) -> Params:
     }
 
 
-def an_agent(actions: int = 2, limit: float = 2.0) -> tuple[Agent, Params]:
-    agent = Agent(Spec(3, Continuous(actions, -limit, limit), 60), (6, 5), "relu", CRITICS)
-    return agent, noisy(agent.init(Rng(5), torch.zeros(1, dtype=torch.int64)), AGENTS)
+def networks(spec: Spec, *hidden: int) -> Policy:
+    return published_policy(spec, "metagenrl", hidden, CRITICS, std=0.1)
 
 
-def a_batch(
-    actions: int = 2, agents: int = AGENTS, snippets: int = SNIPPETS, steps: int = STEPS
-) -> Batch:
+def an_agent(actions: int = 2, limit: float = 2.0) -> tuple[Policy, Params]:
+    agent = networks(Spec(3, Continuous(actions, -limit, limit), 60), 6, 5)
+    return agent, noisy(agent.init_at(Rng(5), torch.zeros(1, dtype=torch.int64)), AGENTS)
+
+
+def some_steps(
+    actions: int = 2, agents: int = AGENTS, count: int = SNIPPETS
+) -> dict[str, Tensor]:
     """Snippets of which agent 0's second one terminates after 3 steps, agent 1's first is cut."""
-    shape = (agents, snippets, steps)
+    shape = (agents, count, STEPS)
     ended, terminated = torch.zeros(shape).bool(), torch.zeros(shape).bool()
     ended[0, 1, 2] = terminated[0, 1, 2] = True
-    ended[1 % agents, 0, 4 % steps] = True
-    inside = (ended.long().cumsum(-1) - ended.long()) == 0
-    past = Experience(
-        normal(*shape, 3, seed=1), 2 * torch.tanh(normal(*shape, actions, seed=2)),
-        normal(*shape, seed=3), normal(*shape, 3, seed=4), terminated, ended,
-    )  # fmt: skip
-    # Inside a snippet what follows is the next step.
-    following = torch.cat([past.obs[:, :, 1:], past.next_obs[:, :, -1:]], dim=2)
-    return Batch(past._replace(next_obs=following), past.action, inside, snippets)
+    ended[1 % agents, 0, 4] = True
+    return {
+        "obs": normal(agents, count, STEPS + 1, 3, seed=1),
+        "action": 2 * torch.tanh(normal(*shape, actions, seed=2)),
+        "reward": normal(*shape, seed=3),
+        "terminated": terminated,
+        "ended": ended,
+    }
 
 
-def all_rows(batch: Batch) -> Tensor:
-    return torch.arange(batch.steps.reward.shape[1]).expand(len(batch.inside), -1)
+def by_snippet(data: Data, leaf: Tensor) -> Tensor:
+    """``[P, M, ...]``, or rows ``[T, P, n, ...]`` of the trajectory, as ``[P, n, L, ...]``."""
+    length, agents, count = data.trajectory.active.shape
+    if leaf.shape[:2] == (agents, count * length):
+        return leaf.unflatten(1, (count, length))
+    return leaf.movedim(0, 2)
 
 
 def alphas(count: int = AGENTS, **options: Any) -> tuple[ObjectiveNetwork, Params]:
@@ -84,9 +99,7 @@ def test_published_numbers_of_parameters() -> None:
     for part, count in parts.items():
         own = {k: v for k, v in ObjectiveNetwork().shapes.items() if k.startswith(part)}
         assert size_of(own) == count
-    lunar = Agent(Spec(8, Continuous(2), 1000), (350, 350), "relu", CRITICS)
-    params = lunar.init(Rng(0), torch.arange(1))
-    assert sum(leaf[0].numel() for leaf in params.values()) == 385_004
+    assert networks(Spec(8, Continuous(2), 1000), 350, 350).size == 385_004
 
 
 def test_first_alpha() -> None:
@@ -146,19 +159,21 @@ def test_the_function_equals_loops() -> None:
     state = torch.get_rng_state()
     agent, params = an_agent()
     network, alpha = alphas(bound=3.0)
-    batch = a_batch()
-    loss = network.loss(alpha)
-    told = loss.prepare(agent, params, batch)["told"]
-    now = torch.tanh(normal(*batch.steps.action.shape, seed=9))
-    found = loss.steps(agent, batch.steps.action, now, told, batch.inside)
+    lived = some_steps()
+    data, action, loss = snippets(**lived), lived["action"], network.loss(alpha)
+    inside, told = (
+        by_snippet(data, loss.prepare(agent, params, data).constants[name])
+        for name in ("inside", "told")
+    )
+    now = torch.tanh(normal(*action.shape, seed=9))
+    found = loss.steps(agent, action, now, told, inside)
     for p in range(AGENTS):
         own = {name: leaf[p] for name, leaf in alpha.items()}
         for n in range(SNIPPETS):
-            length = int(batch.inside[p, n].sum())  # a short snippet is a snippet of that length
+            length = int(inside[p, n].sum())  # a short snippet is a snippet of that length
             expected = by_hand(
-                own, batch.steps.action[p, n, :length], now[p, n, :length],
-                told[p, n, :length], 2.0,
-            )  # fmt: skip
+                own, action[p, n, :length], now[p, n, :length], told[p, n, :length], 2.0
+            )
             torch.testing.assert_close(
                 found[p, n, :length], torch.stack(expected), rtol=1e-9, atol=1e-9
             )
@@ -169,21 +184,22 @@ def test_the_function_equals_loops() -> None:
 @pytest.mark.parametrize("time", ["snippet", "episode", "none"])
 def test_what_it_is_told(values: Any, time: Any) -> None:
     agent, params = an_agent()
-    batch = a_batch()._replace(time=torch.arange(STEPS).expand(AGENTS, SNIPPETS, STEPS) + 10)
+    lived = some_steps()
+    data = snippets(**lived, time=torch.arange(STEPS).expand(AGENTS, SNIPPETS, STEPS) + 10)
     network, alpha = alphas(values=values, time=time)
-    told = network.loss(alpha).prepare(agent, params, batch)["told"]
-    steps, p = batch.steps, 1  # its first snippet is cut after 5 of 6 steps
-    value = state_values(agent, params, steps.obs)[p]
-    last = state_values(agent, params, steps.next_obs[:, :, -1:])[p, :, 0]
-    inside = batch.inside[p]
+    told = by_snippet(data, network.loss(alpha).prepare(agent, params, data).constants["told"])
+    p = 1  # its first snippet is cut after 5 of 6 steps
+    worth = by_snippet(data, state_values(agent, params, data.trajectory))[p]
+    value, last = worth[:, :-1], worth[:, -1]
+    inside = by_snippet(data, data.constants["inside"])[p]
     every = torch.cat([value[inside], last[1:]])  # of the first snippet the last one is outside
     mean, std = every.mean(), every.std(unbiased=False) + 1e-5
-    reward = steps.reward[p][inside]
+    reward = lived["reward"][p][inside]
     zeros = torch.zeros_like(value)
     following = torch.cat([value[:, 1:], last[:, None]], dim=1)
     following[0, 4] = value[0, 4]  # hidden by the time limit
     expected = [
-        (steps.reward[p] - reward.mean()) / (reward.std(unbiased=False) + 1e-5),
+        (lived["reward"][p] - reward.mean()) / (reward.std(unbiased=False) + 1e-5),
         {
             "snippet": torch.arange(STEPS).double() / STEPS,
             "episode": (10 + torch.arange(STEPS)).double() / 59,
@@ -204,20 +220,20 @@ def test_what_it_is_told(values: Any, time: Any) -> None:
 def test_what_follows_the_end_of_an_episode_changes_nothing() -> None:
     agent, params = an_agent()
     network, alpha = alphas()
-    loss, batch = network.loss(alpha), a_batch()
-    junk = Experience(*(
-        torch.where(
-            batch.inside.reshape(*batch.inside.shape, *[1] * (leaf.ndim - 3)), leaf, leaf + 7
-        ) if leaf.dtype == torch.float64 else leaf
-        for leaf in batch.steps
-    ))  # fmt: skip
+    loss, lived = network.loss(alpha), some_steps()
+    inside = by_snippet(snippets(**lived), snippets(**lived).constants["inside"])
+    outside = {"action": ~inside, "reward": ~inside,
+               "obs": torch.cat([~inside[..., :1], ~inside], dim=-1)}  # fmt: skip
     # Of the last step inside, too, what came next is not known (or worth nothing).
-    for poisoned in (junk, junk._replace(next_obs=torch.where(
-        (batch.steps.ended & batch.inside).unsqueeze(-1), 9.0, junk.next_obs))):  # fmt: skip
-        other = batch._replace(steps=poisoned, scaled_action=poisoned.action)
+    over = torch.cat([~inside[..., :1], lived["ended"] & inside], dim=-1)
+    for where in (outside, outside | {"obs": outside["obs"] | over}):
+        other = dict(lived)
+        for name, mask in where.items():
+            leaf = lived[name]
+            other[name] = torch.where(mask.reshape(*mask.shape, *[1] * (leaf.ndim - 3)), 7.0, leaf)
         values = [
-            loss(agent, params, b, loss.prepare(agent, params, b), all_rows(b))
-            for b in (batch, other)
+            loss(agent, params, loss.prepare(agent, params, snippets(**steps)))
+            for steps in (lived, other)
         ]
         torch.testing.assert_close(values[0], values[1], rtol=1e-12, atol=0)
 
@@ -226,20 +242,20 @@ def test_the_number_of_action_dimensions_does_not_matter() -> None:
     network, alpha = alphas()
     assert all("actions" not in str(shape) for shape in network.shapes.values())
     single, _ = an_agent(actions=1)
-    batch = a_batch(actions=1)
-    loss = network.loss(alpha)
-    told = normal(*batch.inside.shape, 4, seed=7)
-    action, now = batch.steps.action, torch.tanh(normal(*batch.steps.action.shape, seed=8))
-    one = loss.steps(single, action, now, told, batch.inside)
+    lived = some_steps(actions=1)
+    data, loss = snippets(**lived), network.loss(alpha)
+    inside, action = by_snippet(data, data.constants["inside"]), lived["action"]
+    told, now = normal(*inside.shape, 4, seed=7), torch.tanh(normal(*action.shape, seed=8))
+    one = loss.steps(single, action, now, told, inside)
     # The same dimension five times over says the same, and their order nothing.
     five = loss.steps(
-        single, action.expand(-1, -1, -1, 5), now.expand(-1, -1, -1, 5), told, batch.inside
+        single, action.expand(-1, -1, -1, 5), now.expand(-1, -1, -1, 5), told, inside
     )
     torch.testing.assert_close(five, one, rtol=1e-12, atol=1e-12)
-    wide = normal(*batch.inside.shape, 4, seed=10)
+    wide = normal(*inside.shape, 4, seed=10)
     order = torch.tensor([2, 0, 3, 1])
-    first = loss.steps(single, wide, torch.tanh(wide), told, batch.inside)
-    second = loss.steps(single, wide[..., order], torch.tanh(wide)[..., order], told, batch.inside)
+    first = loss.steps(single, wide, torch.tanh(wide), told, inside)
+    second = loss.steps(single, wide[..., order], torch.tanh(wide)[..., order], told, inside)
     torch.testing.assert_close(first, second, rtol=1e-12, atol=1e-12)
     assert not torch.allclose(first, one)
 
@@ -247,9 +263,9 @@ def test_the_number_of_action_dimensions_does_not_matter() -> None:
 # --- gradients -------------------------------------------------------------------------------
 
 
-def parts_of(k: int) -> tuple[list[Batch], Batch]:
-    drawn = a_batch(snippets=2 * k + 3)
-    batches = [drawn.part(2 * i, 2 * i + 2) for i in range(k)]
+def parts_of(k: int) -> tuple[list[Data], Data]:
+    drawn = snippets(**some_steps(count=2 * k + 3))
+    batches = [drawn.trials(2 * i, 2 * i + 2) for i in range(k)]
     return batches, drawn
 
 
@@ -264,15 +280,15 @@ def test_the_meta_gradient_equals_finite_differences(
     network, alpha = alphas(saturation=saturation)
     batches, where = parts_of(k)
 
-    prepared: list[Params] = []
+    prepared: list[Data] = []
 
     class Held(LearnedObjective):
         """V of an updated policy depends on alpha, but is a constant: it is held at alpha's."""
 
-        def prepare(self, agent: Agent, params: Params, batch: Batch) -> Params:
-            number = next(i for i, own in enumerate(batches) if own is batch)
+        def prepare(self, agent: Policy, params: Params, data: Data) -> Data:
+            number = next(i for i, own in enumerate(batches) if own is data)
             if number == len(prepared):
-                prepared.append(super().prepare(agent, params, batch))
+                prepared.append(super().prepare(agent, params, data))
             return prepared[number]
 
     def value(alpha: Params) -> Tensor:
@@ -308,17 +324,15 @@ def test_one_inner_step_is_plain_descent_on_the_sum() -> None:
     agent, params = an_agent()
     network, alpha = alphas()
     loss, (batches, where) = network.loss(alpha), parts_of(1)
-    batch = batches[0]
     phi = {k: v.clone().requires_grad_() for k, v in params.items() if k.startswith("policy.")}
-    prepared = loss.prepare(agent, params, batch)
-    mean = loss(agent, {**params, **phi}, batch, prepared, all_rows(batch))
-    total = (mean * batch.inside.sum(dim=(1, 2))).sum()
+    ready = loss.prepare(agent, params, batches[0])
+    mean = loss(agent, {**params, **phi}, ready)
+    total = (mean * ready.constants["inside"].sum(dim=1)).sum()
     steps = torch.autograd.grad(total, list(phi.values()))
     moved = {k: v - 0.05 * g for (k, v), g in zip(phi.items(), steps, strict=True)}
-    obs = where.steps.obs.flatten(1, 2)
-    weight = where.inside.flatten(1).double()
-    action = agent.policy({**params, **moved}, obs).mean
-    assert action is not None
+    seen = where.trajectory.steps
+    obs, weight = by_snippet(where, seen.obs).flatten(1, 2), where.constants["inside"].double()
+    action = heads.mode(agent.read({**params, **moved}, {}, seen))
     worth = agent.critic(params, "q1", obs, action)
     expected = (worth * weight).sum(1) / weight.sum(1)
     found = value_after(agent, params, loss, batches, where, rate=0.05, reduction="sum")
@@ -346,40 +360,33 @@ def test_a_limit_cuts_inner_steps_that_are_longer() -> None:
 
 def test_saturated_policies_are_pulled_back() -> None:
     agent, params = an_agent()
-    batch = a_batch()
-    rows, weight = all_rows(batch), batch.inside.flatten(1).double()
     network, alpha = alphas()
     pulling, _ = alphas(saturation=0.7)
     far = {k: v * (40.0 if k.startswith("policy.2") else 1.0) for k, v in params.items()}
-    obs = batch.steps.obs.flatten(1, 2)
-    action = agent.policy(far, obs).mean
-    assert action is not None
-    limit = agent.spec.action.high
-    raw = torch.atanh((action / limit).clamp(-1 + 1e-12, 1 - 1e-12))
+    data = network.loss(alpha).prepare(agent, far, snippets(**some_steps()))
+    steps, weight = data.trajectory.steps, data.constants["inside"].double()
+    action = heads.mode(agent.read(far, {}, steps))
+    raw = torch.atanh((action / 2.0).clamp(-1 + 1e-12, 1 - 1e-12))
     inside = raw.abs() < 8  # where tanh can be undone
     assert bool((raw.abs() > 1).any()) and bool(inside.any())
-    excess = agent.saturation(agent.network(far, "policy", obs))
+    found = excess(agent.raw(far, {}, steps))
     expected = (raw.abs() - 1).clamp_min(0).square()
     torch.testing.assert_close(
-        excess[inside.all(-1)], expected.sum(-1)[inside.all(-1)], rtol=1e-6, atol=1e-9
+        found[inside.all(-1)], expected.sum(-1)[inside.all(-1)], rtol=1e-6, atol=1e-9
     )
-    prepared = network.loss(alpha).prepare(agent, far, batch)
-    without, with_it = (
-        net.loss(alpha, share)(agent, far, batch, prepared, rows)
-        for net, share in ((network, 0.4), (pulling, 0.4))
-    )
-    mean = (excess * weight).sum(1) / weight.sum(1)
+    without, with_it = (net.loss(alpha, 0.4)(agent, far, data) for net in (network, pulling))
+    mean = (found * weight).sum(1) / weight.sum(1)
     torch.testing.assert_close(with_it - without, 0.7 * mean, rtol=1e-9, atol=1e-9)
 
 
 def test_values_carry_no_gradient_and_critics_are_frozen() -> None:
     agent, params = an_agent()
     network, alpha = alphas()
-    loss, batch = network.loss(alpha), a_batch()
+    loss = network.loss(alpha)
     leaves = {k: v.clone().requires_grad_() for k, v in params.items()}
-    prepared = loss.prepare(agent, leaves, batch)
-    assert not prepared["told"].requires_grad
-    total = loss(agent, leaves, batch, prepared, all_rows(batch)).sum()
+    ready = loss.prepare(agent, leaves, snippets(**some_steps()))
+    assert not ready.constants["told"].requires_grad
+    total = loss(agent, leaves, ready).sum()
     found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
     for name, gradient in zip(leaves, found, strict=True):
         assert (gradient is None) == name.startswith("q"), name
@@ -387,12 +394,9 @@ def test_values_carry_no_gradient_and_critics_are_frozen() -> None:
     h = 1e-6
     along = {k: normal(*v.shape, seed=len(k)) for k, v in params.items() if k[0] == "p"}
     up, down = (
-        loss(
-            agent, {**params, **{k: params[k] + s * h * v for k, v in along.items()}},
-            batch, prepared, all_rows(batch),
-        )
+        loss(agent, {**params, **{k: params[k] + s * h * v for k, v in along.items()}}, ready)
         for s in (1, -1)
-    )  # fmt: skip
+    )
     exact = sum((g * along[k]).sum() for k, g in zip(leaves, found, strict=True) if g is not None)
     torch.testing.assert_close(
         torch.as_tensor(exact), ((up - down) / (2 * h)).sum(), rtol=1e-5, atol=1e-8
@@ -411,14 +415,13 @@ def test_values_carry_no_gradient_and_critics_are_frozen() -> None:
 def test_annealing_goes_from_the_critic_to_the_learned_loss() -> None:
     agent, params = an_agent()
     network, alpha = alphas()
-    batch = a_batch()
-    batch = batch._replace(inside=torch.ones_like(batch.inside))
-    rows, prepared = all_rows(batch), network.loss(alpha).prepare(agent, params, batch)
-    whole = torch.arange(SNIPPETS * STEPS).expand(AGENTS, -1)
-    critic = DeterministicGradient()(agent, params, batch, {}, whole)
-    learned = network.loss(alpha)(agent, params, batch, prepared, rows)
+    never = torch.zeros(AGENTS, SNIPPETS, STEPS, dtype=torch.bool)
+    data = snippets(**some_steps() | {"ended": never, "terminated": never})
+    ready = network.loss(alpha).prepare(agent, params, data)
+    critic = DeterministicGradient()(agent, params, data)
+    learned = network.loss(alpha)(agent, params, ready)
     for share in (0.0, 0.25, 1.0):
-        mixed = network.loss(alpha, share)(agent, params, batch, prepared, rows)
+        mixed = network.loss(alpha, share)(agent, params, ready)
         torch.testing.assert_close(
             mixed, share * learned + (1 - share) * critic, rtol=1e-12, atol=1e-12
         )
@@ -453,47 +456,55 @@ def test_meta_steps_make_learning_worth_it() -> None:
 # --- agents in training ----------------------------------------------------------------------
 
 
-def training(**options: Any) -> Training:
+def training(policy_rate: float = 0.0, bonus: float = 0.0, **options: Any) -> AgentLives:
     task = make_task("pendulum", horizon=40, episode_steps=16, gravity=(7.0, 13.0))
-    agent = Agent(task.spec, (8,), "relu", CRITICS)
-    learner = ReplayLearner(
-        agent, period=8, capacity=64, batch=4, critic_batch=16, start=16, update_after=24,
-        clip=1.0, **options,
-    )  # fmt: skip
-    return Training(learner, task, 3, "train", torch.device("cpu"), 2)
-
-
-def doubled(agents: Any) -> Any:
-    """Float64 networks and replay: what is left of differences is not rounding."""
-    state = agents.state
-    tree = (state.params, state.target, state.adam, tuple(state.replay.steps))
-    leaves = [leaf.double() if leaf.is_floating_point() else leaf for leaf in leaves_of(tree)]
-    params, target, adam, steps = with_leaves(tree, leaves)
-    replay = state.replay._replace(steps=Experience(*steps))
-    return agents._replace(
-        state=state._replace(params=params, target=target, adam=adam, replay=replay)
+    sizes = ReplayOptions(
+        period=8, capacity=64, batch=4, critic_batch=16, update_after=24, clip=1.0
     )
+    learner = ReplayLearner(
+        networks(task.spec, 8), sizes, start=16, policy_rate=policy_rate, terminal_bonus=bonus
+    )
+    return AgentLives(learner, task, 3, torch.device("cpu"), endless=True, **options)
 
 
-def lived(numbers: list[int], windows: int = 4) -> tuple[Training, Any]:
+def act(runner: AgentLives, life: Life, windows: int) -> tuple[Life, list[Trajectory]]:
+    """Agents that act, without learning, and what they live through."""
+    seen = []
+    for _ in range(windows):
+        life, new = runner.act(life, "train")
+        seen.append(new)
+        replay = life.state.replay.add(runner.taught(new))
+        life = life._replace(state=life.state._replace(replay=replay))
+    return life, seen
+
+
+def in_double(tree: Any) -> Any:
+    """Float64 networks and replay: what is left of differences is not rounding."""
+    if isinstance(tree, Tensor):
+        return tree.double() if tree.is_floating_point() else tree
+    if isinstance(tree, dict):
+        return {name: in_double(leaf) for name, leaf in tree.items()}
+    if isinstance(tree, tuple) and not isinstance(tree, Adam):
+        return type(tree)(*map(in_double, tree))
+    return Adam(*map(in_double, tree)) if isinstance(tree, Adam) else tree
+
+
+def lived(numbers: list[int], windows: int = 4) -> tuple[AgentLives, Life]:
     """Agents that have acted, with float64 networks from there on."""
     runner = training()
-    agents = runner.begin(torch.tensor(numbers))
-    for _ in range(windows):
-        agents, new = runner.act(agents)
-        replay = agents.state.replay.add(new)
-        agents = agents._replace(state=agents.state._replace(replay=replay))
-    return runner, doubled(agents)
+    life, _ = act(runner, runner.begin(torch.tensor(numbers), "train"), windows)
+    return runner, life._replace(state=in_double(life.state))
 
 
-def learned(runner: Training, agents: Any, alpha: Params) -> tuple[Params, Params]:
+def learned(runner: AgentLives, life: Life, alpha: Params) -> tuple[Params, Params]:
     """Networks after six update rounds, and the meta-gradients of alpha there."""
-    network = ObjectiveNetwork(5)
-    state = runner.learner.rounds(agents.state, network.loss(alpha, 0.5), runner.rng(), 6)
+    network, learner, rng = ObjectiveNetwork(5), runner.learner, runner.learning("train")
+    assert isinstance(learner, ReplayLearner)
+    state = learner.rounds(life.state, network.loss(alpha, 0.5), rng, 6)
     leaves = {k: v.clone().requires_grad_() for k, v in alpha.items()}
-    drawn = state.replay.sample(runner.rng().fold("meta"), state.index, 3, 5)
+    drawn = learner.draw(state, rng.fold("meta"), 3, 5)
     value = value_after(
-        runner.learner.agent, state.params, network.loss(leaves), [drawn], drawn,
+        learner.agent, state.params, network.loss(leaves), [drawn], drawn,
         rate=1e-2, reduction="sum",
     )  # fmt: skip
     found = torch.autograd.grad(value.sum(), list(leaves.values()))
@@ -520,9 +531,9 @@ def test_no_agent_sees_anothers_data_or_random_numbers() -> None:
     alpha = noisy(ObjectiveNetwork(5).init(Rng(1)), 3)
     expected, gradients = learned(*lived([0, 4, 7]), alpha)
     runner, agents = lived([0, 4, 7])
-    steps = agents.state.replay.steps
-    steps.reward[1] += 100.0
-    steps.obs[1] *= -3.0
+    replay = agents.state.replay
+    replay.reward[1] += 100.0
+    replay.obs[1] *= -3.0
     runner_changed = learned(runner, agents, alpha)
     for found in (runner_changed, learned(*lived([0, 5, 7]), alpha)):
         for name in expected:
@@ -537,41 +548,33 @@ def test_no_agent_sees_anothers_data_or_random_numbers() -> None:
 
 def test_replays_know_the_time_in_the_episode() -> None:
     runner = training()
-    agents = runner.begin(torch.tensor([0, 1]))
-    for _ in range(7):  # a trial of 40 steps in episodes of 16, 16 and 8, then 16 of the next one
-        agents, new = runner.act(agents)
-        replay = agents.state.replay.add(new)
-        agents = agents._replace(state=agents.state._replace(replay=replay))
+    # A trial of 40 steps in episodes of 16, 16 and 8, then 16 of the next one.
+    life, _ = act(runner, runner.begin(torch.tensor([0, 1]), "train"), 7)
     times = [*range(16), *range(16), *range(8), *range(16)]
-    assert agents.trial == 1 and agents.t == 16
-    assert agents.state.replay.time[:, :56].tolist() == [times, times]
-    for _ in range(2):  # over the oldest rows
-        agents, new = runner.act(agents)
-        agents = agents._replace(state=agents.state._replace(replay=agents.state.replay.add(new)))
-    assert agents.state.replay.time[0].tolist() == [*range(8, 16), *times[8:], *range(8)]
-    batch = agents.state.replay.sample(Rng(0), torch.arange(2), 20, 5)
-    assert batch.time is not None
-    assert ((batch.time[..., 1:] - batch.time[..., :-1])[batch.inside[..., 1:]] == 1).all()
-    assert (~batch.inside).any()
+    assert life.trial == 1 and life.end.t == 16
+    assert life.state.replay.kept()[5][:, :56].tolist() == [times, times]
+    life, _ = act(runner, life, 2)  # over the oldest rows
+    assert life.state.replay.kept()[5][0, :64].tolist() == [*times[8:], *range(16)]
+    made = life.state.replay.draw(Rng(0), torch.arange(2), 20, 5, runner.task.spec).constants
+    time, inside = (made[name].unflatten(1, (20, 5)) for name in ("time", "inside"))
+    assert ((time[..., 1:] - time[..., :-1])[inside[..., 1:]] == 1).all()
+    assert (~inside).any()
 
 
 def test_scores_are_those_of_whole_episodes() -> None:
     runner = training()
-    agents = runner.begin(torch.tensor([0, 1]))
-    rewards = []
-    for _ in range(8):
-        agents, new = runner.act(agents)
-        rewards.append(new.reward)
-        replay = agents.state.replay.add(new)
-        agents = agents._replace(state=agents.state._replace(replay=replay))
-    whole = torch.cat(rewards, dim=1).double()
+    _, seen = act(runner, runner.begin(torch.tensor([0, 1]), "train"), 8)
+    scores = Scores.none(2, 2, "cpu")
+    for new in seen:
+        scores = scores.then(new)
+    whole = torch.cat([new.reward[..., 0] for new in seen]).T.double()
     parts = [whole[:, a:b].sum(1) for a, b in ((0, 16), (16, 32), (32, 40), (40, 56))]
-    scores = agents.scores
     assert scores.episodes.tolist() == [4, 4]
     torch.testing.assert_close(scores.first, parts[0])
     torch.testing.assert_close(scores.recent, torch.stack([parts[3], parts[2]], dim=1))
     torch.testing.assert_close(scores.total, sum(parts))  # type: ignore[arg-type]
     torch.testing.assert_close(scores.earned, whole[:, 56:].sum(1))
+    assert not scores.cut().earned.any() and torch.equal(scores.cut().total, scores.total)
 
 
 def test_steps_behind_the_end_of_a_trial_are_no_episodes_and_teach_nothing() -> None:
@@ -597,30 +600,29 @@ def test_steps_behind_the_end_of_a_trial_are_no_episodes_and_teach_nothing() -> 
             return env
 
     runner = replace(training(), task=Early(horizon=40, episode_steps=16))
-    agents = runner.begin(torch.tensor([0, 1]))
-    for _ in range(3):
-        agents, new = runner.act(agents)
-        replay = agents.state.replay.add(new)
-        agents = agents._replace(state=agents.state._replace(replay=replay))
-    assert agents.trial == 1, "all begin a new trial"
-    steps = agents.state.replay.steps
-    assert agents.scores.episodes.tolist() == [1, 1]
-    assert steps.terminated[0, :24].nonzero().flatten().tolist() == [11]
-    assert not steps.terminated[1].any()
-    assert steps.ended[0, 11:16].all() and steps.ended[1, 15], "cut where the trials began anew"
-    usable = (steps.known | steps.terminated)[:, :24]
+    life, seen = act(runner, runner.begin(torch.tensor([0, 1]), "train"), 3)
+    assert life.trial == 1, "all begin a new trial"
+    scores = Scores.none(2, 2, "cpu")
+    for new in seen[:2]:
+        scores = scores.then(new)
+    assert scores.episodes.tolist() == [1, 1]
+    replay = life.state.replay
+    assert replay.terminated[0].nonzero().flatten().tolist() == [11]
+    assert not replay.terminated[1].any()
+    assert replay.ended[0, 11:16].all() and replay.ended[1, 15], "cut where the trials began anew"
+    usable = (~replay.ended | replay.terminated)[:, :24]
     assert usable[0].nonzero().flatten().tolist() == [*range(12), *range(16, 24)]
 
 
 def test_the_policies_rate_is_theirs_alone() -> None:
     alpha = noisy(ObjectiveNetwork(5).init(Rng(1)), 3)
-    _, agents = lived([0, 4, 7])
-    network, before = ObjectiveNetwork(5), agents.state.params
+    network, before = ObjectiveNetwork(5), lived([0, 4, 7])[1].state.params
     moves = {}
     for rate in (0.0, 1e-3, 1e-4):  # two rounds: the first step of Adam on policies, delay is 2
-        runner = training(policy_rate=rate)
-        _, agents = lived([0, 4, 7])
-        after = runner.learner.rounds(agents.state, network.loss(alpha), runner.rng(), 2).params
+        (_, life), runner = lived([0, 4, 7]), training(policy_rate=rate)
+        learner, rng = runner.learner, runner.learning("train")
+        assert isinstance(learner, ReplayLearner)
+        after = learner.rounds(life.state, network.loss(alpha), rng, 2).params
         moves[rate] = {name: after[name] - before[name] for name in before}
     for name in before:
         small = 0.1 if name.startswith("policy") else 1.0
@@ -629,22 +631,25 @@ def test_the_policies_rate_is_theirs_alone() -> None:
 
 
 def test_flags_of_the_release() -> None:
-    runner = training(terminal_bonus=1.0)
-    agents = runner.begin(torch.tensor([0, 1]))
-    steps = a_batch(actions=1, agents=2, snippets=2).steps
-    flat = Experience(*(leaf[:, 1].float() if leaf.is_floating_point() else leaf[:, 1]
-                        for leaf in steps))  # fmt: skip
-    flat = flat._replace(terminated=flat.ended | (torch.arange(STEPS) == 1))
-    noise = torch.zeros(2, STEPS, 1)
-    bonus = runner.learner.td_target(agents.state.target, flat, noise)
-    plain = replace(runner.learner, terminal_bonus=0.0)
-    without = plain.td_target(agents.state.target, flat, noise)
-    torch.testing.assert_close(bonus - without, flat.terminated.float())
-    torch.testing.assert_close(without[flat.terminated], flat.reward[flat.terminated])
-    _, new = replace(runner, timeout_is_terminal=True).act(runner.begin(torch.tensor([0])))
-    assert torch.equal(new.terminated, new.ended)
-    _, new = runner.act(runner.begin(torch.tensor([0])))
-    assert not new.terminated.any()
+    learner = training(bonus=1.0).learner
+    assert isinstance(learner, ReplayLearner)
+    target = learner.init(Rng(0), torch.arange(2)).target
+    steps = some_steps(actions=1, agents=2, count=2)
+    steps = {k: v.float() if v.is_floating_point() else v for k, v in steps.items()}
+    steps["terminated"] = steps["ended"] = steps["ended"] | (torch.arange(STEPS) == 5)
+    data, noise = snippets(**steps), torch.zeros(2, 2 * STEPS, 1)
+    bonus, _ = learner.td_target(target, data, noise)
+    without, weight = replace(learner, terminal_bonus=0.0).td_target(target, data, noise)
+    ended, reward = steps["ended"].flatten(1), steps["reward"].flatten(1)
+    inside = weight > 0
+    assert (ended & inside).any()
+    torch.testing.assert_close((bonus - without)[inside], ended[inside].float())
+    torch.testing.assert_close(without[ended & inside], reward[ended & inside])
+    for flag in (True, False):
+        runner = training(timeout_is_terminal=flag)
+        life, _ = act(runner, runner.begin(torch.tensor([0]), "train"), 2)
+        replay = life.state.replay
+        assert replay.ended.any() and torch.equal(replay.terminated, replay.ended & flag)
 
 
 @pytest.mark.parametrize("windows", [2, 4, 5])
@@ -652,17 +657,17 @@ def test_stored_agents_go_on_bit_for_bit(windows: int) -> None:
     runner, network = training(), ObjectiveNetwork(5)
     loss = network.loss(network.init(Rng(1)))
 
-    def on(agents: Any, count: int) -> Any:
+    def on(life: Life, count: int) -> Life:
         for _ in range(count):
-            agents, new = runner.act(agents)
-            state = runner.learner.update(agents.state, new, loss, runner.rng())
-            agents = agents._replace(state=state)
-        return agents
+            life, _ = runner.advance(life, loss, "train")
+        return life
 
-    agents = on(runner.begin(torch.arange(3)), windows)
-    saved = runner.save(agents)
+    life = on(runner.begin(torch.arange(3), "train"), windows)
+    saved = runner.save(life, "train")
     assert all(len(leaf) == 3 for leaf in saved.values())
-    again = runner.save(on(runner.restore(saved), 6))
-    expected = runner.save(on(agents, 6))
+    again = runner.restore(runner.begin(torch.arange(3), "train"), saved, "train")
+    again = runner.save(on(again, 6), "train")
+    expected = runner.save(on(life, 6), "train")
+    assert list(again) == list(expected)
     for name, leaf in expected.items():
-        assert torch.equal(again[name].nan_to_num(-7), leaf.nan_to_num(-7)), name
+        assert torch.equal(again[name], leaf), name

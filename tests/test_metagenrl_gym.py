@@ -22,8 +22,9 @@ from esmeta import config as configs
 from esmeta import evaluate, learn, train
 from esmeta.comm import SelfComm
 from esmeta.errors import UserError
-from esmeta.learners._training import Agents, Training
+from esmeta.lives import AgentLives, Life
 from esmeta.objectives._metagenrl import MetaGenRLObjective
+from esmeta.rl.diary import Scores
 from esmeta.tasks import make_task
 from esmeta.tree import ravel
 
@@ -69,79 +70,84 @@ def parts(*more: str) -> train.Parts:
     return train.build(configs.resolve(configs.load("pendulum-metagenrl"), [*SMALL, *more]))
 
 
-def training(**options: Any) -> Training:
+def training(**options: Any) -> AgentLives:
     """Agents on the environment that ends early, in trials of 40 steps and windows of 8."""
     made = parts(BESIDE).objective
     assert isinstance(made, MetaGenRLObjective)
-    runner = made.trainings[1]
+    runner = made.environments[1]
     task = make_task("gym", id="Brief-v0", **{"horizon": 40, "episode_steps": 10, **options})
-    runner = Training(
-        replace(runner.learner, start=1000), task, 0, "train", torch.device("cpu"), episodes=100
-    )
-    runner.check()
+    learner = replace(runner.learner, start=1000)  # type: ignore[type-var]
+    runner = AgentLives(learner, task, 0, torch.device("cpu"), endless=True)
+    runner.check_length()
     return runner
 
 
-def act(runner: Training, agents: Agents, windows: int) -> Agents:
+def begun(runner: AgentLives, agents: int) -> tuple[Life, Scores]:
+    """Fresh agents that keep the returns of 100 episodes."""
+    return runner.begin(torch.arange(agents), "train"), Scores.none(agents, 100, "cpu")
+
+
+def act(runner: AgentLives, life: Life, scores: Scores, windows: int) -> tuple[Life, Scores]:
     for _ in range(windows):
-        agents, new = runner.act(agents)
-        replay = agents.state.replay.add(new)
-        agents = agents._replace(state=agents.state._replace(replay=replay))
-    return agents
+        trial = life.trial
+        life, new = runner.act(life, "train")
+        scores = (scores if life.trial == trial else scores.cut()).then(new)
+        replay = life.state.replay.add(new)
+        life = life._replace(state=life.state._replace(replay=replay))
+    return life, scores
 
 
 def test_no_life_is_cut_because_another_agents_episodes_were_short() -> None:
     runner = training()
-    agents = act(runner, runner.begin(torch.arange(4)), 5)
-    assert agents.trial == 0 and agents.t == 40
-    steps = agents.state.replay.steps
-    assert bool(steps.reward.eq(1).all()), "every step of the trial is lived"
-    lengths = agents.scores.recent
-    assert len(agents.scores.episodes.unique()) > 1, "they have as many episodes as come"
+    life, scores = act(runner, *begun(runner, 4), 5)
+    assert life.trial == 0 and life.end.t == 40
+    replay = life.state.replay
+    assert bool(replay.reward[:, :-1].eq(1).all()), "every step of the trial is lived"
+    lengths = scores.recent
+    assert len(scores.episodes.unique()) > 1, "they have as many episodes as come"
     assert set(lengths[~lengths.isnan()].tolist()) >= {2.0, 3.0, 4.0, 5.0, 10.0}
-    assert agents.scores.total.tolist() == [40.0] * 4
+    assert scores.total.tolist() == [40.0] * 4
     # An episode that the limit cut is not terminated; one that ended is.
-    cut = steps.ended & ~steps.terminated
-    since = agents.state.replay.time
+    cut = replay.ended & ~replay.terminated
+    since = replay.time
     assert bool(cut.any()) and bool((since[cut] == 9).logical_or(cut.nonzero()[:, 1] == 39).all())
-    assert bool((since[steps.terminated] < 9).all())
+    assert bool((since[replay.terminated] < 9).all())
     # With a number of episodes per trial all would have begun anew together.
     few = training(episodes=4, episode_steps=0)
-    assert act(few, few.begin(torch.arange(4)), 5).trial > 0
+    assert act(few, *begun(few, 4), 5)[0].trial > 0
 
 
 def test_what_an_episode_that_was_cut_had_earned_is_not_the_next_ones() -> None:
     runner = training(horizon=48, episode_steps=0, episodes=3)  # at most 16 steps an episode
-    agents = runner.begin(torch.arange(4))
+    life, scores = begun(runner, 4)
     for _ in range(12):
-        agents = act(runner, agents, 1)
-        lengths = agents.scores.recent
+        life, scores = act(runner, life, scores, 1)
+        lengths = scores.recent
         assert float(lengths[~lengths.isnan()].max()) <= 16, "no episode is longer than its limit"
-    assert agents.trial > 1
+    assert life.trial > 1
 
 
 def test_simulators_that_cannot_be_stored_begin_a_new_trial() -> None:
     runner = training()
-    agents = act(runner, runner.begin(torch.arange(3)), 3)
-    assert agents.t == 24 and bool((agents.scores.earned > 0).any())
-    saved = {name: leaf.clone() for name, leaf in runner.save(agents).items()}
-    again = replace(runner).restore(saved)
-    for name, leaf in agents.state.params.items():
+    life, scores = act(runner, *begun(runner, 3), 3)
+    assert life.end.t == 24 and bool((scores.earned > 0).any())
+    saved = {name: leaf.clone() for name, leaf in runner.save(life, "train").items()}
+    terminated = life.state.replay.terminated[:, 23].clone()
+    other = replace(runner)
+    again = other.restore(begun(other, 3)[0], saved, "train")
+    for name, leaf in life.state.params.items():
         assert torch.equal(again.state.params[name], leaf)
     assert again.state.replay.count == 24
-    for one, two in zip(again.state.replay.steps, agents.state.replay.steps, strict=True):
-        assert torch.equal(one[:, :24], two[:, :24])
-    later = act(runner, again, 1)
-    assert (later.trial, later.t) == (agents.trial + 1, 8), "in the middle of none"
-    assert bool(later.state.replay.steps.ended[:, 23].all()), "nothing follows from the last step"
-    assert not bool((later.state.replay.steps.terminated[:, 23] & ~saved_end(agents)).any())
+    for one, two in zip(again.state.replay.kept(), life.state.replay.kept(), strict=True):
+        assert torch.equal(one, two)
+    later, earned = act(other, again, scores, 1)
+    assert (later.trial, later.end.t) == (life.trial + 1, 8), "in the middle of none"
+    replay = later.state.replay
+    assert bool(replay.ended[:, 23].all()), "nothing follows from the last step"
+    assert not bool((replay.terminated[:, 23] & ~terminated).any())
     # What was left unfinished is no score; what was finished stays.
-    assert bool((later.scores.total >= agents.scores.total).all())
-    assert bool((later.scores.total + later.scores.earned == agents.scores.total + 8).all())
-
-
-def saved_end(agents: Agents) -> torch.Tensor:
-    return agents.state.replay.steps.terminated[:, 23]
+    assert bool((earned.total >= scores.total).all())
+    assert bool((earned.total + earned.earned == scores.total + 8).all())
 
 
 def test_a_run_beside_it_goes_on_after_a_kill(tmp_path: Path) -> None:

@@ -118,7 +118,7 @@ def test_agents_live_on_for_as_many_rounds_as_steps() -> None:
         taken.append(int(metrics["env_steps"]) // 3)
     assert taken == [16, 0, 0, 0, 8, 0, 0, 0, 8]
     group = state.agents[0]
-    assert group.agents.state.updates.tolist() == [18] * 3
+    assert group.life.state.updates.tolist() == [18] * 3
     assert group.owed == 8 - 2
 
 
@@ -127,11 +127,11 @@ def test_agents_are_replaced_after_a_lifetime() -> None:
     state, numbers, taken = built.state, [], []
     for _ in range(13):
         state, metrics = built.optimizer.step(state, built.objective, SelfComm(), built.rng)
-        numbers.append(state.agents[0].agents.state.index.tolist())
+        numbers.append(state.agents[0].life.state.index.tolist())
         taken.append(int(metrics["env_steps"]) // 3)
     assert numbers == [[0, 1, 2]] * 8 + [[3, 4, 5]] * 5
     assert taken == [16, 0, 0, 0, 8, 0, 0, 0, 16, 0, 0, 0, 8]
-    assert state.agents[0].agents.state.updates.tolist() == [10] * 3
+    assert state.agents[0].life.state.updates.tolist() == [10] * 3
 
 
 def test_policies_begin_anew_beside_critics_that_stay() -> None:
@@ -139,21 +139,23 @@ def test_policies_begin_anew_beside_critics_that_stay() -> None:
     state, ages = built.state, []
     for _ in range(13):
         state, _ = built.optimizer.step(state, built.objective, SelfComm(), built.rng)
-        now = state.agents[0].agents.state
-        ages.append(int(now.adam.updates["policy.0.weight"][0]))
+        now = state.agents[0].life.state
+        ages.append(int(now.adams.parts["actor"].updates[0]))
     # After 16 and 32 steps, when the rounds for them are done.
     assert ages == [1, 2, 3, 4, 1, 2, 3, 4, 5, 6, 7, 8, 1]
-    assert now.index.tolist() == [0, 1, 2] and now.adam.updates["q1.0.weight"].tolist() == [26] * 3
-    learner = built.objective.trainings[0].learner
+    assert now.index.tolist() == [0, 1, 2]
+    assert now.adams.parts["critics"].updates.tolist() == [26] * 3
+    learner = built.objective.environments[0].learner
     fresh = learner.with_fresh_policies(now, Rng(3))
-    drawn = learner.agent.init(Rng(3), now.index)
+    drawn = learner.agent.init_at(Rng(3), now.index)
     assert fresh.replay is now.replay and torch.equal(fresh.updates, now.updates)
     for name in now.params:
         policy = name.startswith("policy.")
         new, target = (drawn, drawn) if policy else (now.params, now.target)
         assert torch.equal(fresh.params[name], new[name])
         assert torch.equal(fresh.target[name], target[name])
-        assert bool(fresh.adam.second[name].any()) != policy
+    assert not fresh.adams.parts["actor"].second.any() and now.adams.parts["actor"].second.any()
+    assert torch.equal(fresh.adams.parts["critics"].second, now.adams.parts["critics"].second)
     assert not torch.equal(fresh.params["policy.0.weight"], now.params["policy.0.weight"])
 
 
@@ -209,24 +211,24 @@ def test_scores_are_not_scaled_and_learning_is() -> None:
         assert torch.equal(
             plain.heldout(theta, 2).metrics[name], scaled.heldout(theta, 2).metrics[name]
         )
-    training = scaled.trainings[0]
-    agents, new = training.act(training.begin(torch.arange(2)))
-    torch.testing.assert_close(
-        0.01 * agents.scores.earned, new.reward.double().sum(1), rtol=1e-5, atol=1e-7
-    )
+    lives = scaled.environments[0]
+    life, new = lives.act(lives.begin(torch.arange(2), "train"), "train")
+    replay = life.state.replay.add(lives.taught(new))
+    torch.testing.assert_close(0.01 * new.reward[..., 0].T, replay.reward[:, :8])
+    assert new.reward.any() and replay.count == 8
 
 
 def test_several_environments_learn_one_objective() -> None:
     built = parts(TWO)
     made = built.objective
     assert isinstance(made, MetaGenRLObjective)
-    assert [t.task.spec.action.size for t in made.trainings] == [1, 2]
+    assert [t.task.spec.action.size for t in made.environments] == [1, 2]
     state = after(built, 1)
     assert made.rows(state.agents) == 6
-    assert [len(group.agents.state.index) for group in state.agents] == [3, 3]
+    assert [len(group.life.index) for group in state.agents] == [3, 3]
     alone = after(parts(), 1)
     # Agents of the first environment are the agents they would be without the second.
-    mine, theirs = state.agents[0].agents.state.params, alone.agents[0].agents.state.params
+    mine, theirs = state.agents[0].life.state.params, alone.agents[0].life.state.params
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
     assert not torch.equal(ravel(built.optimizer.theta(state)), ravel(built.optimizer.theta(alone)))
 
@@ -295,12 +297,12 @@ def test_figures_of_an_objective() -> None:
     assert set(curves) == {"train", "test"} and len(curves["test"]) == 3
     curve = curves["test"]["learned objective"]
     assert curve.steps.tolist() == [16, 32, 48]
-    table, agents = objectives.life_curve(
+    table, scores = objectives.life_curve(
         made, made.network.loss(made.init(3)), made.task, "test", 2
     )
     assert table.mean.tolist() == curve.mean.tolist()
     total = 16 * float(table.mean.sum())  # three whole episodes
-    assert total == pytest.approx(float(agents.scores.total.mean()), rel=1e-6)
+    assert total == pytest.approx(float(scores.total.mean()), rel=1e-6)
     surface = objectives.loss_surface(made, made.init(3), 1.0, 0.0)
     assert surface.shape == (41, 41) and surface[20, 20] == 0 and float(surface.std()) > 0
     other = objectives.loss_surface(made, made.init(3), 2.0, 0.0)
@@ -327,7 +329,6 @@ WRONG = [
     (["objective.more_tasks=[{size=8}]"], ["more_tasks", "has no name", "name = "]),
     (["objective.more_tasks=[{name='pendulun'}]"], ["'pendulun'", "pendulum"]),
     (["optimizer.name=ppo"], ["MetaGenRLObjective", "optimizer.name = 'openes'"]),
-    (["policy.name=metods"], ["'metagenrl'", 'policy.name = "none"']),
     (["optimizer.learning_rate_final=0"], ["optimizer.learning_rate_final = 0.0", "> 0"]),
     (["optimizer.schedule_updates=-1"], ["optimizer.schedule_updates = -1", ">= 0"]),
     (["optimizer.learning_rate=0"], ["optimizer.learning_rate = 0.0", "> 0"]),

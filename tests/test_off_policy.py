@@ -6,28 +6,33 @@ from typing import Any
 
 import pytest
 import torch
+from lived import snippets, window
 from torch import Tensor
 from torch.nn import functional as F
 
+from esmeta.agent.policy import Policy, published_policy
 from esmeta.errors import UserError
-from esmeta.learners._agent import Agent
-from esmeta.learners._experience import Experience
-from esmeta.learners._life import Lives
-from esmeta.learners._loss import Batch
-from esmeta.learners._off_policy_losses import DeterministicGradient, OffPolicyReinforce
-from esmeta.learners._record import Diary
-from esmeta.learners._replay import Replay, ReplayLearner
+from esmeta.lives import AgentLives
+from esmeta.rl.diary import Diary
+from esmeta.rl.off_policy import (
+    DeterministicGradient,
+    OffPolicyReinforce,
+    ReplayLearner,
+    ReplayOptions,
+)
+from esmeta.rl.replay import Replay
 from esmeta.rng import Rng
 from esmeta.tasks import make_task
 from esmeta.types import Continuous, Params, Spec
 
 SPEC = Spec(obs_size=3, action=Continuous(2, -2.0, 2.0), horizon=100)
+CRITICS = frozenset({"critics"})
 AGENTS, BATCH, LENGTH = 4, 6, 5
 
 
-def agents() -> tuple[Agent, Params]:
-    agent = Agent(SPEC, (8, 6), style="relu", heads=frozenset({"critics"}), std=0.1)
-    params = agent.init(Rng(3), torch.arange(AGENTS))
+def agents() -> tuple[Policy, Params]:
+    agent = published_policy(SPEC, "metagenrl", (8, 6), CRITICS, std=0.1)
+    params = agent.init_at(Rng(3), torch.arange(AGENTS))
     g = torch.Generator().manual_seed(1)
     return agent, {
         name: leaf.double() + 0.3 * torch.randn(leaf.shape, generator=g, dtype=torch.float64)
@@ -35,19 +40,19 @@ def agents() -> tuple[Agent, Params]:
     }
 
 
-def experience(*shape: int) -> Experience:
+def steps(*shape: int, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+    """Random steps ``[P, ..., L]``; observations have one more."""
     g = torch.Generator().manual_seed(5)
 
-    def draw(*more: int) -> Tensor:
-        return torch.randn(*shape, *more, generator=g, dtype=torch.float64)
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype)
 
     ended = torch.rand(shape, generator=g) < 0.3
     terminated = ended & (torch.rand(shape, generator=g) < 0.5)
-    return Experience(draw(3), draw(2).clamp(-2, 2), draw(), draw(3), terminated, ended)
-
-
-def single(steps: Experience) -> Experience:
-    return Experience(*(x.float() if x.is_floating_point() else x for x in steps))
+    obs = draw(*shape[:-1], shape[-1] + 1, 3)
+    action, reward = draw(*shape, 2).clamp(-2, 2), draw(*shape)
+    return {"obs": obs, "action": action, "reward": reward,
+            "terminated": terminated, "ended": ended}  # fmt: skip
 
 
 def dense(params: Params, name: str, x: Tensor, p: int) -> Tensor:
@@ -70,44 +75,43 @@ def pi(params: Params, obs: Tensor, p: int) -> Tensor:
 @pytest.mark.parametrize("twin", [True, False])
 def test_targets_and_critic_loss_equal_a_loop_by_hand(twin: bool) -> None:
     agent, params = agents()
-    learner = ReplayLearner(agent, capacity=50, update_after=50, twin=twin, gamma=0.9)
+    options = ReplayOptions(capacity=50, update_after=50, gamma=0.9)
+    learner = ReplayLearner(agent, options, twin=twin)
     target = {k: v + 0.1 for k, v in params.items()}
-    steps = experience(AGENTS, BATCH)
+    drawn = steps(AGENTS, BATCH, 1)
+    data, (obs, action, reward, terminated, ended) = snippets(**drawn), drawn.values()
     noise = 2.0 * torch.randn(AGENTS, BATCH, 2, generator=torch.Generator().manual_seed(0)).double()
-    goal = learner.td_target(target, steps, noise)
-    loss = learner.critic_loss(params, steps, goal)
+    goal, weight = learner.td_target(target, data, noise)
+    loss = learner.critic_loss(params, data, goal, weight)
     assert float((noise * 0.2).abs().max()) > 0.5, "nothing is clipped"
     for p in range(AGENTS):
         errors = []
-        for t in range(BATCH):
-            smooth = (noise[p, t] * 0.2).clamp(-0.5, 0.5) * 2.0
-            action = (pi(target, steps.next_obs[p, t], p) + smooth).clamp(-2.0, 2.0)
-            values = [q(target, k, steps.next_obs[p, t], action, p) for k in ("q1", "q2")]
+        for n in range(BATCH):
+            smooth = (noise[p, n] * 0.2).clamp(-0.5, 0.5) * 2.0
+            now, after = obs[p, n]
+            act = (pi(target, after, p) + smooth).clamp(-2.0, 2.0)
+            values = [q(target, k, after, act, p) for k in ("q1", "q2")]
             following = min(values) if twin else values[0]
-            alive = 0.0 if steps.terminated[p, t] else 1.0
-            y = steps.reward[p, t] + 0.9 * alive * following
-            assert abs(float(y - goal[p, t])) < 1e-10
-            if steps.ended[p, t] and not steps.terminated[p, t]:
+            y = reward[p, n, 0] + 0.9 * (0.0 if terminated[p, n] else 1.0) * following
+            assert abs(float(y - goal[p, n])) < 1e-10
+            if ended[p, n] and not terminated[p, n]:
                 continue  # a time limit: the successor is not known
             used = ("q1", "q2") if twin else ("q1",)
-            both = [(q(params, k, steps.obs[p, t], steps.action[p, t], p) - y) ** 2 for k in used]
-            errors.append(sum(both))
+            errors.append(sum((q(params, k, now, action[p, n, 0], p) - y) ** 2 for k in used))
         assert abs(float(loss[p] - sum(errors) / len(errors))) < 1e-10
 
 
 def test_deterministic_gradient_moves_the_policy_alone() -> None:
     agent, params = agents()
-    batch = Batch(experience(AGENTS, BATCH, 1), torch.zeros(0), torch.ones(0), BATCH)
-    rows = torch.arange(BATCH).expand(AGENTS, -1)
-    loss = DeterministicGradient()
-    found = loss(agent, params, batch, {}, rows)
+    data, loss = snippets(**steps(AGENTS, BATCH, 1)), DeterministicGradient()
+    found = loss(agent, params, data)
     for p in range(AGENTS):
-        obs = batch.steps.obs[p, :, 0]
+        obs = data.trajectory.steps.obs[0, p]
         expected = -q(params, "q1", obs, pi(params, obs, p), p).mean()
         assert abs(float(found[p] - expected)) < 1e-10
-    learner = ReplayLearner(agent, capacity=50, batch=8, update_after=20, start=0)
+    learner = ReplayLearner(agent, ReplayOptions(capacity=50, batch=8, update_after=20), start=0)
     state = learner.init(Rng(0), torch.arange(2))
-    new = single(experience(2, 30))
+    new = window(**steps(2, 30, dtype=torch.float32))
     state = state._replace(replay=state.replay.add(new))
     after = learner.policy_step(state, loss, Rng(1))
     for name, leaf in after.params.items():
@@ -119,47 +123,40 @@ def test_deterministic_gradient_moves_the_policy_alone() -> None:
 
 def test_off_policy_reinforce_equals_a_loop_by_hand() -> None:
     agent, params = agents()
-    steps = experience(AGENTS, BATCH, LENGTH)
-    over = steps.ended.long().cumsum(-1) - steps.ended.long()
-    batch = Batch(steps, steps.action, over == 0, BATCH)
-    assert not batch.inside.all()
+    drawn = steps(AGENTS, BATCH, LENGTH)
+    data, (every, action, reward, terminated, ended) = snippets(**drawn), drawn.values()
+    assert not data.constants["inside"].all()
     loss = OffPolicyReinforce(LENGTH, 0.9, 0.8)
-    prepared = loss.prepare(agent, params, batch)
-    assert not any(leaf.requires_grad for leaf in prepared.values())
-    rows = torch.arange(BATCH).expand(AGENTS, -1)
-    found = loss(agent, params, batch, prepared, rows)
+    ready = loss.prepare(agent, params, data)
+    assert not any(leaf.requires_grad for leaf in ready.constants.values())
+    found = loss(agent, params, ready)
     for p in range(AGENTS):
         total, count = 0.0, 0
         for n in range(BATCH):
-            obs = steps.obs[p, n]
+            obs = every[p, n]
             value = q(params, "q1", obs, pi(params, obs, p), p)
-            last = steps.next_obs[p, n, -1]
-            following = [*value[1:], q(params, "q1", last, pi(params, last, p), p)]
             running, advantage = torch.tensor(0.0), [torch.tensor(0.0)] * LENGTH
             for t in reversed(range(LENGTH)):
-                after = value[t] if steps.ended[p, n, t] else following[t]
-                alive = 0.0 if steps.terminated[p, n, t] else 1.0
-                delta = steps.reward[p, n, t] + 0.9 * alive * after - value[t]
-                running = delta + 0.72 * (0.0 if steps.ended[p, n, t] else 1.0) * running
+                after = value[t] if ended[p, n, t] else value[t + 1]
+                alive = 0.0 if terminated[p, n, t] else 1.0
+                delta = reward[p, n, t] + 0.9 * alive * after - value[t]
+                running = delta + 0.72 * (0.0 if ended[p, n, t] else 1.0) * running
                 advantage[t] = running
             for t in range(LENGTH):
-                error = ((steps.action[p, n, t] - pi(params, obs[t], p)) ** 2).mean()
+                error = ((action[p, n, t] - pi(params, obs[t], p)) ** 2).mean()
                 total, count = total + advantage[t] * error, count + 1
-                if steps.ended[p, n, t]:
+                if ended[p, n, t]:
                     break
         assert abs(float(found[p] - total / count)) < 1e-10
 
 
 def test_values_are_constants() -> None:
     agent, params = agents()
-    steps = experience(AGENTS, BATCH, LENGTH)
-    batch = Batch(steps, steps.action, torch.ones(AGENTS, BATCH, LENGTH, dtype=torch.bool), BATCH)
     leaves = {k: v.clone().requires_grad_() for k, v in params.items()}
     loss = OffPolicyReinforce(LENGTH)
-    rows = torch.arange(BATCH).expand(AGENTS, -1)
     with torch.no_grad():
-        prepared = loss.prepare(agent, leaves, batch)
-    total = loss(agent, leaves, batch, prepared, rows).sum()
+        ready = loss.prepare(agent, leaves, snippets(**steps(AGENTS, BATCH, LENGTH)))
+    total = loss(agent, leaves, ready).sum()
     found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
     for name, gradient in zip(leaves, found, strict=True):
         assert (gradient is None) == name.startswith("q"), name
@@ -169,41 +166,63 @@ def test_a_replay_keeps_the_newest_and_snippets_stay_in_order() -> None:
     replay = Replay.empty(2, 10, SPEC, "cpu")
     counter = torch.arange(23.0)
     for first in range(0, 23, 4):
-        part = counter[first : first + 4]
-        new = single(experience(2, len(part)))
-        new = new._replace(
-            reward=part.expand(2, -1), ended=(part % 5 == 4).expand(2, -1),
-            terminated=torch.zeros(2, len(part), dtype=torch.bool),
-        )  # fmt: skip
-        replay = replay.add(new)
+        part = counter[first : first + 4].expand(2, -1)
+        new = steps(2, part.shape[1], dtype=torch.float32)
+        new |= {"reward": part, "ended": part % 5 == 4, "terminated": part < 0}
+        replay = replay.add(window(**new))
     assert replay.count == 23 and replay.size == 10
-    assert sorted(replay.steps.reward[0].tolist()) == list(range(13, 23))
-    steps, inside = replay.snippets(Rng(0), torch.tensor([3, 8]), 400, 4)
-    first = steps.reward[..., 0]
-    assert torch.equal(steps.reward, first.unsqueeze(-1) + torch.arange(4))
+
+    def rewards(*index: int) -> tuple[Tensor, Tensor]:
+        data = replay.draw(Rng(0), torch.tensor(index), 400, 4, SPEC)
+        return data.trajectory.reward.movedim(0, 2), data.constants["inside"].unflatten(1, (-1, 4))
+
+    reward, inside = rewards(3, 8)
+    first = reward[..., 0]
+    assert torch.equal(reward, first.unsqueeze(-1) + torch.arange(4))
     assert sorted(first.unique().tolist()) == list(range(13, 20)), "each start, none beyond"
-    for reward, mask in zip(steps.reward[0], inside[0], strict=True):
-        ends = [k for k, r in enumerate(reward.tolist()) if r % 5 == 4]
+    for row, mask in zip(reward[0], inside[0], strict=True):
+        ends = [k for k, r in enumerate(row.tolist()) if r % 5 == 4]
         last = ends[0] if ends else 3
         assert mask.tolist() == [k <= last for k in range(4)]
-    alone, _ = replay.snippets(Rng(0), torch.tensor([3, 3]), 400, 4)
-    assert torch.equal(alone.reward[0], steps.reward[0]), "addressed by the agent's number"
-    assert not torch.equal(steps.reward[0], steps.reward[1])
+    alone, _ = rewards(3, 3)
+    assert torch.equal(alone[0], reward[0]), "addressed by the agent's number"
+    assert not torch.equal(reward[0], reward[1])
 
 
-def runner(**options: Any) -> Lives:
+def test_snippets_are_what_was_lived_through() -> None:
+    """What a step led to is what the next one began with, over the edge of the rows too."""
+    lived = steps(2, 23, dtype=torch.float32)
+    lived |= {"reward": torch.arange(23.0).expand(2, -1), "ended": torch.zeros(2, 23).bool()}
+    replay = Replay.empty(2, 10, SPEC, "cpu")
+    for low, high in ((0, 7), (7, 16), (16, 23)):
+        part = {k: v[:, low : high + (k == "obs")] for k, v in lived.items()}
+        replay = replay.add(window(**part))
+    for again in (replay, Replay.empty(2, 10, SPEC, "cpu").filled(replay.kept(), replay.count)):
+        data = again.draw(Rng(0), torch.arange(2), 50, 4, SPEC).trajectory
+        number = data.reward.long()
+        for p in range(2):
+            assert torch.equal(data.steps.obs[:, p], lived["obs"][p][number[:, p]])
+            assert torch.equal(data.after.obs[:, p], lived["obs"][p][number[:, p] + 1])
+            assert torch.equal(data.action[:, p], lived["action"][p][number[:, p]])
+            assert torch.equal(data.ts.prev_action[1:, p], data.action[:, p])
+        assert data.steps.new_trial[0].all() and not data.steps.new_trial[1:].any()
+        assert not data.ts.prev_action[0].any() and not data.ts.reward[0].any()
+
+
+def runner(**options: Any) -> AgentLives:
     task = make_task("pendulum", horizon=60, episode_steps=20, gravity=(7.0, 13.0))
-    agent = Agent(task.spec, (8,), style="relu", heads=frozenset({"critics"}))
-    learner = ReplayLearner(agent, period=10, capacity=60, batch=8, start=20, update_after=20)
-    return Lives(learner, task, 1, torch.device("cpu"), test_steps=20, **options)
+    agent = published_policy(task.spec, "metagenrl", (8,), CRITICS, std=0.1)
+    sizes = ReplayOptions(period=10, capacity=60, batch=8, update_after=20)
+    learner = ReplayLearner(agent, sizes, start=20)
+    return AgentLives(learner, task, 1, torch.device("cpu"), test_steps=20, **options)
 
 
-def live(lives: Lives, index: Tensor) -> tuple[Any, Tensor, Tensor]:
+def live(lives: AgentLives, index: Tensor) -> tuple[Any, Tensor, Tensor]:
     life, rewards, actions = lives.begin(index, "train"), [], []
     for _ in range(lives.updates):
         life, new = lives.advance(life, DeterministicGradient(), "train")
-        rewards.append(new.reward)
-        actions.append(new.action)
+        rewards.append(new.reward[..., 0].T)
+        actions.append(new.action[:, :, 0].transpose(0, 1))
     return life, torch.cat(rewards, 1), torch.cat(actions, 1)
 
 
@@ -226,8 +245,7 @@ def test_episode_returns_of_a_diary() -> None:
     for first in (0, 3):
         reward = torch.arange(first, first + 3.0).expand(2, -1)
         ended = torch.tensor([[False, True, False], [False, False, True]])
-        blank = experience(2, 3)
-        diary.add(blank._replace(reward=reward, ended=ended))
+        diary.add(window(**steps(2, 3) | {"reward": reward, "ended": ended}))
     one, two = diary.episodes()
     assert one.end.tolist() == [2, 5] and one.returns.tolist() == [1.0, 9.0]
     assert one.length.tolist() == [2, 3]
@@ -238,8 +256,9 @@ def test_episode_returns_of_a_diary() -> None:
 
 def test_bad_replays_are_refused() -> None:
     agent, _ = agents()
-    learner = ReplayLearner(agent, capacity=10, period=5, update_after=10)
+    learner = ReplayLearner(agent, ReplayOptions(capacity=10, period=5, update_after=10))
     with pytest.raises(UserError, match="snippet = 20.*longer than the 10 steps.*update_after"):
         learner.check(OffPolicyReinforce(20))
     with pytest.raises(UserError, match="period = 50.*capacity = 10.*capacity = 1000"):
-        ReplayLearner(agent, capacity=10, update_after=30).check(DeterministicGradient())
+        small = ReplayOptions(capacity=10, update_after=30)
+        ReplayLearner(agent, small).check(DeterministicGradient())

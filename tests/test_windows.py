@@ -12,12 +12,12 @@ from torch import Tensor
 
 from esmeta import make_policy
 from esmeta import rollout as loop
+from esmeta.agent.policy import published_policy
 from esmeta.kernels import prepare, step_prepared
-from esmeta.learners._agent import Agent
-from esmeta.learners._replay import ReplayLearner
-from esmeta.learners._training import Agents, Training
+from esmeta.lives import AgentLives, Life
 from esmeta.objectives.epg import EpgObjective
 from esmeta.objectives.return_ import ReturnObjective
+from esmeta.rl.off_policy import ReplayLearner, ReplayOptions
 from esmeta.rng import Rng
 from esmeta.tree import leaves_of
 from esmeta.types import Continuous, Discrete, Params, Spec, State, TimeStep
@@ -88,24 +88,26 @@ def test_epgs_share_of_ppo_is_that_of_the_generation_a_life_began_in() -> None:
 
 def test_agents_in_the_middle_of_a_trial_are_stored() -> None:
     task = Probe(horizon=12)
-    agent = Agent(task.spec, (4,), "relu", frozenset({"critics"}))
-    learner = ReplayLearner(agent, period=4, capacity=64, batch=6, start=0, update_after=64)
-    training = Training(learner, task, 7, "train", torch.device("cpu"))
-    agents = training.begin(torch.tensor([2, 5]))
+    agent = published_policy(task.spec, "metagenrl", (4,), frozenset({"critics"}), std=0.1)
+    options = ReplayOptions(period=4, capacity=64, batch=6, update_after=64)
+    lives = AgentLives(
+        ReplayLearner(agent, options, start=0), task, 7, torch.device("cpu"), endless=True
+    )
 
-    def lived(agents: Agents, windows: int) -> tuple[Agents, list[Tensor]]:
+    def lived(life: Life, windows: int) -> tuple[Life, list[Tensor]]:
         seen: list[Tensor] = []
         for _ in range(windows):
-            agents, new = training.act(agents)
-            replay = agents.state.replay.add(new)
-            agents = agents._replace(state=agents.state._replace(replay=replay))
-            seen += new
-        return agents, seen
+            life, new = lives.act(life, "train")
+            replay = life.state.replay.add(new)
+            life = life._replace(state=life.state._replace(replay=replay))
+            seen += [*new.ts, new.action, new.active]
+        return life, seen
 
-    agents, _ = lived(agents, 4)  # one trial and a third of the next
-    saved = training.save(agents)
-    _, whole = lived(agents, 5)
-    _, again = lived(training.restore(saved), 5)
+    index = torch.tensor([2, 5])
+    life, _ = lived(lives.begin(index, "train"), 4)  # one trial and a third of the next
+    saved = lives.save(life, "train")
+    _, whole = lived(life, 5)
+    _, again = lived(lives.restore(lives.begin(index, "train"), saved, "train"), 5)
     assert all(torch.equal(a, b) for a, b in zip(whole, again, strict=True))
 
 
@@ -220,10 +222,11 @@ def test_a_spread_of_actions_has_a_floor(kind: str) -> None:
 
 def test_the_spread_of_agents_has_a_floor() -> None:
     spec = Spec(3, Continuous(2), 10)
-    agent = Agent(spec, (4,), heads=frozenset({"log_std"}))
-    params = agent.init(Rng(0), torch.arange(2))
+    agent = published_policy(spec, "epg", (4,), frozenset(), std=1.0)
+    params = agent.init_at(Rng(0), torch.arange(2))
     params["log_std"] = torch.tensor([[-60.0, -1.0], [0.0, -60.0]])
-    std = agent.policy(params, torch.zeros(2, 1, 3)).std
+    both = TimeStep(*(leaf.expand(2, *leaf.shape[1:]) for leaf in inputs(spec, 1, 0)))
+    std = agent.step(params, {}, both)[0].std
     assert std is not None
     expected = torch.tensor([[1e-3, torch.tensor(-1.0).exp()], [1.0, 1e-3]])
     torch.testing.assert_close(std[:, 0], expected)

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from esmeta.analysis.losses import LifeCurve, draw_life_curves
 from esmeta.analysis.plots import new_figure, save
-from esmeta.learners._loss import Loss
-from esmeta.learners._off_policy_losses import DeterministicGradient
+from esmeta.rl.diary import Scores
+from esmeta.rl.losses import Loss
+from esmeta.rl.off_policy import DeterministicGradient
 from esmeta.types import Params, Reference, Task
 
 if TYPE_CHECKING:
-    from esmeta.learners._training import Agents
     from esmeta.objectives._metagenrl import MetaGenRLObjective
 
 AGENTS = 8
@@ -28,24 +28,21 @@ _GRID = 41
 
 def life_curve(
     objective: MetaGenRLObjective, loss: Loss, task: Task, split: str, count: int = AGENTS
-) -> tuple[LifeCurve, Agents]:
-    """Reward per step of agents that learn by one loss, window by window; and the agents."""
-    training = objective.training(task, split, objective.seed)
-    period, means = training.learner.period, []
-    agents = None
-    for agents in objective.lives(loss, torch.arange(count, device="cpu"), training):
-        replay = agents.state.replay
-        newest = torch.arange(replay.count - period, replay.count, device="cpu") % replay.capacity
+) -> tuple[LifeCurve, Scores]:
+    """Reward per step of agents that learn by one loss, window by window; and their scores."""
+    lives, index = objective.agent_lives(task, objective.seed), torch.arange(count, device="cpu")
+    means, scores = [], None
+    for _, new, scores in objective.trained(loss, index, lives, split):
         # Not by the scores: they know nothing of an episode that a new trial cut.
-        means.append(replay.steps.reward[:, newest].double().mean(dim=1) / training.reward_scale)
-    assert agents is not None
-    table = torch.stack(means, dim=1)
+        means.append(new.reward[..., 0].double().mean(dim=0))
+    assert scores is not None
+    period, table = lives.learner.period, torch.stack(means, dim=1)
     # Windows are shorter than episodes: the mean over one is what is paid wherever it is.
     width = max(1, round(task.spec.horizon / task.spec.episodes_per_trial / period))
     table = table[:, : table.shape[1] // width * width].unflatten(1, (-1, width)).mean(dim=2)
     steps = width * period * (np.arange(table.shape[1]) + 1)
     spread = table.std(dim=0) / math.sqrt(count)
-    return LifeCurve(steps, table.mean(dim=0).numpy(), spread.numpy()), agents
+    return LifeCurve(steps, table.mean(dim=0).numpy(), spread.numpy()), scores
 
 
 def life_curves(
@@ -76,7 +73,7 @@ def loss_surface(objective: MetaGenRLObjective, alpha: Params, value: float, tol
     units of the limit. At that step, z(r) and z(V') - z(V) are ``told`` and ``value``; the rest of
     the snippet has zeros.
     """
-    network, agent = objective.network, objective.trainings[0].learner.agent
+    network, agent = objective.network, objective.environments[0].learner.agent
     length, spec = network.length, agent.spec.action
     axis = torch.linspace(-1.0, 1.0, _GRID, dtype=torch.float32, device="cpu")
     action = torch.zeros(1, _GRID * _GRID, length, spec.size, dtype=torch.float32, device="cpu")

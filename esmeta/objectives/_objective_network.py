@@ -306,10 +306,8 @@ def value_after(
             step = shortened(ravel(dict(zip(phi, found, strict=True))), clip)
             moves = unravel_shapes(step, shapes_of(phi))
             phi = {k: v - rate * moves[k] for k, v in phi.items()}
-        snippets, weight = (
-            where.trajectory,
-            where.constants["inside"].to(where.trajectory.reward.dtype),
-        )
+        snippets = where.trajectory
+        weight = where.constants["inside"].to(snippets.reward.dtype)
         action = heads.mode(agent.read({**frozen, **phi}, snippets.start, snippets.steps))
         worth = agent.critic(frozen, CRITICS[0], steps_of(snippets.steps.obs), action)
         return (worth * weight).sum(dim=1) / weight.sum(dim=1)
