@@ -9,7 +9,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from esmeta.types import State
 
 _LATER = {("objective", "metagenrl"): {"snippets": "steps"}}
 """Options that came after runs were made without them, and what those did."""
@@ -58,3 +63,37 @@ def search(arrays: dict[str, Any]) -> dict[str, Any]:
 def checkpoint(saved: dict[str, Any]) -> dict[str, Any]:
     """The fields of a checkpoint; older ones do not say which simulators made them."""
     return {"simulators": {}, **saved}
+
+
+def agents(saved: State) -> State:
+    """MetaGenRL's agents of one environment, leaves ``[P, ...]``, as they are stored today.
+
+    Their replay once lay in the order of its rows, and had what followed each step beside it; and
+    Adam had moments and steps of each leaf.
+    """
+    if "count" not in saved:
+        return saved
+    import torch
+
+    def part(name: str) -> list[Tensor]:
+        count = sum(key.startswith(f"{name}.") for key in saved)
+        return [saved[f"{name}.{i}"] for i in range(count)]
+
+    replay, count = part("replay"), int(saved["count"][0])
+    size = replay[0].shape[1]
+    rows = torch.arange(count - size, count, device="cpu") % size
+    obs, action, reward, after, *flags = (leaf[:, rows] for leaf in replay)
+    obs = torch.cat([obs, after[:, -1:]], dim=1)
+    steps = [torch.cat([leaf, leaf[:, -1:]], dim=1) for leaf in (action, reward, *flags)]
+    learned = part("learned")
+    size = len(learned) // 5
+    first, second, updates = (learned[k * size : (k + 1) * size] for k in (2, 3, 4))
+    adams = []
+    for own in (slice(size // 3), slice(size // 3, size)):  # the policy; two critics like it
+        flat = [torch.cat([leaf.flatten(1) for leaf in some[own]], 1) for some in (first, second)]
+        adams += [*flat, updates[own][0]]
+    state = [saved["count"], saved["updates"], obs, *steps, *learned[: 2 * size], *adams]
+    parts = {"state": state, "ts": part("where"), "scores": part("scores")}
+    kept = {name: saved[name] for name in saved
+            if name in ("index", "trial", "t", "owed") or name.startswith("env.")}  # fmt: skip
+    return kept | {f"{name}.{i}": leaf for name in parts for i, leaf in enumerate(parts[name])}

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from esmeta import errors, names
+from esmeta import errors, names, older
 from esmeta.agent.policy import Policy
 from esmeta.evaluator import on_device, score_agents
 from esmeta.lives import AgentLives, Life, named, numbered
@@ -153,7 +153,7 @@ class MetaGenRLObjective:
                 name: leaf[own.start : own.stop]
                 for name, leaf in named(saved, f"{number}/").items()
             }
-            mine = on_device(mine, self.device)
+            mine = on_device(older.agents(mine), self.device)
             begun = lives.begin(mine["index"], "train")
             scores = Scores(*numbered(mine, "scores."))
             life = lives.restore(begun, mine, "train")
