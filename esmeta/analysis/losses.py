@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,10 +12,10 @@ import torch
 from torch import Tensor
 
 from esmeta.analysis.plots import COLOURS, GREY, new_figure, save
-from esmeta.learners._experience import Experience
-from esmeta.learners._life import Lives
-from esmeta.learners._loss import Batch, Loss, PolicyGradient
-from esmeta.learners._record import Diary
+from esmeta.lives import AgentLives
+from esmeta.rl.diary import Diary
+from esmeta.rl.losses import Data, Loss, PolicyGradient
+from esmeta.tree import leaves_of, with_leaves
 from esmeta.types import Params, Reference
 
 if TYPE_CHECKING:
@@ -35,7 +34,7 @@ class LifeCurve(NamedTuple):
     se: np.ndarray
 
 
-def life_curve(lives: Lives, loss: Loss, split: str, count: int = LIVES) -> LifeCurve:
+def life_curve(lives: AgentLives, loss: Loss, split: str, count: int = LIVES) -> LifeCurve:
     """Let ``count`` agents learn by one loss, each on a task of its own."""
     diary, life = Diary(), lives.begin(torch.arange(count, device="cpu"), split)
     for _ in range(lives.updates):
@@ -58,9 +57,7 @@ def life_curves(objective: EpgObjective, eta: Params) -> dict[str, dict[str, Lif
         objective.network.loss({k: leaf[agents] for k, leaf in tree.items() if "loss." in k})
         for tree in (eta, objective.init(objective.seed))
     )
-    learner = objective.learner
-    agent = replace(learner.agent, heads=learner.agent.heads | PolicyGradient().heads)
-    lives = replace(objective.lives, learner=replace(learner, agent=agent))
+    lives = objective.with_value()
     losses: Mapping[str, Loss] = {
         "learned loss": learned,
         "PPO": PolicyGradient(kl_coef=0.001),
@@ -107,34 +104,44 @@ def loss_surface(
     for _ in range(updates):
         life, _ = lives.advance(life, loss, split)
     state: Any = life.state
-    batch = learner.batch(state.buffer, state.statistics, state.updates)
-    cells = _GRID * _GRID
-    _, std = state.statistics.mean_std()
-    size = learner.agent.spec.obs_size
-    out = learner.agent.policy(state.params, batch.steps.obs[:, -1:])
+    data, cells = learner.data(state), _GRID * _GRID
+    whole, std = data.trajectory, state.statistics.mean_std()[1][0]
+    out = learner.agent.read(state.params, whole.start, whole.steps, value=False)
     assert out.mean is not None and out.std is not None
-    move = torch.linspace(-2.0, 2.0, _GRID, dtype=torch.float32, device="cpu") * out.std[0, 0, 0]
-    most = batch.steps.reward[0].abs().max()
+    move = torch.linspace(-2.0, 2.0, _GRID, dtype=torch.float32, device="cpu") * out.std[0, -1, 0]
+    most = whole.reward[:, 0].abs().max()
     reward = torch.linspace(-1.0, 1.0, _GRID, dtype=torch.float32, device="cpu") * most
-    action = state.buffer.action[:1].expand(cells, -1, -1).clone()
-    action[:, -1] = out.mean[0, 0]
-    action[:, -1, 0] += move.repeat(_GRID)
-    rewards = batch.steps.reward[:1].expand(cells, -1).clone()
-    rewards[:, -1] = reward.repeat_interleave(_GRID)
-    change = (action[:, -1] - state.buffer.action[0, -1]) / std[0, size:]
-    scaled = batch.scaled_action[:1].expand(cells, -1, -1).clone()
-    scaled[:, -1] += change
-    same = Experience(*(leaf[:1].expand(cells, *leaf.shape[1:]) for leaf in batch.steps))
-    grid = Batch(
-        same._replace(action=action, reward=rewards), scaled,
-        batch.inside[:1].expand(cells, -1), batch.newest,
-    )  # fmt: skip
-    params = {k: v[:1].expand(cells, *v.shape[1:]) for k, v in state.params.items()}
-    rows = torch.full((cells, 1), batch.newest - 1, dtype=torch.int64, device="cpu")
+    action = out.mean[0, -1].repeat(cells, 1)
+    action[:, 0] += move.repeat(_GRID)
+    change = (action - whole.action[-1, 0]) / std[learner.agent.spec.obs_size :]
+    grid = _copies(data, cells)
+    grid.trajectory.action[-1, :, 0] = action
+    grid.trajectory.ts.reward[-1, :, 0] = reward.repeat_interleave(_GRID)
+    grid.constants["scaled_action"][:, -1] += change
+    params = _of_first(state.params, cells)
+    rows = torch.full((cells, 1), data.newest - 1, dtype=torch.int64, device="cpu")
     with torch.no_grad():
         prepared = loss.prepare(learner.agent, params, grid)
-        value = loss(learner.agent, params, grid, prepared, rows).reshape(_GRID, _GRID)
+        value = loss(learner.agent, params, prepared, rows).reshape(_GRID, _GRID)
     return value - value[_GRID // 2, _GRID // 2]
+
+
+def _copies(data: Data, count: int) -> Data:
+    """The first agent's data ``count`` times, to be written to."""
+    whole = data.trajectory
+    trajectory = whole._replace(
+        start=_of_first(whole.start, count),
+        ts=_of_first(whole.ts, count, axis=1),
+        action=_of_first(whole.action, count, axis=1),
+        active=_of_first(whole.active, count, axis=1),
+        end=_of_first(whole.end, count),
+    )
+    return Data(trajectory, _of_first(data.constants, count), data.newest)
+
+
+def _of_first(tree: Any, count: int, axis: int = 0) -> Any:
+    leaves = [leaf.narrow(axis, 0, 1).repeat_interleave(count, axis) for leaf in leaves_of(tree)]
+    return with_leaves(tree, leaves)
 
 
 def figures(

@@ -32,7 +32,7 @@ def life_curve(
     """Reward per step of agents that learn by one loss, window by window; and their scores."""
     lives, index = objective.agent_lives(task, objective.seed), torch.arange(count, device="cpu")
     means, scores = [], None
-    for _, new, scores in objective.trained(loss, index, lives, split):
+    for _, new, scores in objective.trained(loss, index, lives, split):  # noqa: B007
         # Not by the scores: they know nothing of an episode that a new trial cut.
         means.append(new.reward[..., 0].double().mean(dim=0))
     assert scores is not None
