@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar, dataclass_transform
 
 _Class = TypeVar("_Class")
@@ -55,7 +55,7 @@ def fixed(value: Any) -> Any:
     return {key: fixed(item) for key, item in value.items()} if type(value) is dict else value
 
 
-@dataclass_transform(frozen_default=True)
+@dataclass_transform(frozen_default=True, field_specifiers=(field,))
 def options_class(cls: type[_Class]) -> type[_Class]:
     """A frozen dataclass whose fields are options: it takes numpy's numbers, and lists as tuples.
 

@@ -194,8 +194,8 @@ class Trajectory(NamedTuple):
             return with_leaves(tree, [choose(leaf, axis) for leaf in leaves_of(tree)])
 
         start, ts, action, active, out, end = self
-        rows = (some(leaf, 2) for leaf in (ts, action, active, out))
-        return Trajectory(some(start, 1), *rows, some(end, 1))
+        ts, action, active, out = (some(leaf, 2) for leaf in (ts, action, active, out))
+        return Trajectory(some(start, 1), ts, action, active, out, some(end, 1))
 
 
 class Recorder:

@@ -18,8 +18,8 @@ from esmeta.objectives import metagenrl
 from esmeta.rl.off_policy import OffPolicy, ReplayLearner, ReplayOptions
 from esmeta.rl.replay import Over, Replay
 from esmeta.rng import Rng
-from esmeta.tasks import make_task
 from esmeta.rollout import Trajectory
+from esmeta.tasks import make_task
 from esmeta.types import Continuous, Spec
 
 torch.set_num_threads(1)

@@ -219,7 +219,8 @@ class EpgObjective:
 
     def with_value(self) -> AgentLives:
         """Its lives with agents that also have V, as hand-written losses need it."""
-        needs: frozenset[Need] = self._ppo.needs | {"unit"}
+        unit: frozenset[Need] = frozenset({"unit"})
+        needs = self._ppo.needs | unit
         learner = replace(self.learner, agent=inner_policy(*self._agent, needs))
         return replace(self.lives, learner=learner)
 
