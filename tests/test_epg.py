@@ -18,8 +18,8 @@ from esmeta import config as configs
 from esmeta import evaluate, report, train
 from esmeta.analysis import losses
 from esmeta.errors import UserError
-from esmeta.learners._loss import PolicyGradient
 from esmeta.objectives.epg import EpgObjective
+from esmeta.rl.losses import PolicyGradient
 from esmeta.tree import ravel
 
 AGENTS = (
@@ -374,7 +374,7 @@ def test_curves_and_surfaces_are_of_the_given_loss() -> None:
         assert found["PPO"].mean[0] == found["learned loss"].mean[0], "before the first update"
     loss = whole.network.loss({k: v.expand(32, *v.shape[1:]) for k, v in eta.items()})
     life, new = whole.lives.advance(whole.lives.begin(torch.arange(32), "test"), loss, "test")
-    se = new.reward.double().mean(dim=1).std() / math.sqrt(32)
+    se = new.reward.double().mean(dim=0).std() / math.sqrt(32)
     assert curves["test"]["learned loss"].se[0] == pytest.approx(float(se))
     surface = losses.loss_surface(whole, eta, 0, 2)
     assert surface.shape == (41, 41) and float(surface[20, 20]) == 0.0

@@ -174,7 +174,9 @@ class Spy:
         self.rates: list[float] = []
         loss, along = pg.ActorCritic.loss, pg.GradientState.along
 
-        def noted_loss(config: Any, policy: Policy, params: Params, data: pg.Data, *rest: Any) -> Any:
+        def noted_loss(
+            config: Any, policy: Policy, params: Params, data: pg.Data, *rest: Any
+        ) -> Any:
             total, sums = loss(config, policy, params, data, *rest)
             self.sums.append((sums[:, 0] / rest[0]).tolist())
             self.coefs.append(float(rest[1]))
@@ -429,9 +431,7 @@ def test_steps_after_a_trial_have_no_influence(
         assert log[0][name] == dirty_log[0][name], name
 
 
-def data_of(
-    objective: ReturnObjective, theta: Params, comm: Any = None, **options: Any
-) -> pg.Data:
+def data_of(objective: ReturnObjective, theta: Params, comm: Any = None, **options: Any) -> pg.Data:
     return a2c.Optimizer(**options).collect(theta, 0, objective, comm or SelfComm())[0]
 
 
