@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,10 +12,10 @@ import torch
 from torch import Tensor
 
 from esmeta.analysis.plots import COLOURS, GREY, new_figure, save
-from esmeta.learners._experience import Experience
-from esmeta.learners._life import Lives
-from esmeta.learners._loss import Batch, Loss, PolicyGradient
-from esmeta.learners._record import Diary
+from esmeta.lives import AgentLives
+from esmeta.rl.diary import Diary
+from esmeta.rl.losses import Data, Loss, PolicyGradient
+from esmeta.rollout import Trajectory
 from esmeta.types import Params, Reference
 
 if TYPE_CHECKING:
@@ -35,7 +34,7 @@ class LifeCurve(NamedTuple):
     se: np.ndarray
 
 
-def life_curve(lives: Lives, loss: Loss, split: str, count: int = LIVES) -> LifeCurve:
+def life_curve(lives: AgentLives, loss: Loss, split: str, count: int = LIVES) -> LifeCurve:
     """Let ``count`` agents learn by one loss, each on a task of its own."""
     diary, life = Diary(), lives.begin(torch.arange(count, device="cpu"), split)
     for _ in range(lives.updates):
@@ -58,9 +57,7 @@ def life_curves(objective: EpgObjective, eta: Params) -> dict[str, dict[str, Lif
         objective.network.loss({k: leaf[agents] for k, leaf in tree.items() if "loss." in k})
         for tree in (eta, objective.init(objective.seed))
     )
-    learner = objective.learner
-    agent = replace(learner.agent, heads=learner.agent.heads | PolicyGradient().heads)
-    lives = replace(objective.lives, learner=replace(learner, agent=agent))
+    lives = objective.with_value()
     losses: Mapping[str, Loss] = {
         "learned loss": learned,
         "PPO": PolicyGradient(kl_coef=0.001),
@@ -107,33 +104,24 @@ def loss_surface(
     for _ in range(updates):
         life, _ = lives.advance(life, loss, split)
     state: Any = life.state
-    batch = learner.batch(state.buffer, state.statistics, state.updates)
-    cells = _GRID * _GRID
-    _, std = state.statistics.mean_std()
-    size = learner.agent.spec.obs_size
-    out = learner.agent.policy(state.params, batch.steps.obs[:, -1:])
+    data, (_, std) = learner.data(state), state.statistics.mean_std()
+    out = learner.agent.read(state.params, data.trajectory.start, data.trajectory.steps)
     assert out.mean is not None and out.std is not None
-    move = torch.linspace(-2.0, 2.0, _GRID, dtype=torch.float32, device="cpu") * out.std[0, 0, 0]
-    most = batch.steps.reward[0].abs().max()
-    reward = torch.linspace(-1.0, 1.0, _GRID, dtype=torch.float32, device="cpu") * most
-    action = state.buffer.action[:1].expand(cells, -1, -1).clone()
-    action[:, -1] = out.mean[0, 0]
-    action[:, -1, 0] += move.repeat(_GRID)
-    rewards = batch.steps.reward[:1].expand(cells, -1).clone()
-    rewards[:, -1] = reward.repeat_interleave(_GRID)
-    change = (action[:, -1] - state.buffer.action[0, -1]) / std[0, size:]
-    scaled = batch.scaled_action[:1].expand(cells, -1, -1).clone()
-    scaled[:, -1] += change
-    same = Experience(*(leaf[:1].expand(cells, *leaf.shape[1:]) for leaf in batch.steps))
-    grid = Batch(
-        same._replace(action=action, reward=rewards), scaled,
-        batch.inside[:1].expand(cells, -1), batch.newest,
-    )  # fmt: skip
-    params = {k: v[:1].expand(cells, *v.shape[1:]) for k, v in state.params.items()}
-    rows = torch.full((cells, 1), batch.newest - 1, dtype=torch.int64, device="cpu")
+    data, params = _of_first(_GRID * _GRID, data, state.params)
+    whole, scaled = data.trajectory, data.constants["scaled_action"].clone()
+    action, reward = whole.action.clone(), whole.ts.reward.clone()
+    move = torch.linspace(-2.0, 2.0, _GRID, dtype=torch.float32, device="cpu")
+    action[-1, :, 0] = out.mean[0, -1]
+    action[-1, :, 0, 0] += (move * out.std[0, -1, 0]).repeat(_GRID)
+    reward[-1, :, 0] = (move / 2.0 * whole.reward.abs().max()).repeat_interleave(_GRID)
+    change = action[-1, :, 0] - whole.action[-1, :, 0]
+    scaled[:, -1] += change / std[0, learner.agent.spec.obs_size :]
+    whole = whole._replace(action=action, ts=whole.ts._replace(reward=reward))
+    grid = Data(whole, data.constants | {"scaled_action": scaled}, data.newest)
+    rows = torch.full((_GRID * _GRID, 1), data.newest - 1, dtype=torch.int64, device="cpu")
     with torch.no_grad():
         prepared = loss.prepare(learner.agent, params, grid)
-        value = loss(learner.agent, params, grid, prepared, rows).reshape(_GRID, _GRID)
+        value = loss(learner.agent, params, prepared, rows).reshape(_GRID, _GRID)
     return value - value[_GRID // 2, _GRID // 2]
 
 
@@ -148,6 +136,22 @@ def figures(
     seen = "Its value at an agent's newest step, as if action and reward had been others."
     loss = draw_gallery(objective, eta, place("loss"))
     return [(lives, caption), (loss, f"The learned loss. {seen}")]
+
+
+def _of_first(count: int, data: Data, params: Params) -> tuple[Data, Params]:
+    """The first agent and its data, ``count`` times."""
+
+    def many(tree: Params) -> Params:
+        return {k: v[:1].expand(count, *v.shape[1:]) for k, v in tree.items()}
+
+    def along(leaf: Tensor) -> Tensor:
+        return leaf[:, :1].expand(len(leaf), count, *leaf.shape[2:])
+
+    whole = data.trajectory
+    ts = type(whole.ts)(*map(along, whole.ts))
+    rows = along(whole.action), along(whole.active)
+    trajectory = Trajectory(many(whole.start), ts, *rows, None, {})
+    return Data(trajectory, many(data.constants), data.newest), many(params)
 
 
 def draw_gallery(objective: EpgObjective, eta: Params, out: Path) -> Path:
