@@ -16,8 +16,7 @@ from esmeta import PopulationEvaluator, make_policy
 from esmeta.envs import mujoco
 from esmeta.envs.mujoco import MujocoEnv, State
 from esmeta.learners import ppo
-from esmeta.learners._life import Lives
-from esmeta.lives import TrialLives
+from esmeta.lives import AgentLives, TrialLives
 from esmeta.objectives.epg import Objective
 from esmeta.rng import Rng
 from esmeta.tasks import make_task, single, task_names
@@ -275,10 +274,10 @@ def test_stored_trials_go_on_bit_for_bit() -> None:
     assert (expected.steps == 30).all(), "nothing ends before the horizon"
 
 
-def agents(**options: object) -> tuple[Lives, object]:
+def agents(**options: object) -> tuple[AgentLives, object]:
     task = make_task("random_hopper", horizon=64, **options)
     learner, loss = ppo.Learner(period=32, minibatch=16, epochs=1).make(task.spec, 64)
-    return Lives(learner, task, 0, torch.device("cpu"), test_episodes=3, test_steps=50), loss
+    return AgentLives(learner, task, 0, torch.device("cpu"), test_episodes=3, test_steps=50), loss
 
 
 def test_a_life_fills_its_steps_and_a_test_episode_is_one() -> None:
@@ -288,7 +287,7 @@ def test_a_life_fills_its_steps_and_a_test_episode_is_one() -> None:
     for _ in range(lives.updates):
         life, new = lives.advance(life, loss, "test")
         rewards.append(new.reward)
-    lived = torch.cat(rewards, dim=1)
+    lived = torch.cat(rewards)
     assert (lived != 0).all(), "no step of a life is lost to the fall before it"
     score, steps = lives.score(life, "test")
     # Once a body has fallen its test is over: the same as trials of one episode.
@@ -303,7 +302,7 @@ def test_a_life_fills_its_steps_and_a_test_episode_is_one() -> None:
 def test_test_episodes_start_in_different_places(name: str, monkeypatch) -> None:
     task = make_task(name, horizon=64, episode_steps=64)
     learner, _ = ppo.Learner(period=64, hidden=(8,)).make(task.spec, 64)
-    lives = Lives(learner, task, 0, torch.device("cpu"), test_episodes=3, test_steps=2)
+    lives = AgentLives(learner, task, 0, torch.device("cpu"), test_episodes=3, test_steps=2)
     life, reset, seen = lives.begin(torch.arange(2), "test"), MujocoEnv.reset, []
 
     def spy(self: MujocoEnv, *args: Any) -> tuple[State, TimeStep]:

@@ -20,6 +20,7 @@ from esmeta.objectives.return_ import ReturnObjective
 from esmeta.optimizers import _gradient as pg
 from esmeta.optimizers import a2c, openes, ppo
 from esmeta.policy import Policy, make_policy
+from esmeta.rl.steppers import Adam
 from esmeta.rng import Rng
 from esmeta.scoring import summary
 from esmeta.tasks import make_task
@@ -164,28 +165,30 @@ def setup(
 
 
 class Spy:
-    """Notes what goes through gradient_step and into Adam."""
+    """Notes the losses that are differentiated, and what goes into Adam."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.batches: list[pg.Batch] = []
         self.sums: list[list[float]] = []
+        self.coefs: list[float] = []
         self.gradients: list[Tensor] = []
         self.rates: list[float] = []
-        gradient_step, adam = pg.gradient_step, pg.adam
+        loss, along = pg.ActorCritic.loss, pg.GradientState.along
 
-        def noted_step(config: Any, state: Any, objective: Any, batch: pg.Batch, *rest: Any) -> Any:
-            self.batches.append(batch)
-            sums, norm = gradient_step(config, state, objective, batch, *rest)
-            self.sums.append(sums.tolist())
-            return sums, norm
+        def noted_loss(
+            config: Any, policy: Policy, params: Params, data: pg.Data, *rest: Any
+        ) -> Any:
+            total, sums = loss(config, policy, params, data, *rest)
+            self.sums.append((sums[:, 0] / rest[0]).tolist())
+            self.coefs.append(float(rest[1]))
+            return total, sums
 
-        def noted_adam(state: Any, gradient: Tensor, rate: float, eps: float) -> None:
-            self.gradients.append(gradient.clone())
+        def noted_along(state: Any, gradient: Tensor, rate: float, eps: float) -> Any:
+            self.gradients.append(gradient[0].clone())
             self.rates.append(rate)
-            adam(state, gradient, rate, eps)
+            return along(state, gradient, rate, eps)
 
-        monkeypatch.setattr(pg, "gradient_step", noted_step)
-        monkeypatch.setattr(pg, "adam", noted_adam)
+        monkeypatch.setattr(pg.ActorCritic, "loss", noted_loss)
+        monkeypatch.setattr(pg.GradientState, "along", noted_along)
 
 
 @pytest.fixture
@@ -224,7 +227,7 @@ def test_a_recording_is_re_evaluated_to_the_bit(
     recorded, _, _ = objective.trajectories(theta, 0)
     assert not recorded.active.all(), "trials must end at different times for this to say much"
     policy = objective.policy
-    out, _ = policy.unroll(theta, pg._restart(policy, theta, recorded.start), recorded.ts)
+    out, _ = policy.unroll(theta, recorded.start, recorded.steps)
     active = recorded.active
     for name, a, b in zip(out._fields, out, recorded.out, strict=True):
         if b is not None:
@@ -248,38 +251,37 @@ def test_ppo_clips_and_stops() -> None:
     assert metrics["clip_fraction"] > 0.2 and metrics["kl"] > 0.01
     stopped = ppo.Optimizer(minibatches=2, epochs=6, learning_rate=0.3, target_kl=0.01)
     state, _ = run(stopped, objective, theta)
-    assert state.adam_steps == 2
+    assert int(state.adam.updates) == 2
     free, _ = run(ppo.Optimizer(minibatches=2, epochs=6, learning_rate=0.3), objective, theta)
-    assert free.adam_steps == 12
+    assert int(free.adam.updates) == 12
 
 
 def test_ppo_loss_by_hand() -> None:
     optimizer = ppo.Optimizer(clip=0.2, value_coef=0.5)
-    log_prob = torch.zeros(4, 1, 1)
     chance = torch.tensor([0.5, 0.5, 0.5, 0.5])
     ratio = torch.tensor([1.5, 1.5, 0.5, 1.1])
     advantage = torch.tensor([1.0, -1.0, -1.0, 2.0]).view(4, 1, 1)
     p = chance * ratio
     logits = torch.stack([p.log(), (1 - p).log()], dim=-1).view(4, 1, 1, 2)
     out = loop.PolicyOut(logits, None, None, torch.tensor([1.0, 2, 3, 4]).view(4, 1, 1))
-    active = torch.tensor([1.0, 1, 1, 1]).view(4, 1, 1)
-    batch = pg.Batch(
-        {},
-        None,  # type: ignore[arg-type]
-        torch.zeros(4, 1, 1, dtype=torch.int64),
-        log_prob + chance.log().view(4, 1, 1),
-        torch.zeros(4, 1, 1),
-        advantage,
-        torch.tensor([0.0, 2, 4, 4]).view(4, 1, 1),
-        active,
-    )
-    loss, sums = optimizer._loss(batch, out, torch.tensor(4.0), torch.tensor(0.1))
+
+    class Told:
+        def unroll(self, *_: Any) -> Any:
+            return out, {}
+
+    rows, no = torch.zeros(5, 1, 1), torch.zeros(5, 1, 1, dtype=torch.bool)
+    ts = TimeStep(rows, rows, rows, no, no, no, no)
+    recorded = loop.Trajectory({}, ts, torch.zeros(4, 1, 1, dtype=torch.int64), ~no[1:], None, {})
+    before, target = chance.log().view(4, 1, 1), torch.tensor([0.0, 2, 4, 4]).view(4, 1, 1)
+    data = pg.Data(recorded, before, advantage, target)
+    policy: Any = Told()
+    loss, sums = optimizer.loss(policy, {}, data, torch.tensor(4.0), torch.tensor(0.1))
     gain = 1.2 * 1 + 1.5 * -1 + 0.8 * -1 + 1.1 * 2  # min of the clipped and the free
     entropy = float(-(p * p.log() + (1 - p) * (1 - p).log()).sum())
     value = 1.0 + 0 + 1 + 0
     assert float(loss) == pytest.approx((-gain + 0.5 * value - 0.1 * entropy) / 4, rel=1e-5)
     kl = float((ratio - 1 - ratio.log()).sum())
-    assert sums.tolist() == pytest.approx([-gain, value, entropy, kl, 3.0], rel=1e-5)
+    assert sums[:, 0].tolist() == pytest.approx([-gain, value, entropy, kl, 3.0], rel=1e-5)
 
 
 # --- the gradient ------------------------------------------------------------------------------
@@ -404,28 +406,22 @@ def test_steps_after_a_trial_have_no_influence(
         recorded, last, metrics = plain(self, *args)
         dead = ~recorded.active
         assert dead.any()
-        ts = recorded.ts
-        obs = torch.where(dead.unsqueeze(-1), 50.0, ts.obs)
-        reward = torch.where(dead, -30.0, ts.reward)
-        ended_early = dead[-1] | (recorded.terminated & recorded.active).any(0)
-        value = torch.where(dead, 1e3, recorded.out.value)  # type: ignore[arg-type]
-        changed = loop.Trajectory(
-            recorded.start,
-            ts._replace(
-                obs=obs,
-                reward=reward,
-                prev_action=torch.where(dead.unsqueeze(-1), 9.0, ts.prev_action),
+        ended = dead[-1] | recorded.over[-1]
+        stale = torch.cat([dead, ended.unsqueeze(0)]).unsqueeze(-1)
+        earned = torch.cat([dead[:1] & False, dead])
+        ts, out = recorded.ts, recorded.out
+        assert out is not None and out.value is not None
+        changed = recorded._replace(
+            ts=ts._replace(
+                obs=torch.where(stale, 50.0, ts.obs),
+                reward=torch.where(earned, 1e4, ts.reward),
+                prev_action=torch.where(stale, 9.0, ts.prev_action),
             ),
-            torch.where(dead.unsqueeze(-1), 5.0, recorded.action),
-            recorded.out._replace(value=value),
-            torch.where(dead, 1e4, recorded.reward),
-            recorded.terminated,
-            recorded.truncated,
-            recorded.ended,
-            recorded.active,
+            action=torch.where(dead.unsqueeze(-1), 5.0, recorded.action),
+            out=out._replace(value=torch.where(dead, 1e3, out.value)),
         )
-        sums = float(recorded.reward.sum() - changed.reward.sum())
-        assert sums != 0.0
+        assert float(recorded.reward.sum() - changed.reward.sum()) != 0.0
+        ended_early = dead[-1] | recorded.terminated.any(0)
         return changed, torch.where(ended_early, 1e5, last), metrics
 
     monkeypatch.setattr(ReturnObjective, "trajectories", poisoned)
@@ -435,24 +431,20 @@ def test_steps_after_a_trial_have_no_influence(
         assert log[0][name] == dirty_log[0][name], name
 
 
-def batch_of(
-    objective: ReturnObjective, theta: Params, comm: Any = None, **options: Any
-) -> pg.Batch:
-    config = a2c.Optimizer(**options)
-    state = config.init(theta, Rng(0))
-    return pg.collect(config, state, objective, comm or SelfComm())[0]
+def data_of(objective: ReturnObjective, theta: Params, comm: Any = None, **options: Any) -> pg.Data:
+    return a2c.Optimizer(**options).collect(theta, 0, objective, comm or SelfComm())[0]
 
 
 def test_horizon_terminates_or_bootstraps() -> None:
     objective, theta = setup("gru", Point(), trials=12)
     recorded, last, _ = objective.trajectories(theta, 0)
-    cut = recorded.ended & recorded.truncated
-    done = recorded.ended & recorded.terminated
+    cut = recorded.over & recorded.after.truncated
+    done = recorded.terminated
     assert cut[-1].any() and done.any() and not cut[:-1].any()
     value, reward = recorded.out.value, recorded.reward
     assert value is not None
-    plain = batch_of(objective, theta, gamma=0.9)
-    more = batch_of(objective, theta, gamma=0.9, bootstrap=True)
+    plain = data_of(objective, theta, gamma=0.9)
+    more = data_of(objective, theta, gamma=0.9, bootstrap=True)
     assert torch.allclose(plain.advantage[done], (reward - value)[done], atol=1e-6)
     assert torch.allclose(more.advantage[done], plain.advantage[done])
     assert torch.allclose(plain.advantage[cut], (reward - value)[cut], atol=1e-6)
@@ -460,7 +452,7 @@ def test_horizon_terminates_or_bootstraps() -> None:
     assert torch.allclose(more.advantage[-1][cut[-1]], expected[cut[-1]], atol=1e-6)
     assert (last[cut[-1]] != 0).all()
     assert not plain.advantage[~recorded.active].any()
-    scaled = batch_of(objective, theta, reward_scale=3.0)
+    scaled = data_of(objective, theta, reward_scale=3.0)
     assert torch.allclose(scaled.advantage[done], (3 * reward - value)[done], atol=1e-5)
 
 
@@ -468,10 +460,10 @@ def test_advantages_are_normalised_over_active_steps_of_all_ranks() -> None:
     objective, theta = setup("gru", trials=7)
 
     def work(comm: Any) -> tuple[Tensor, Tensor]:
-        batch = batch_of(objective, theta, comm, normalize_advantage=True)
-        return batch.advantage, batch.active
+        data = data_of(objective, theta, comm, normalize_advantage=True)
+        return data.advantage, data.trajectory.active
 
-    raw = batch_of(objective, theta)
+    raw = data_of(objective, theta)
     for size in (1, 2, 3):
         parts = on_ranks(size, work)
         longest = max(len(a) for a, _ in parts)
@@ -480,11 +472,9 @@ def test_advantages_are_normalised_over_active_steps_of_all_ranks() -> None:
         kept = torch.cat([a[active > 0] for a, active in parts]).double()
         assert float(kept.mean()) == pytest.approx(0, abs=1e-6)
         assert float(kept.std(unbiased=False)) == pytest.approx(1, abs=1e-5)
-        mean, std = (
-            raw.advantage[raw.active > 0].double().mean(),
-            raw.advantage[raw.active > 0].double().std(unbiased=False),
-        )
-        expected = ((raw.advantage - mean) / std * raw.active).float()
+        own = raw.advantage[raw.trajectory.active].double()
+        mean, std = own.mean(), own.std(unbiased=False)
+        expected = ((raw.advantage - mean) / std * raw.trajectory.active).float()
         assert torch.allclose(advantage, expected[:longest], atol=1e-5)
 
 
@@ -505,13 +495,8 @@ def test_schedules() -> None:
     assert a2c.Optimizer(**common).at(3, 1.0, 0.2) == 1.0
 
 
-def test_schedules_reach_the_step(spy: Spy, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_schedules_reach_the_step(spy: Spy) -> None:
     objective, theta = setup("none", make_task("bandit", horizon=3))
-    seen = []
-    loss = a2c.Optimizer._loss
-    monkeypatch.setattr(
-        a2c.Optimizer, "_loss", lambda self, *a: seen.append(a[-1]) or loss(self, *a)
-    )
     options: dict[str, Any] = {
         "schedule": "linear",
         "schedule_updates": 2,
@@ -522,7 +507,7 @@ def test_schedules_reach_the_step(spy: Spy, monkeypatch: pytest.MonkeyPatch) -> 
     }
     run(a2c.Optimizer(**options), objective, theta, 4)
     assert spy.rates == pytest.approx([0.01, 0.006, 0.002, 0.002])
-    assert seen == pytest.approx([0.5, 0.3, 0.1, 0.1])
+    assert spy.coefs == pytest.approx([0.5, 0.3, 0.1, 0.1])
     spy.rates.clear()
     run(ppo.Optimizer(epochs=2, minibatches=1, **options), objective, theta, 2)
     assert spy.rates == pytest.approx([0.01, 0.01, 0.006, 0.006])
@@ -543,16 +528,17 @@ def test_gradients_are_clipped_to_a_norm(spy: Spy) -> None:
 
 def test_adam_equals_torch() -> None:
     draw = torch.Generator().manual_seed(0)
-    theta = {"a": torch.randn(1, 30, generator=draw)}
-    state = pg.init_state(theta)
-    leaf = theta["a"][0].clone().requires_grad_()
+    first = torch.randn(2, 30, generator=draw)
+    state, found = Adam.zeros(first), first
+    leaf = first.clone().requires_grad_()
     adam = torch.optim.Adam([leaf], lr=0.01, eps=1e-5)
     for _ in range(20):
-        gradient = torch.randn(30, generator=draw)
+        gradient = torch.randn(2, 30, generator=draw)
         leaf.grad = gradient.clone()
         adam.step()
-        pg.adam(state, gradient, 0.01, 1e-5)
-    assert torch.allclose(state.theta, leaf.detach(), rtol=0, atol=1e-6)
+        move, state = state.step(gradient, 0.01, eps=1e-5)
+        found = found - move
+    assert torch.allclose(found, leaf.detach(), rtol=0, atol=1e-6)
 
 
 def test_a_gradient_that_is_not_finite_is_said() -> None:
@@ -619,7 +605,7 @@ def test_resume_is_exact(optimizer: Any) -> None:
     for _ in range(2):
         state, _ = optimizer.step(state, objective, SelfComm(), Rng(0))
     assert torch.equal(state.theta, whole.theta)
-    assert torch.equal(ravel(optimizer.theta(state))[0], whole.theta)
+    assert torch.equal(ravel(optimizer.theta(state)), whole.theta)
     assert state.update == 4
 
 
@@ -638,7 +624,7 @@ def test_ranks_take_the_same_steps_as_one(memory: str, optimizer: Any) -> None:
     theta = {name: leaf.double() for name, leaf in theta.items()}
     alone, _ = run(optimizer, objective, theta, 3)
     assert alone.theta.dtype == torch.float64
-    moved = float((alone.theta - ravel(theta)[0]).abs().max())
+    moved = float((alone.theta - ravel(theta)).abs().max())
     assert moved > 1e-3
     for size in (2, 3):
         states = on_ranks(size, lambda comm: run(optimizer, objective, theta, 3, comm)[0])
@@ -723,7 +709,7 @@ def test_fast_weights_learn_to_remember(
     p: float, horizon: int, optimizer: Any, trials: int, steps: int
 ) -> None:
     task = make_task("bandit", reward_probability=p, horizon=horizon)
-    options = PLASTIC | ({"alpha_std": 0.1} if isinstance(optimizer, pg.GradientConfig) else {})
+    options = PLASTIC | ({"alpha_std": 0.1} if optimizer.gradient else {})
     mean, error = learned("metods", options, task, optimizer, trials, steps)
     assert one_step_of_memory(p, horizon) + 4 * error < mean < task.reference.best + 3 * error
 

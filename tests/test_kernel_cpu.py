@@ -50,13 +50,13 @@ def doubled(case):
     return twin
 
 
-def long_case(variant, n, S):
+def long_case(variant, n, S, P=2, B=5):
     """100 steps with resets whose memory neither fades nor explodes."""
-    case = Case(variant, 2, 5, n, S, T=100, dtype=torch.float32, seed=n + S, per_trial=S % 2 == 0)
+    case = Case(variant, P, B, n, S, T=100, dtype=torch.float32, seed=n + S, per_trial=S % 2 == 0)
     rounds = torch.arange(S)
     case.beta *= 0.1
     case.beta[:, rounds, rounds] = 0.95
-    case.new_trial = torch.rand(100, 2, 5, generator=torch.Generator().manual_seed(n)) < 0.05
+    case.new_trial = torch.rand(100, P, B, generator=torch.Generator().manual_seed(n)) < 0.05
     return case
 
 
@@ -70,9 +70,12 @@ def test_a_hundred_steps_with_resets_are_exact_to_float32(variant, n, S):
         assert relative_error(got.double(), want) < 1e-5, name
 
 
-@pytest.mark.parametrize(("variant", "n", "S"), SIZES)
-def test_gradients_over_a_hundred_steps_are_exact_to_float32(variant, n, S):
-    case = long_case(variant, n, S).require_grad()
+@pytest.mark.parametrize(
+    ("variant", "n", "S", "P", "B"),
+    [(*size, 2, 5) for size in SIZES] + [("base", 5, 2, 4, 1), ("linear", 20, 3, 3, 1)],
+)
+def test_gradients_over_a_hundred_steps_are_exact_to_float32(variant, n, S, P, B):
+    case = long_case(variant, n, S, P, B).require_grad()
     twin = doubled(case).require_grad()
     got = backward(case.scan(), case.inputs)
     want = backward(twin.scan(), twin.inputs)

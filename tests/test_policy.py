@@ -223,7 +223,7 @@ def test_input_layout() -> None:
     plain = [steps.obs, steps.prev_action, steps.reward.unsqueeze(-1)]
     for extra, more in (("none", []), ("bias", [torch.ones(2, 3, 1)])):
         policy = small("mlp", CONTINUOUS, extra=extra)
-        got = torch.cat(policy.inputs(steps, 3, torch.ones(1)), -1)
+        got = torch.cat(policy.inputs.parts(steps, 3, policy.spec.horizon), -1)
         assert torch.equal(got, torch.cat([*plain, *more], dim=-1))
         assert got.shape[-1] == policy.input_size == policy.init()["embed.0.weight"].shape[1]
 

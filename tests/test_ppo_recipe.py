@@ -11,26 +11,31 @@ from torch import Tensor
 
 from esmeta.errors import UserError
 from esmeta.learners import ppo, reinforce
-from esmeta.learners._experience import Experience
-from esmeta.learners._segments import Segments
+from esmeta.rl.losses import Data, PolicyGradient
+from esmeta.rl.on_policy import OnPolicy
 from esmeta.rng import Rng
-from esmeta.types import Continuous, Spec, TimeStep
+from esmeta.rollout import Trajectory
+from esmeta.types import Continuous, Params, Spec, TimeStep
 
 SPEC = Spec(3, Continuous(2), 64)
 PERIOD, AGENTS = 32, 3
 
 
-def experience() -> Experience:
-    draws = Rng(1).normal(torch.arange(AGENTS), PERIOD * 9).float().reshape(AGENTS, PERIOD, 9)
-    ended = torch.arange(PERIOD).expand(AGENTS, -1) % 8 == 7
-    return Experience(
-        draws[..., :3], draws[..., 3:5], draws[..., 5], draws[..., 6:9], ended & False, ended
-    )
+def experience(last_ends: bool = True, terminal: bool = False) -> Trajectory:
+    """Episodes of eight steps; observations far from 0."""
+    draws = Rng(1).normal(torch.arange(AGENTS), (PERIOD + 1) * 6).float()
+    draws = draws.reshape(AGENTS, PERIOD + 1, 1, 6).transpose(0, 1)
+    ended = (torch.arange(PERIOD + 1) % 8 == 0).reshape(-1, 1, 1).expand(-1, AGENTS, 1).clone()
+    ended[0], ended[-1], no = False, last_ends, torch.zeros_like(ended)
+    over = ended if terminal else no
+    ts = TimeStep(3 * draws[..., :3] + 5, draws[..., 3:5], draws[..., 5], over, ended & ~over,
+                  ended, no)  # fmt: skip
+    return Trajectory({}, ts, draws[1:, ..., 3:5], ~no[1:], None, {})
 
 
 def learned(
-    kind: Any = ppo, steps: Experience | None = None, **options: Any
-) -> tuple[Segments, Segments]:
+    kind: Any = ppo, steps: Trajectory | None = None, **options: Any
+) -> tuple[OnPolicy, OnPolicy]:
     """Fresh agents, and what one update makes of them."""
     full = {"period": PERIOD, "minibatch": PERIOD, "hidden": (6,), "learning_rate": 0.02, **options}
     learner, loss = kind.Learner(**full).make(SPEC, 64)
@@ -61,19 +66,17 @@ def test_an_update_is_that_of_spinning_up(kind: Any) -> None:
     if kind is ppo:
         policy_steps = 12
         recipe |= {"epochs": policy_steps, "kl_stop": 0.02}
-    steps = experience()
-    ended = steps.ended.clone()
-    ended[:, -1] = False  # the last episode is cut by the update
-    steps = steps._replace(ended=ended, terminated=ended, obs=3 * steps.obs + 5)
+    steps = experience(last_ends=False, terminal=True)  # the last one is cut by the update
     before, after = learned(kind, steps=steps, **recipe)
     stopped = []
     for p in range(AGENTS):
         policy, value = (module(before.params, name, p) for name in ("policy", "value"))
         log_std = torch.nn.Parameter(before.params["log_std"][p].clone())
-        obs, act, reward, _, over, _ = (leaf[p] for leaf in steps)
+        leaves = steps.steps.obs, steps.action, steps.reward, steps.terminated
+        obs, act, reward, over = (leaf[:, p, 0] for leaf in leaves)
         with torch.no_grad():
             v = value(obs)[:, 0]
-            last = float(value(steps.next_obs[p, -1]))
+            last = float(value(steps.ts.obs[-1, p, 0]))
             following = torch.cat([v[1:], torch.tensor([last])]) * ~over
             delta = reward + 0.95 * following - v
             advantage = reward_to_go(delta, over, 0.0, 0.95 * 0.9)
@@ -111,7 +114,7 @@ def test_an_update_is_that_of_spinning_up(kind: Any) -> None:
     assert kind is reinforce or min(stopped) < policy_steps, stopped
 
 
-def module(params: dict[str, Tensor], name: str, p: int) -> torch.nn.Sequential:
+def module(params: Params, name: str, p: int) -> torch.nn.Sequential:
     """Network ``name`` of agent ``p`` as a module of torch."""
     layers: list[torch.nn.Module] = []
     for i in range(2):
@@ -124,43 +127,46 @@ def module(params: dict[str, Tensor], name: str, p: int) -> torch.nn.Sequential:
 
 def test_what_v_learns_and_what_networks_see_is_told() -> None:
     """The options have an effect of their own, and other words are refused."""
-    steps = experience()
-    steps = steps._replace(obs=3 * steps.obs + 5)
     for kind in (ppo, reinforce):
         more = {"value_epochs": 3}
         found = [
-            learned(kind, steps=steps, **more, **options)[1].params
+            learned(kind, **more, **options)[1].params
             for options in ({}, {"value_target": "reward_to_go"}, {"normalize": False})
         ]
         assert torch.equal(found[0]["policy.0.weight"], found[1]["policy.0.weight"])
         assert not torch.equal(found[0]["value.0.weight"], found[1]["value.0.weight"])
         assert not torch.equal(found[0]["policy.0.weight"], found[2]["policy.0.weight"])
+        steps = experience().steps
         for normalize in (False, True):  # agents act on what they learned from
-            state = learned(kind, steps=steps, normalize=normalize)[1]
+            state = learned(kind, normalize=normalize)[1]
             learner, _ = kind.Learner(hidden=(6,), normalize=normalize).make(SPEC, 64)
-            bound = learner.agent.bind(learner.acting(state))
-            out, _ = learner.agent.step_bound(bound, {}, TimeStep(*[steps.obs] * 7))
-            plain = learner.agent.policy(state.params, steps.obs)
+            out, _ = learner.agent.unroll(learner.acting(state), {}, steps)
+            plain, _ = learner.agent.unroll(state.params, {}, steps)
             assert torch.equal(out.mean, plain.mean) != normalize
         with pytest.raises(UserError, match="value_target = 'td'.*gae, reward_to_go"):
             kind.Learner(value_target="td")
 
 
-def passes(state: Segments) -> list[int]:
-    return state.adam.updates["policy.0.weight"].tolist()
+def passes(state: OnPolicy, part: str = "actor") -> list[int]:
+    return state.adams.parts[part].updates.tolist()
+
+
+def told(before: OnPolicy, after: OnPolicy) -> tuple[PolicyGradient, Any, Data]:
+    """PPO's loss, the agents, and the data of an update with its constants."""
+    learner, loss = ppo.Learner(period=PERIOD, minibatch=PERIOD, hidden=(6,)).make(SPEC, 64)
+    assert isinstance(loss, PolicyGradient)
+    return loss, learner.agent, loss.prepare(learner.agent, before.params, learner.data(after))
 
 
 def test_passes_of_each_agent_stop_where_its_policy_has_moved_too_far() -> None:
     _, stopped = learned(epochs=30, kl_stop=0.008)
     counts = passes(stopped)
     assert len(set(counts)) > 1 and 0 < min(counts) and max(counts) < 30, counts
-    learner, loss = ppo.Learner(period=PERIOD, minibatch=PERIOD, hidden=(6,)).make(SPEC, 64)
     far = {}
     for number in range(1, max(counts) + 1):
         before, whole = learned(epochs=number)
-        batch = learner.batch(experience(), whole.statistics, whole.updates)
-        prepared = loss.prepare(learner.agent, before.params, batch)
-        moved = loss.moved(learner.agent, whole.params, batch, prepared)  # type: ignore[attr-defined]
+        loss, agent, data = told(before, whole)
+        moved = loss.moved(agent, whole.params, data)
         for p in range(AGENTS):
             far[p, number] = float(moved[p]) > 0.008
             if counts[p] == number:  # bit for bit what so many passes make of it
@@ -172,29 +178,26 @@ def test_passes_of_each_agent_stop_where_its_policy_has_moved_too_far() -> None:
 
 
 def test_the_estimate_of_the_divergence_is_that_of_the_actions_taken() -> None:
-    learner, loss = ppo.Learner(period=PERIOD, minibatch=PERIOD, hidden=(6,)).make(SPEC, 64)
     before, after = learned(epochs=3)
-    batch = learner.batch(experience(), after.statistics, after.updates)
-    prepared = loss.prepare(learner.agent, before.params, batch)
-    found = loss.moved(learner.agent, after.params, batch, prepared)  # type: ignore[attr-defined]
-    logs = []
+    loss, agent, data = told(before, after)
+    found = loss.moved(agent, after.params, data)
+    action, logs = data.trajectory.action[:, :, 0].transpose(0, 1), []
     for params in (before.params, after.params):
-        out = learner.agent.policy(params, batch.steps.obs)
-        assert out.mean is not None and out.std is not None
-        logs.append(torch.distributions.Normal(out.mean, out.std).log_prob(batch.steps.action))
+        out = agent.read(params, {}, data.trajectory.steps)
+        logs.append(torch.distributions.Normal(out.mean, out.std).log_prob(action))
     torch.testing.assert_close(found, (logs[0] - logs[1]).sum(-1).mean(1), rtol=1e-4, atol=1e-6)
 
 
 def test_v_learns_by_itself_at_its_own_rate() -> None:
     before, after = learned(epochs=2, value_epochs=5, value_learning_rate=1e-3)
     assert passes(after) == [2] * AGENTS
-    assert after.adam.updates["value.0.weight"].tolist() == [5] * AGENTS
+    assert passes(after, "value") == [5] * AGENTS
     change = (after.params["value.0.weight"] - before.params["value.0.weight"]).abs().max()
     assert 0 < float(change) <= 5.1e-3, "at most five steps of Adam"
     _, parted = learned(value_epochs=5, minibatch=PERIOD // 4)
-    assert parted.adam.updates["value.0.weight"].tolist() == [5 * 4] * AGENTS
+    assert passes(parted, "value") == [5 * 4] * AGENTS
     _, joint = learned(epochs=2)
-    assert joint.adam.updates["value.0.weight"].tolist() == [2] * AGENTS
+    assert passes(joint, "value") == [2] * AGENTS
 
 
 @pytest.mark.parametrize("kind", [ppo, reinforce])

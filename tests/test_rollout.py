@@ -165,13 +165,13 @@ def recorded(
     begin = loop.start(policy, params, env, tasks, Rng(2))
     recorder = loop.Recorder(begin.state)
     end = loop.rollout(policy, env, begin, recorder)
-    return recorder.trajectory(), begin, end
+    return recorder.trajectory(end), begin, end
 
 
 def test_a_recording_says_what_happened() -> None:
     trajectory, begin, end = recorded("harlow", horizon=60, presentations=1)
     length = len(trajectory.reward)
-    assert trajectory.active[0].all() and trajectory.ended.sum(0).eq(1).all()
+    assert trajectory.active[0].all() and trajectory.over.sum(0).eq(1).all()
     # Replay the recorded actions: the same observations, rewards and flags.
     task = make_task("harlow", horizon=60, presentations=1)
     env = task.make_env("cpu")
@@ -185,17 +185,18 @@ def test_a_recording_says_what_happened() -> None:
         state, ts = env.step(state, trajectory.action[t])
         assert torch.equal(trajectory.reward[t], ts.reward)
         assert torch.equal(trajectory.terminated[t], ts.terminated)
-        assert torch.equal(trajectory.truncated[t], ts.truncated)
-        assert torch.equal(trajectory.ended[t], ts.new_trial & alive)
+        assert torch.equal(trajectory.after.truncated[t], ts.truncated)
+        assert torch.equal(trajectory.over[t], ts.new_trial & alive)
         alive = alive & ~ts.new_trial
         total += ts.reward
     assert not alive.any() and torch.equal(end.ts.reward, ts.reward)
     assert torch.allclose(trajectory.reward.sum(0), total)
     lengths = trajectory.active.sum(0)
     assert len(lengths.unique()) > 1, "the trials must differ in length for this to say anything"
-    # Memory is reset where a trial is over, nowhere inside it.
-    stale = trajectory.ts.new_trial
-    assert not stale[0].any() and torch.equal(stale[1:], ~trajectory.active[:-1])
+    # Memory begins anew with a trial and where it is over, nowhere inside it.
+    stale = trajectory.all_steps.new_trial
+    assert stale[0].all() and torch.equal(stale[1:], ~trajectory.active)
+    assert torch.equal(trajectory.steps.new_trial, stale[:-1])
     assert trajectory.start is begin.state
 
 
@@ -237,8 +238,7 @@ def test_members_with_the_same_theta_do_the_same() -> None:
     env = task.make_env("cpu")
     begin = loop.start(policy, params, env, task.sample(4, "train", Rng(1)), Rng(2))
     recorder = loop.Recorder(begin.state)
-    loop.rollout(policy, env, begin, recorder)
-    three = recorder.trajectory()
+    three = recorder.trajectory(loop.rollout(policy, env, begin, recorder))
     for member in range(3):
         assert torch.equal(three.action[:, member], trajectory.action[:, 0])
         assert torch.equal(three.reward[:, member], trajectory.reward[:, 0])

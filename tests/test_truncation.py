@@ -14,12 +14,10 @@ from gymnasium import spaces
 from esmeta import make_policy, make_task
 from esmeta import rollout as loop
 from esmeta.comm import SelfComm
-from esmeta.learners._agent import Agent
-from esmeta.learners._experience import Keep
-from esmeta.learners._loss import PolicyGradient, advantages
+from esmeta.agent.policy import published_policy
 from esmeta.objectives.return_ import ReturnObjective
 from esmeta.optimizers import ppo
-from esmeta.optimizers._gradient import make_batch
+from esmeta.rl.losses import Data, PolicyGradient
 from esmeta.rng import Rng
 from esmeta.types import TimeStep
 
@@ -107,22 +105,23 @@ def test_learners_bootstrap_from_what_was_cut_alone(ends: tuple[bool, bool], wor
     """V stands for the future of an episode that was cut; there is none after a termination."""
     task = make_task("gym", id="Cut-v0", kwargs={"cut": 3, "ends": list(ends)}, horizon=6,
                      episode_steps=6)  # fmt: skip
-    agent = Agent(task.spec, (4,), heads=PolicyGradient().heads)
-    params = agent.init(Rng(0), torch.arange(1))
+    loss = PolicyGradient(gamma=0.5, gae_lambda=1.0)
+    agent = published_policy(task.spec, "epg", (4,), loss.needs, std=1.0)
+    params = agent.init_at(Rng(0), torch.arange(1))
     params = {name: torch.zeros_like(leaf) for name, leaf in params.items()}
     params["value.1.bias"] += 10.0  # V = 10 everywhere
-    env, keep = task.make_env("cpu"), Keep(task.spec)
+    env = task.make_env("cpu")
     begin = loop.start(agent, params, env, task.sample(1, "train", Rng(0)), Rng(0))
-    loop.rollout(agent, env, begin, keep)
-    steps = keep.experience()
-    assert steps.ended.tolist() == [[False, False, True] * 2]
-    assert steps.terminated.tolist() == [[False, False, not worth] * 2]
-    raw, _ = advantages(agent, params, steps, gamma=0.5, lambda_=1.0)
+    recorder = loop.Recorder(begin.state, heads=False)
+    steps = recorder.trajectory(loop.rollout(agent, env, begin, recorder))
+    assert steps.ended.flatten().tolist() == [False, False, True] * 2
+    assert steps.terminated.flatten().tolist() == [False, False, not worth] * 2
+    made = loss.prepare(agent, params, Data(steps, {}, 6)).constants
     # r + 0.5 V' - V with V = 10, summed backwards within an episode only.
     third = 3 + 5.0 * worth - 10
     second = 2 + 5 - 10 + 0.5 * third
     first = 1 + 5 - 10 + 0.5 * second
-    torch.testing.assert_close(raw, torch.tensor([[first, second, third] * 2]))
+    torch.testing.assert_close(made["target"] - 10.0, torch.tensor([[first, second, third] * 2]))
 
 
 @pytest.mark.parametrize(("ends", "worth"), [((False, True), True), ((True, False), False)])
@@ -135,9 +134,8 @@ def test_policy_gradients_bootstrap_from_what_was_cut_alone(
     theta = {name: torch.zeros_like(leaf) for name, leaf in objective.init(0).items()}
     last = next(name for name in reversed(theta) if name.startswith("value.") and "bias" in name)
     theta[last] += 10.0
-    recorded, after, _ = objective.trajectories(theta, 0)
     config = ppo.Optimizer(gamma=0.5, gae_lambda=0.0, normalize_advantage=False, bootstrap=True)
-    batch = make_batch(config, recorded, after, SelfComm())
+    data, _ = config.collect(theta, 0, objective, SelfComm())
     expected = torch.tensor([1 + 5.0 - 10, 2 + 5.0 - 10, 3 + 5.0 * worth - 10])
     for trial in range(2):
-        torch.testing.assert_close(batch.advantage[:3, 0, trial], expected)
+        torch.testing.assert_close(data.advantage[:3, 0, trial], expected)

@@ -43,7 +43,8 @@ def pack(segment: Segment) -> Packed:
     def by_step(stack: Tensor) -> Tensor:
         # [P, R, J, n], R = k B with time outermost.
         parts = stack.unflatten(1, (steps, batch)).transpose(0, 1)
-        return parts.reshape(steps, population * batch, stack.shape[2], neurons)
+        # With one trial per member the reshaped stack is still a view that is not contiguous.
+        return parts.reshape(steps, population * batch, stack.shape[2], neurons).contiguous()
 
     posts = by_step(rows.posts_stack)
     own = rows.pres_stack is not rows.posts_stack
