@@ -275,14 +275,14 @@ class Learner(Protocol):
 class Life(NamedTuple):
     """P agents somewhere in their lives.
 
-    ``state`` is the learner's, ``index`` int64 ``[P]`` the numbers of the lives, ``end`` where the
+    ``state`` is the learner's, ``numbers`` int64 ``[P]`` those of the lives, ``end`` where the
     rollout was left, ``noise [T, P, 1, k]`` that of all actions of the trial (None: it is drawn
     window by window); ``tasks`` leaves ``[P, 1, ...]``; ``env`` is the environment they are in,
     which some simulators are part of; ``trial`` counts the trials that were begun before.
     """
 
     state: Any
-    index: Tensor  # pyright: ignore[reportIncompatibleMethodOverride]
+    numbers: Tensor
     end: loop.End
     noise: Tensor | None
     tasks: Tasks
@@ -443,9 +443,9 @@ class AgentLives(OwnEnv):
     def _drawn(self, life: Life, split: str) -> Tensor:
         """What the actions of a window are drawn with, ``[period, P, 1, k]``."""
         width, period = self.task.spec.action.size, self.learner.period
-        draw = self.rng(split).fold("action", life.state.replay.count)
-        noise = draw.normal(life.index, period * width)
-        return noise.reshape(len(life.index), period, 1, width).transpose(0, 1)
+        draw = self.rng(split).fold("action", life.state.replay.added)
+        noise = draw.normal(life.numbers, period * width)
+        return noise.reshape(len(life.numbers), period, 1, width).transpose(0, 1)
 
     def advance(self, life: Life, loss: Loss, split: str) -> tuple[Life, Trajectory]:
         """One period of acting and the update that follows; also what was lived through."""
@@ -501,10 +501,10 @@ class AgentLives(OwnEnv):
 
     def save(self, life: Life, split: str) -> State:
         """All that changes as plain tensors, leaves ``[P, ...]``."""
-        end, rows = life.end, len(life.index)
-        saved = {name: torch.full_like(life.index, n)
+        end, rows = life.end, len(life.numbers)
+        saved = {name: torch.full_like(life.numbers, n)
                  for name, n in (("trial", life.trial), ("t", end.t))}  # fmt: skip
-        saved["index"] = life.index
+        saved["index"] = life.numbers
         leaves = {"state.": self.learner.save(life.state), "ts.": [*end.ts, end.active]}
         for prefix, found in leaves.items():
             saved |= {f"{prefix}{i}": leaf for i, leaf in enumerate(found)}
@@ -512,7 +512,7 @@ class AgentLives(OwnEnv):
         try:
             leaves_of(end.env_state)
         except TypeError:  # A simulator that cannot be stored: its agents begin a new trial.
-            saved["t"] = torch.full_like(life.index, self.task.spec.horizon)
+            saved["t"] = torch.full_like(life.numbers, self.task.spec.horizon)
         else:
             wider = self._wider(life, split)
             saved |= rows_of(end.env_state, wider, rows)

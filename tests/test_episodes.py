@@ -110,30 +110,30 @@ def test_agents_without_a_whole_episode_draw_over_steps() -> None:
 def test_a_cut_ends_an_episode_and_what_follows_a_trial_is_none() -> None:
     ends = torch.tensor([[False] * 6, [False, False, True, True, True, True]])
     replay = Replay.empty(2, 50, SPEC, "cpu").add(lived(ends))
-    assert replay.episodes.count.tolist() == [0, 1]
+    assert replay.episodes.added.tolist() == [0, 1]
     replay.cut()
-    assert replay.episodes.count.tolist() == [1, 1]
+    assert replay.episodes.added.tolist() == [1, 1]
     assert replay.episodes.last[:, 0].tolist() == [5, 2]
     replay = replay.add(lived(torch.ones(2, 1, dtype=torch.bool), torch.tensor([[True], [False]])))
-    assert replay.episodes.count.tolist() == [2, 1], "a terminal state ends one of a single step"
+    assert replay.episodes.added.tolist() == [2, 1], "a terminal state ends one of a single step"
 
 
 def test_an_episode_whose_first_steps_are_gone_is_not_whole() -> None:
     ends = torch.zeros(2, 40, dtype=torch.bool)
     ends[0, 4] = ends[:, 34] = True
     replay = full(ends, 32)
-    assert (replay.episodes.count - replay.episodes.oldest).tolist() == [0, 0]
+    assert (replay.episodes.added - replay.episodes.oldest).tolist() == [0, 0]
     again = replay.add(lived(ends[:, :10]))
-    assert (again.episodes.count - again.episodes.oldest).tolist() == [1, 0]
+    assert (again.episodes.added - again.episodes.oldest).tolist() == [1, 0]
     replay.cut()
-    assert (replay.episodes.count - replay.episodes.oldest).tolist() == [2, 1]
+    assert (replay.episodes.added - replay.episodes.oldest).tolist() == [2, 1]
 
 
 @pytest.mark.parametrize("capacity", [200, 40])
 def test_a_replay_that_was_stored_draws_the_same(capacity: int) -> None:
     ends = torch.rand(3, 150, generator=torch.Generator().manual_seed(3)) < 0.2
     replay, empty = full(ends, capacity, True), Replay.empty(3, capacity, SPEC, "cpu")
-    again = empty.filled([rows.clone() for rows in replay.kept()], replay.count)
+    again = empty.filled([rows.clone() for rows in replay.kept()], replay.added)
     for _ in range(2):
         one, two = (
             drawn(r, Rng(1), torch.arange(3), 300, 4, "episodes") for r in (replay, again)

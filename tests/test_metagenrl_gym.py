@@ -137,7 +137,7 @@ def test_simulators_that_cannot_be_stored_begin_a_new_trial() -> None:
     again = other.restore(begun(other, 3)[0], saved, "train")
     for name, leaf in life.state.params.items():
         assert torch.equal(again.state.params[name], leaf)
-    assert again.state.replay.count == 24
+    assert again.state.replay.added == 24
     for one, two in zip(again.state.replay.kept(), life.state.replay.kept(), strict=True):
         assert torch.equal(one, two)
     later, earned = act(other, again, scores, 1)

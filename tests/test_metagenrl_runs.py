@@ -127,7 +127,7 @@ def test_agents_are_replaced_after_a_lifetime() -> None:
     state, numbers, taken = built.state, [], []
     for _ in range(13):
         state, metrics = built.optimizer.step(state, built.objective, SelfComm(), built.rng)
-        numbers.append(state.agents[0].life.state.index.tolist())
+        numbers.append(state.agents[0].life.state.numbers.tolist())
         taken.append(int(metrics["env_steps"]) // 3)
     assert numbers == [[0, 1, 2]] * 8 + [[3, 4, 5]] * 5
     assert taken == [16, 0, 0, 0, 8, 0, 0, 0, 16, 0, 0, 0, 8]
@@ -215,7 +215,7 @@ def test_scores_are_not_scaled_and_learning_is() -> None:
     life, new = lives.act(lives.begin(torch.arange(2), "train"), "train")
     replay = life.state.replay.add(lives.taught(new))
     torch.testing.assert_close(0.01 * new.reward[..., 0].T, replay.reward[:, :8])
-    assert new.reward.any() and replay.count == 8
+    assert new.reward.any() and replay.added == 8
 
 
 def test_several_environments_learn_one_objective() -> None:
@@ -225,7 +225,7 @@ def test_several_environments_learn_one_objective() -> None:
     assert [t.task.spec.action.size for t in made.environments] == [1, 2]
     state = after(built, 1)
     assert made.rows(state.agents) == 6
-    assert [len(group.life.index) for group in state.agents] == [3, 3]
+    assert [len(group.life.numbers) for group in state.agents] == [3, 3]
     alone = after(parts(), 1)
     # Agents of the first environment are the agents they would be without the second.
     mine, theirs = state.agents[0].life.state.params, alone.agents[0].life.state.params

@@ -170,7 +170,7 @@ def test_a_replay_keeps_the_newest_and_snippets_stay_in_order() -> None:
         new = steps(2, part.shape[1], dtype=torch.float32)
         new |= {"reward": part, "ended": part % 5 == 4, "terminated": part < 0}
         replay = replay.add(window(**new))
-    assert replay.count == 23 and replay.size == 10
+    assert replay.added == 23 and replay.size == 10
 
     def rewards(*index: int) -> tuple[Tensor, Tensor]:
         data = replay.draw(Rng(0), torch.tensor(index), 400, 4, SPEC)
@@ -197,7 +197,7 @@ def test_snippets_are_what_was_lived_through() -> None:
     for low, high in ((0, 7), (7, 16), (16, 23)):
         part = {k: v[:, low : high + (k == "obs")] for k, v in lived.items()}
         replay = replay.add(window(**part))
-    for again in (replay, Replay.empty(2, 10, SPEC, "cpu").filled(replay.kept(), replay.count)):
+    for again in (replay, Replay.empty(2, 10, SPEC, "cpu").filled(replay.kept(), replay.added)):
         data = again.draw(Rng(0), torch.arange(2), 50, 4, SPEC).trajectory
         number = data.reward.long()
         for p in range(2):

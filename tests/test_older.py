@@ -21,7 +21,7 @@ def as_before(saved: State, replay: Replay) -> State:
     state = [saved.pop(f"state.{i}") for i in range(sum(k.startswith("state.") for k in saved))]
     ts = [saved.pop(f"ts.{i}") for i in range(8)]
     count, updates, learned = state[0], state[1], state[8:]
-    number = torch.arange(replay.count - replay.size, replay.count)
+    number = torch.arange(replay.added - replay.size, replay.added)
     order = (number % replay.capacity).argsort()
     now, following = number % (replay.capacity + 1), (number + 1) % (replay.capacity + 1)
     rows = (replay.obs[:, now], replay.action[:, now], replay.reward[:, now],
@@ -50,7 +50,7 @@ def test_agents_of_before_go_on_bit_for_bit(capacity: int) -> None:
     state = optimizer.gather(after(built, 7), objective, SelfComm())
     saved = optimizer.state_dict(state)
     replay = state.agents[0].life.state.replay
-    assert replay.count == 24
+    assert replay.added == 24
     own = {name.removeprefix("0/"): leaf for name, leaf in saved["agents"].items()}
     written = as_before(own, replay)
     assert {"count", "updates", "learned.89", "replay.6", "where.7", "env.0"} <= set(written)

@@ -133,7 +133,7 @@ class MetaGenRLObjective:
 
     def rows(self, agents: list[Group]) -> int:
         """Agents of this rank, in all environments."""
-        return sum(len(group.life.index) for group in agents)
+        return sum(len(group.life.numbers) for group in agents)
 
     def save(self, agents: list[Group]) -> State:
         """Agents with their replays, leaves ``[P, ...]`` under a name per environment."""
@@ -170,13 +170,13 @@ class MetaGenRLObjective:
         low, groups, losses = 0, [], []
         columns: dict[str, list[Tensor]] = {}
         for lives, group in zip(self.environments, agents, strict=True):
-            high = low + len(group.life.index)
+            high = low + len(group.life.numbers)
             alpha = {name: leaf[low:high] for name, leaf in params.items()}
-            before = group.life.state.replay.count
+            before = group.life.state.replay.added
             group = self._live(lives, group, {k: v.detach() for k, v in alpha.items()})
             losses.append(-self._value(lives, group.life.state, alpha))
             groups.append(group)
-            count, scores = group.life.state.replay.count, group.scores
+            count, scores = group.life.state.replay.added, group.scores
             taken = torch.full_like(scores.earned, count - before * (count >= before))
             found = {"env_steps": taken, "return": scores.recent.nanmean(dim=1)}
             for name, column in found.items():
@@ -195,17 +195,17 @@ class MetaGenRLObjective:
         config, (life, scores, owed) = self.config, group
         learner: ReplayLearner = lives.learner  # type: ignore[assignment]
         rng = lives.learning("train")
-        if config.lifetime and owed == 0 and life.state.replay.count >= config.lifetime:
-            life, scores, owed = self._begun(lives, life.index + config.agents)
+        if config.lifetime and owed == 0 and life.state.replay.added >= config.lifetime:
+            life, scores, owed = self._begun(lives, life.numbers + config.agents)
         elif owed == 0 and self._is_due(life.state):
-            draw = rng.fold("policy", life.state.replay.count)
+            draw = rng.fold("policy", life.state.replay.added)
             life = life._replace(state=learner.with_fresh_policies(life.state, draw))
         while owed == 0:
             life, new, scores = self._act(lives, life, scores, "train")
             replay = life.state.replay.add(lives.taught(new))
             life = life._replace(state=life.state._replace(replay=replay))
-            owed = config.period if replay.count >= config.update_after else 0
-        loss = self.network.loss(alpha, self.share(life.state.replay.count))
+            owed = config.period if replay.added >= config.update_after else 0
+        loss = self.network.loss(alpha, self.share(life.state.replay.added))
         state = learner.rounds(life.state, loss, rng, config.delay)
         return Group(life._replace(state=state), scores, owed - config.delay)
 
@@ -219,7 +219,7 @@ class MetaGenRLObjective:
 
     def _is_due(self, state: OffPolicy) -> bool:
         """Whether policies are as old as they get."""
-        age, count = self.config.policy_lifetime, state.replay.count
+        age, count = self.config.policy_lifetime, state.replay.added
         return age > 0 and count >= self.config.update_after and count % age == 0
 
     def _value(self, lives: AgentLives, state: OffPolicy, alpha: Params) -> Tensor:
@@ -294,7 +294,7 @@ class MetaGenRLObjective:
             loss = self.network.loss(alpha)
             *_, (life, _, scores) = self.trained(loss, numbers[rows], lives, split)
             found = {"return": scores.recent.nanmean(dim=1), "first": scores.first}
-            found["steps"] = torch.full_like(scores.episodes, life.state.replay.count)
+            found["steps"] = torch.full_like(scores.episodes, life.state.replay.added)
             found["life"] = scores.total / scores.episodes
             return found
 

@@ -118,7 +118,7 @@ class OffPolicy(NamedTuple):
     target: Params
     adams: Adams
     replay: Replay
-    index: Tensor  # pyright: ignore[reportIncompatibleMethodOverride]
+    numbers: Tensor
     updates: Tensor
 
 
@@ -226,7 +226,7 @@ class ReplayLearner:
 
     def with_fresh_policies(self, state: OffPolicy, rng: Rng) -> OffPolicy:
         """The agents with policies drawn at ``rng``; critics and replays stay."""
-        fresh = self.agent.part(self.agent.init_at(rng, state.index), "actor")
+        fresh = self.agent.part(self.agent.init_at(rng, state.numbers), "actor")
         return state._replace(
             params=state.params | fresh,
             target=state.target | fresh,
@@ -241,7 +241,7 @@ class ReplayLearner:
         """Uniform actions at first; then the policy's with its noise, clipped to the limits."""
         spec = self.agent.spec.action
         assert isinstance(spec, Continuous)
-        random = state.replay.count < self.start
+        random = state.replay.added < self.start
 
         def act(out: PolicyOut, noise: Tensor) -> Tensor:
             if random:
@@ -255,7 +255,7 @@ class ReplayLearner:
     def update(self, state: OffPolicy, new: Trajectory, loss: Loss, rng: Rng) -> OffPolicy:
         """The agents after one update round per step of ``new``, ``period`` steps of each."""
         state = state._replace(replay=state.replay.add(new))
-        if state.replay.count < self.options.update_after:
+        if state.replay.added < self.options.update_after:
             return state
         return self.rounds(state, loss, rng, self.period)
 
@@ -280,7 +280,7 @@ class ReplayLearner:
 
     def save(self, state: OffPolicy) -> list[Tensor]:
         """All of it but the agents' numbers, leaves ``[P, ...]``; of the replay what is filled."""
-        count = torch.full_like(state.index, state.replay.count)
+        count = torch.full_like(state.numbers, state.replay.added)
         learned = leaves_of((state.params, state.target, state.adams))
         return [count, state.updates, *state.replay.kept(), *learned]
 
@@ -291,17 +291,17 @@ class ReplayLearner:
         tree = (fresh.params, fresh.target, fresh.adams)
         params, target, adams = with_leaves(tree, rest[rows:])
         replay = fresh.replay.filled(rest[:rows], int(count[0]))
-        return OffPolicy(params, target, adams, replay, fresh.index, updates)
+        return OffPolicy(params, target, adams, replay, fresh.numbers, updates)
 
     # --- one round -----------------------------------------------------------------------------
 
     def draw(self, state: OffPolicy, rng: Rng, count: int, length: int) -> Data:
         """Snippets of each agent's replay."""
         spec, over = self.agent.spec, self.options.snippets
-        data = state.replay.draw(rng, state.index, count, length, spec, over)
+        data = state.replay.draw(rng, state.numbers, count, length, spec, over)
         if self.agent.stateless:
             return data
-        numbers = state.index.unsqueeze(1).expand(-1, count)
+        numbers = state.numbers.unsqueeze(1).expand(-1, count)
         start = self.agent.initial_state(state.params, count, rng, numbers)
         return data._replace(trajectory=data.trajectory._replace(start=start))
 
@@ -315,7 +315,7 @@ class ReplayLearner:
         count = -(-(options.critic_batch or options.batch) // length)
         data, count = self.draw(state, rng, count, length), count * length
         width = self.agent.spec.action.size
-        noise = rng.fold("smoothing").normal(state.index, count * width)
+        noise = rng.fold("smoothing").normal(state.numbers, count * width)
         noise = noise.reshape(-1, count, width).to(data.trajectory.reward.dtype)
         goal, weight = self.td_target(state.target, data, noise)
 

@@ -25,12 +25,12 @@ _VALUE = PolicyGradient(policy=False)
 
 
 class Statistics(NamedTuple):
-    """Running moments of each agent's inputs: ``count [P, 1]``, ``total`` and ``squares [P, K]``.
+    """Running moments of each agent's inputs: ``seen [P, 1]``, ``total`` and ``squares [P, K]``.
 
     float64: sums of many steps lose nothing.
     """
 
-    count: Tensor  # pyright: ignore[reportIncompatibleMethodOverride]
+    seen: Tensor
     total: Tensor
     squares: Tensor
 
@@ -45,13 +45,13 @@ class Statistics(NamedTuple):
         """With ``x [P, T, K]`` seen too."""
         x = x.double()
         return Statistics(
-            self.count + x.shape[1], self.total + x.sum(dim=1), self.squares + (x * x).sum(dim=1)
+            self.seen + x.shape[1], self.total + x.sum(dim=1), self.squares + (x * x).sum(dim=1)
         )
 
     def mean_std(self) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation (at least 0.1), float32 ``[P, K]``."""
-        mean = self.total / self.count
-        variance = (self.squares / self.count - mean * mean).clamp_min(1e-2)
+        mean = self.total / self.seen
+        variance = (self.squares / self.seen - mean * mean).clamp_min(1e-2)
         return mean.float(), variance.sqrt().float()
 
 
@@ -59,7 +59,7 @@ class OnPolicy(NamedTuple):
     """State of P agents that learn by :class:`SegmentLearner`, leaves ``[P, ...]``.
 
     ``params`` their networks; ``buffer`` the newest steps, zeros where there are none yet;
-    ``past`` what their memories were before each period of it, oldest first; ``index`` int64
+    ``past`` what their memories were before each period of it, oldest first; ``numbers`` int64
     ``[P]`` the numbers that address their randomness; ``updates`` int64 ``[P]``.
     """
 
@@ -68,7 +68,7 @@ class OnPolicy(NamedTuple):
     statistics: Statistics
     buffer: Trajectory
     past: tuple[State, ...]
-    index: Tensor  # pyright: ignore[reportIncompatibleMethodOverride]
+    numbers: Tensor
     updates: Tensor
 
 
@@ -206,7 +206,7 @@ class SegmentLearner:
     ) -> tuple[Params, Adams]:
         """One pass over the newest steps."""
         params, adams = state.params, state.adams
-        for rows in self._minibatches(state.index, rng, size):
+        for rows in self._minibatches(state.numbers, rng, size):
 
             def on_rows(params: Params, rows: Tensor = rows) -> Tensor:
                 return loss(self.agent, params, data, rows)

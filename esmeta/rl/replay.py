@@ -24,13 +24,13 @@ class Episodes(NamedTuple):
     """The whole episodes of P agents, by the numbers of their first and last steps.
 
     ``first`` and ``last`` int64 ``[P, capacity]``: episode j stands in column ``j % capacity``.
-    Those from ``oldest`` to ``count - 1``, int64 ``[P]``, lie in the replay. Written in place.
+    Those from ``oldest`` to ``added - 1``, int64 ``[P]``, lie in the replay. Written in place.
     """
 
     first: Tensor
     last: Tensor
     oldest: Tensor
-    count: Tensor  # pyright: ignore[reportIncompatibleMethodOverride]
+    added: Tensor
 
     @classmethod
     def none(cls, agents: int, capacity: int, device: torch.device | str) -> Episodes:
@@ -48,21 +48,21 @@ class Episodes(NamedTuple):
         agent, capacity = torch.arange(len(first), device=first.device), self.first.shape[1]
         while kept > 0:
             begun = self.first[agent, self.oldest % capacity]
-            gone = (self.oldest < self.count) & (begun < kept)
+            gone = (self.oldest < self.added) & (begun < kept)
             if not bool(gone.any()):
                 break
             self.oldest.add_(gone)
         over = over & (first >= kept)
         who, step = over.nonzero(as_tuple=True)
-        place = self.count.unsqueeze(1) + over.long().cumsum(dim=1) - 1
+        place = self.added.unsqueeze(1) + over.long().cumsum(dim=1) - 1
         column = place[who, step] % capacity
         self.first[who, column] = first[who, step]
         self.last[who, column] = number[step]
-        self.count.add_(over.sum(dim=1))
+        self.added.add_(over.sum(dim=1))
 
     def drawn(self, share: Tensor) -> tuple[Tensor, Tensor]:
         """First and last steps of the episodes at ``share [P, n]`` of their list (0 to 1)."""
-        there = (self.count - self.oldest).unsqueeze(1)
+        there = (self.added - self.oldest).unsqueeze(1)
         column = (self.oldest.unsqueeze(1) + (share * there).long()) % self.first.shape[1]
         return self.first.gather(1, column), self.last.gather(1, column)
 
@@ -74,7 +74,7 @@ class Replay(NamedTuple):
     after it. ``action`` as it was taken; ``ended`` marks the last step of an episode and
     ``terminated`` those of them whose future is worth nothing. Where an episode ended otherwise
     (a time limit) the next row may belong to the next episode. ``time`` int64 are the steps since
-    the episode began. ``count`` is how many steps were ever added, the same for all agents;
+    the episode began. ``added`` is how many steps ever were, the same for all agents;
     :meth:`add` writes in place. ``episodes`` are those of which all steps are there.
     """
 
@@ -84,7 +84,7 @@ class Replay(NamedTuple):
     terminated: Tensor
     ended: Tensor
     time: Tensor
-    count: int  # pyright: ignore[reportIncompatibleMethodOverride]
+    added: int
     episodes: Episodes
 
     @classmethod
@@ -111,15 +111,15 @@ class Replay(NamedTuple):
     @property
     def size(self) -> int:
         """Steps that are there."""
-        return min(self.count, self.capacity)
+        return min(self.added, self.capacity)
 
     def kept(self) -> list[Tensor]:
         """All of :attr:`rows` that is filled, oldest first, and the row behind: to be stored."""
-        return [leaf[:, self._row(self.count - self.size, self.count + 1)] for leaf in self.rows]
+        return [leaf[:, self._row(self.added - self.size, self.added + 1)] for leaf in self.rows]
 
     def filled(self, kept: Sequence[Tensor], count: int) -> Replay:
         """An empty replay with the rows :meth:`kept` of one that had ``count`` steps added."""
-        replay = self._replace(count=count)
+        replay = self._replace(added=count)
         place = replay._row(count - replay.size, count + 1)
         for leaf, rows in zip(self.rows, kept, strict=True):
             leaf[:, place] = rows
@@ -135,37 +135,37 @@ class Replay(NamedTuple):
 
     def add(self, new: Trajectory) -> Replay:
         """With T steps more (B = 1), over the oldest."""
-        length, total = len(new.action), self.count + len(new.action)
+        length, total = len(new.action), self.added + len(new.action)
         ended, terminated = (leaf[..., 0].T for leaf in (new.ended, new.terminated))
         place = torch.arange(length, device=ended.device)
         since = torch.zeros_like(self.time[:, 0])
-        if self.count:
-            newest = self._row(self.count - 1, self.count)
+        if self.added:
+            newest = self._row(self.added - 1, self.added)
             since = torch.where(self.ended[:, newest], 0, self.time[:, newest] + 1).squeeze(1)
         # The step after the last end so far; before the first one, as many steps ago as `since`.
         began = torch.where(ended, place + 1, -1).cummax(dim=1).values
         began = torch.cat([-since.unsqueeze(1), began[:, :-1]], dim=1)
         began = torch.where(began < 0, -since.unsqueeze(1), began)
         time = place - began
-        rows = self._row(self.count, total)
+        rows = self._row(self.added, total)
         steps = new.action, new.reward, terminated, ended, time
         for leaf, values in zip(self.rows[1:], steps, strict=True):
             leaf[:, rows] = values if values.ndim == 2 else values[:, :, 0].transpose(0, 1)
-        self.obs[:, self._row(self.count, total + 1)] = new.ts.obs[:, :, 0].transpose(0, 1)
+        self.obs[:, self._row(self.added, total + 1)] = new.ts.obs[:, :, 0].transpose(0, 1)
         # Where an episode ends: steps behind the end of a trial are marked as ended, but are none.
         over = ended & (terminated | (time > 0))
         kept = total - self.capacity
-        self.episodes.add(over, self.count + began, self.count + place, kept)
-        return self._replace(count=total)
+        self.episodes.add(over, self.added + began, self.added + place, kept)
+        return self._replace(added=total)
 
     def cut(self) -> None:
         """What comes next does not follow from the newest steps."""
-        if self.count:
-            number = torch.tensor([self.count - 1], dtype=torch.int64, device=self.time.device)
-            rows = self._row(self.count - 1, self.count)
+        if self.added:
+            number = torch.tensor([self.added - 1], dtype=torch.int64, device=self.time.device)
+            rows = self._row(self.added - 1, self.added)
             time, open_ = self.time[:, rows], ~self.ended[:, rows]
             self.ended[:, rows] = True
-            kept = self.count - self.capacity
+            kept = self.added - self.capacity
             self.episodes.add(open_ & (time > 0), number - time, number, kept)
 
     def draw(
@@ -179,13 +179,13 @@ class Replay(NamedTuple):
         ``length - 1``, each as likely; so it is for all agents of which no episode is whole yet.
         Memory begins anew with a snippet, whose first step therefore shows no past.
         """
-        oldest = self.count - self.size
+        oldest = self.added - self.size
         share = rng.uniform(index, count)
         first = oldest + (share * (self.size - length + 1)).long()
         if over == "episodes":
             begun, last = self.episodes.drawn(rng.fold("episode").uniform(index, count))
             within = begun + (share * (last - begun + 2 - length).clamp_min(1)).long()
-            some = self.episodes.count > self.episodes.oldest
+            some = self.episodes.added > self.episodes.oldest
             first = torch.where(some.unsqueeze(1), within, first)
         place = torch.arange(length + 1, device=index.device) + first.unsqueeze(-1)
         rows = place % (self.capacity + 1)
