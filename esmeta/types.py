@@ -23,7 +23,6 @@ from torch import Tensor
 from esmeta.options import options_class
 
 if TYPE_CHECKING:
-    from esmeta.policy import Policy
     from esmeta.rng import Rng
 
 Params = dict[str, Tensor]
@@ -290,8 +289,8 @@ class RunObjective(Objective, Protocol):
     """An objective that a run is built around: theta is whatever it says."""
 
     @property
-    def policy(self) -> Policy | None:
-        """The policy that theta is, if it is one; None where a trial trains agents by it.
+    def policy(self) -> Any:
+        """The :class:`esmeta.policy.Policy` that theta is; None where a trial trains agents by it.
 
         With one, :meth:`heldout` also takes ``act`` and ``intervene`` (:mod:`esmeta.rollout`).
         """

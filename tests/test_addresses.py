@@ -25,7 +25,7 @@ from esmeta.learners._loss import Batch
 from esmeta.learners._replay import ReplayLearner
 from esmeta.learners._segments import SegmentLearner
 from esmeta.learners._training import Training
-from esmeta.objectives import _metagenrl
+from esmeta.objectives import metagenrl
 from esmeta.objectives.epg import Objective as Epg
 from esmeta.objectives.return_ import ReturnObjective
 from esmeta.optimizers import _gradient, ppo
@@ -311,14 +311,14 @@ def test_ppo_shuffles_anew_for_every_update_epoch_and_rank(monkeypatch: Any) -> 
 def test_meta_steps_have_their_snippets_and_environments_their_agents(monkeypatch: Any) -> None:
     twin = "objective.more_tasks=[{name='pendulum', horizon=64, episode_steps=16}]"
     built, drawn, learned = parts(twin, "objective.inner_steps=2"), [], []
-    plain = _metagenrl.value_after
+    plain = metagenrl.value_after
 
     def value_after(agent: Any, params: Any, loss: Any, batches: Any, batch: Batch, **how: Any):
         drawn.append(batch.steps.obs.flatten(1))
         learned.extend(part.steps.obs.flatten(1) for part in batches)
         return plain(agent, params, loss, batches, batch, **how)
 
-    monkeypatch.setattr(_metagenrl, "value_after", value_after)
+    monkeypatch.setattr(metagenrl, "value_after", value_after)
     state = after(built, 5)
     one, two = (group.agents.state for group in state.agents)
     for name in ("policy.0.weight", "q1.0.weight"):

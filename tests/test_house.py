@@ -106,16 +106,16 @@ def calls(tree: ast.AST) -> Iterator[ast.Call]:
 
 
 class Imports(ast.NodeVisitor):
-    """Collects (line, imported dotted name), leaving out what only a type checker sees."""
+    """Collects (line, imported dotted name); if ``typed``, also what a type checker alone sees."""
 
-    def __init__(self, path: Path) -> None:
-        parts = module_of(path)
+    def __init__(self, path: Path, typed: bool = False) -> None:
+        self.typed, parts = typed, module_of(path)
         self.package = parts if path.name == "__init__.py" else parts[:-1]
         self.found: list[tuple[int, str]] = []
         self.visit(parse(path))
 
     def visit_If(self, node: ast.If) -> None:
-        if dotted(node.test) not in {"TYPE_CHECKING", "typing.TYPE_CHECKING"}:
+        if self.typed or dotted(node.test) not in {"TYPE_CHECKING", "typing.TYPE_CHECKING"}:
             self.visit(node.test)
             for child in node.body:
                 self.visit(child)
@@ -154,6 +154,29 @@ def test_imports_go_downwards_only():
             elif LEVEL[parts[1]] > LEVEL.get(own[1], len(LAYERS)):
                 wrong.append(f"{where}, which lies above {own[1]}")
     assert not wrong, "\n".join(wrong)
+
+
+def circle(imports: dict[str, set[str]]) -> list[str]:
+    """Modules that import one another in a circle, or lie between two; none if there is none."""
+    left = dict(imports)
+    while True:
+        wanted = set().union(*left.values())
+        kept = {name: into & left.keys() for name, into in left.items() if name in wanted and into}
+        if kept == left:
+            return sorted(left)
+        left = kept
+
+
+def test_modules_import_one_another_in_no_circle():
+    modules = {".".join(module_of(path)): path for path in PACKAGE}
+    imports = {name: set() for name in modules}
+    for name, path in modules.items():
+        for _, target in Imports(path, typed=True).found:
+            target = target if target in modules else target.rpartition(".")[0]
+            imports[name] |= {target} & modules.keys() - {name}
+    assert not circle(imports), "types count too; break it by what lies deeper"
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"b", "d"}, "d": set()}) == ["b", "c"]
+    assert not circle({"a": {"b", "c"}, "b": {"c"}, "c": set()})
 
 
 def test_only_rollout_steps_an_environment():

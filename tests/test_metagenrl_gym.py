@@ -23,7 +23,7 @@ from esmeta import evaluate, learn, train
 from esmeta.comm import SelfComm
 from esmeta.errors import UserError
 from esmeta.lives import AgentLives, Life
-from esmeta.objectives._metagenrl import MetaGenRLObjective
+from esmeta.objectives.metagenrl import MetaGenRLObjective
 from esmeta.rl.diary import Scores
 from esmeta.tasks import make_task
 from esmeta.tree import ravel

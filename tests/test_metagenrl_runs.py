@@ -17,7 +17,7 @@ from esmeta import train
 from esmeta.analysis import objectives
 from esmeta.comm import SelfComm
 from esmeta.errors import UserError
-from esmeta.objectives._metagenrl import MetaGenRLObjective
+from esmeta.objectives.metagenrl import MetaGenRLObjective
 from esmeta.record import load_theta
 from esmeta.rng import Rng
 from esmeta.tree import ravel

@@ -19,7 +19,7 @@ from esmeta.rl.off_policy import DeterministicGradient
 from esmeta.types import Params, Reference, Task
 
 if TYPE_CHECKING:
-    from esmeta.objectives._metagenrl import MetaGenRLObjective
+    from esmeta.objectives.metagenrl import MetaGenRLObjective
 
 AGENTS = 8
 """Agents that a curve is the mean of."""

@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -22,11 +22,9 @@ from torch import Tensor
 from esmeta.evolution.noise import Noise
 from esmeta.evolution.scores import Scores, Stopwatch, gather, score_members, scores_of, steps_of
 from esmeta.evolution.shaping import Failed
+from esmeta.evolution.state import Arrays, SearchState
 from esmeta.rng import Rng
 from esmeta.types import Comm, Metrics, Objective
-
-if TYPE_CHECKING:
-    from esmeta.evolution.search import Arrays, SearchState
 
 BLOCK = 16
 """Members per block: the unit that is dealt out to ranks, and summed before rounding."""

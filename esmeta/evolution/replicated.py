@@ -26,8 +26,9 @@ from torch import Tensor
 from esmeta.errors import UserError, non_negative, one_of
 from esmeta.evolution.population import Generation, Stage, score_on_tasks
 from esmeta.evolution.scores import gather, scores_of
-from esmeta.evolution.search import Arrays, Rule, Search, SearchState
+from esmeta.evolution.search import Rule, Search
 from esmeta.evolution.shaping import Failed, Shaping, utilities
+from esmeta.evolution.state import Arrays, SearchState
 from esmeta.options import options_class
 from esmeta.types import Objective
 

@@ -7,11 +7,10 @@ others. The state is O(D): there is no population in it, and noise needs none.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
@@ -24,38 +23,12 @@ from esmeta.evolution.noise import Noise, noise_rank
 from esmeta.evolution.population import Evaluation, Generation, Population, Stage, Whole
 from esmeta.evolution.scores import Stopwatch
 from esmeta.evolution.shaping import FAILED, Failed, Shaping, tail_share, weighed
+from esmeta.evolution.state import Arrays, SearchState
 from esmeta.modes import exact
 from esmeta.options import options_class
 from esmeta.rng import Rng
 from esmeta.tree import ravel, shapes_of, unravel_shapes
 from esmeta.types import Comm, Metrics, Objective, Params
-
-Arrays = dict[str, np.ndarray]
-
-
-@dataclass(frozen=True)
-class SearchState:
-    """State between generations.
-
-    ``theta`` float32 ``[D]``; ``arrays`` whatever else the search keeps, by name; ``unit`` float64
-    ``[D]``, one unit of search per coordinate; ``lives`` what this rank's members are in the middle
-    of (see :mod:`esmeta.evolution.windows`), which is not saved.
-    """
-
-    generation: int
-    theta: np.ndarray
-    arrays: Arrays
-    unit: np.ndarray
-    shapes: dict[str, tuple[int, ...]] = field(compare=False)
-    lives: Any = field(default=None, compare=False, repr=False)
-
-    def digest(self) -> bytes:
-        """Hash of everything that the next generation depends on."""
-        digest = hashlib.sha256(f"{self.generation}".encode())
-        for name in sorted(self.arrays):
-            digest.update(name.encode() + self.arrays[name].tobytes())
-        digest.update(self.theta.tobytes() + self.unit.tobytes())
-        return digest.digest()
 
 
 class Rule(NamedTuple):

@@ -31,8 +31,9 @@ from esmeta.errors import UserError
 from esmeta.evolution.noise import Noise
 from esmeta.evolution.population import Draws, Generation, Stage, joined
 from esmeta.evolution.scores import Scores, gather, score_members, scores_of
-from esmeta.evolution.search import Arrays, Rule
+from esmeta.evolution.search import Rule
 from esmeta.evolution.shaping import Failed, Shaping, differences
+from esmeta.evolution.state import Arrays
 from esmeta.types import Fitness, Lifetimes, Metrics, Objective
 
 

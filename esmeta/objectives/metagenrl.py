@@ -14,20 +14,29 @@ update rounds, and the short ends of episodes are masked.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
+from torch import Tensor
 
-from esmeta import errors
+from esmeta import errors, names, older
 from esmeta.agent.policy import Need, Policy, PolicyConfig
+from esmeta.evaluator import on_device, score_agents
 from esmeta.learners import inner_policy
-from esmeta.objectives._metagenrl import MetaGenRLObjective
-from esmeta.objectives._objective_network import Time, Values
+from esmeta.lives import AgentLives, Life, named, numbered
+from esmeta.objectives._objective_network import ObjectiveNetwork, Time, Values, value_after
 from esmeta.options import options_class
-from esmeta.rl.off_policy import ReplayLearner, ReplayOptions
+from esmeta.rl.diary import Scores
+from esmeta.rl.losses import Loss
+from esmeta.rl.off_policy import OffPolicy, ReplayLearner, ReplayOptions
 from esmeta.rl.replay import Over
-from esmeta.types import Reference, Task
+from esmeta.rng import Rng
+from esmeta.rollout import Trajectory
+from esmeta.tasks import task_groups
+from esmeta.tree import unravel_shapes
+from esmeta.types import Fitness, Hosted, Params, Reference, State, Task
 
 
 @options_class
@@ -173,3 +182,275 @@ class Objective(ReplayOptions):
     ) -> MetaGenRLObjective:
         """Tie the objective to its tasks; ``policy`` is what its agents are."""
         return MetaGenRLObjective(self, policy, task, trials=trials, seed=seed, device=device)
+
+
+class Group(NamedTuple):
+    """The agents of one environment on this rank, what they earned, and the rounds they owe."""
+
+    life: Life
+    scores: Scores
+    owed: int
+
+
+class MetaGenRLObjective:
+    """What alpha is worth, and where it should go: it is a :class:`esmeta.types.MetaLoss`.
+
+    Agent i lives in training task number i of its environment. Meta-test number k of a seed is a
+    fresh agent in held-out task number k.
+    """
+
+    policy = None
+
+    def __init__(
+        self,
+        config: Objective,
+        policy: Policy | None,
+        task: Task,
+        *,
+        trials: int,
+        seed: int,
+        device: str | torch.device,
+    ) -> None:
+        self.config = config
+        self._policy = None if policy is None else policy.config
+        self.task = task
+        self.trials = trials
+        self.seed = seed
+        self.device = torch.device(device)
+        self.network = ObjectiveNetwork(
+            config.snippet, config.time, config.values, config.bound, config.saturation
+        )
+        self.shapes = self.network.shapes
+        example = '[{name = "pendulum", horizon = 200}]'
+        more = [
+            names.from_table("task", table, "objective.more_tasks", example)
+            for table in config.more_tasks
+        ]
+        self.environments = [
+            self.agent_lives(t, seed, number) for number, t in enumerate([task, *more])
+        ]
+
+    def agent_lives(self, task: Task, seed: int, number: int = 0) -> AgentLives:
+        """Lives in one environment; ``number`` keeps environments apart."""
+        config, learner = self.config, self.config.learner(task, self._policy)
+        lives = AgentLives(
+            learner,
+            task,
+            Rng(seed).fold("environment", number).key if number else seed,
+            self.device,
+            endless=True,
+            timeout_is_terminal=config.timeout_is_terminal,
+            reward_scale=config.reward_scale,
+        )
+        lives.check_length()
+        learner.check(self.network.loss({}))
+        return lives
+
+    def init(self, seed: int) -> Params:
+        """Fresh alpha, leaves ``[1, ...]``."""
+        return self.network.init(Rng(seed).fold("alpha"))
+
+    def explain(self, gradient: bool) -> str:
+        """In one line, what runs."""
+        config = self.config
+        return (
+            f"objective function of {size_of(self.shapes):,} parameters; environments: {len(self.environments)}, "
+            f"agents in each: {config.agents}, snippets per update: {config.batch}"
+        )
+
+    # --- meta-training -------------------------------------------------------------------------
+
+    def check_ranks(self, ranks: int) -> None:
+        """Refuse more ranks than agents in an environment."""
+        if ranks > self.config.agents:
+            raise errors.UserError(
+                f"objective.agents = {self.config.agents} is fewer than the {ranks} ranks; write "
+                f"at least objective.agents = {ranks}, or start fewer ranks"
+            )
+        own = -(-self.config.agents // ranks)
+        for lives in self.environments:
+            lives.check_room(own + 2 * (lives.task is self.task))
+
+    def _own(self, rank: int, size: int) -> range:
+        count = self.config.agents
+        return range(count * rank // size, count * (rank + 1) // size)
+
+    def start(self, rank: int, size: int) -> list[Group]:
+        """Fresh agents: this rank's share of those in each environment."""
+        own = self._own(rank, size)
+        index = torch.arange(own.start, own.stop, device=self.device)
+        return [self._begun(lives, index) for lives in self.environments]
+
+    def _begun(self, lives: AgentLives, index: Tensor) -> Group:
+        scores = Scores.none(len(index), self.config.test_episodes, index.device)
+        return Group(lives.begin(index, "train"), scores, 0)
+
+    def rows(self, agents: list[Group]) -> int:
+        """Agents of this rank, in all environments."""
+        return sum(len(group.life.numbers) for group in agents)
+
+    def save(self, agents: list[Group]) -> State:
+        """Agents with their replays, leaves ``[P, ...]`` under a name per environment."""
+        saved: State = {}
+        for number, (lives, group) in enumerate(zip(self.environments, agents, strict=True)):
+            own = lives.save(group.life, "train")
+            own["owed"] = torch.full_like(own["index"], group.owed)
+            own |= {f"scores.{i}": leaf.cpu() for i, leaf in enumerate(group.scores)}
+            saved |= {f"{number}/{name}": leaf for name, leaf in own.items()}
+        return saved
+
+    def restore(self, saved: State, rank: int, size: int) -> list[Group]:
+        """This rank's share of saved agents; goes on bit for bit where it is the share saved."""
+        own, groups = self._own(rank, size), []
+        for number, lives in enumerate(self.environments):
+            mine = {
+                name: leaf[own.start : own.stop]
+                for name, leaf in named(saved, f"{number}/").items()
+            }
+            mine = on_device(older.agents(mine), self.device)
+            begun = lives.begin(mine["index"], "train")
+            scores = Scores(*numbered(mine, "scores."))
+            life = lives.restore(begun, mine, "train")
+            groups.append(Group(life, scores, int(mine["owed"][0])))
+        return groups
+
+    def loss(
+        self, params: Params, agents: list[Group]
+    ) -> tuple[list[Group], Tensor, dict[str, Tensor]]:
+        """``delay`` update rounds, then ``-Q_1(s, pi_phi'(s))`` of each agent (eq. 6).
+
+        See :class:`esmeta.types.MetaLoss`. Agents first act, where their rounds are used up.
+        """
+        low, groups, losses = 0, [], []
+        columns: dict[str, list[Tensor]] = {}
+        for lives, group in zip(self.environments, agents, strict=True):
+            high = low + len(group.life.numbers)
+            alpha = {name: leaf[low:high] for name, leaf in params.items()}
+            before = group.life.state.replay.added
+            group = self._live(lives, group, {k: v.detach() for k, v in alpha.items()})
+            losses.append(-self._value(lives, group.life.state, alpha))
+            groups.append(group)
+            count, scores = group.life.state.replay.added, group.scores
+            taken = torch.full_like(scores.earned, count - before * (count >= before))
+            found = {"env_steps": taken, "return": scores.recent.nanmean(dim=1)}
+            for name, column in found.items():
+                columns.setdefault(name, []).append(column)
+            low = high
+        return groups, torch.cat(losses), {k: torch.cat(v) for k, v in columns.items()}
+
+    def share(self, steps: int) -> float:
+        """The learned loss's share of the policies' after so many steps of meta-training."""
+        done = steps - self.config.anneal_after
+        if done >= self.config.anneal:
+            return 1.0
+        return max(0.0, done / max(1, self.config.anneal))
+
+    def _live(self, lives: AgentLives, group: Group, alpha: Params) -> Group:
+        config, (life, scores, owed) = self.config, group
+        learner: ReplayLearner = lives.learner  # type: ignore[assignment]
+        rng = lives.learning("train")
+        if config.lifetime and owed == 0 and life.state.replay.added >= config.lifetime:
+            life, scores, owed = self._begun(lives, life.numbers + config.agents)
+        elif owed == 0 and self._is_due(life.state):
+            draw = rng.fold("policy", life.state.replay.added)
+            life = life._replace(state=learner.with_fresh_policies(life.state, draw))
+        while owed == 0:
+            life, new, scores = self._act(lives, life, scores, "train")
+            replay = life.state.replay.add(lives.taught(new))
+            life = life._replace(state=life.state._replace(replay=replay))
+            owed = config.period if replay.added >= config.update_after else 0
+        loss = self.network.loss(alpha, self.share(life.state.replay.added))
+        state = learner.rounds(life.state, loss, rng, config.delay)
+        return Group(life._replace(state=state), scores, owed - config.delay)
+
+    def _act(
+        self, lives: AgentLives, life: Life, scores: Scores, split: str
+    ) -> tuple[Life, Trajectory, Scores]:
+        """One period of acting, and what the agents have earned with it."""
+        trial = life.trial
+        life, new = lives.act(life, split)
+        return life, new, (scores if life.trial == trial else scores.cut()).then(new)
+
+    def _is_due(self, state: OffPolicy) -> bool:
+        """Whether policies are as old as they get."""
+        age, count = self.config.policy_lifetime, state.replay.added
+        return age > 0 and count >= self.config.update_after and count % age == 0
+
+    def _value(self, lives: AgentLives, state: OffPolicy, alpha: Params) -> Tensor:
+        """What critics think of the policies after learning: ``[P]``, differentiable in alpha."""
+        config = self.config
+        learner: ReplayLearner = lives.learner  # type: ignore[assignment]
+        rng = lives.learning("train").fold("meta", int(state.updates[0]))
+        count, size = config.inner_steps, config.batch
+        drawn = learner.draw(state, rng, count * size + config.extra, config.snippet)
+        batches = [drawn.trials(k * size, (k + 1) * size) for k in range(count)]
+        return value_after(
+            learner.agent, state.params, self.network.loss(alpha), batches, drawn,
+            rate=config.inner_rate, reduction=config.inner_reduction, clip=config.inner_clip,
+        )  # fmt: skip
+
+    # --- meta-test -----------------------------------------------------------------------------
+
+    def fitness(self, params: Params | Tensor, step: int | Tensor) -> Fitness:
+        """Scores of agents trained by frozen alphas on the training tasks of ``step``."""
+        first = torch.as_tensor(step, dtype=torch.int64, device="cpu").unsqueeze(-1) * self.trials
+        lives = self.agent_lives(self.task, Rng(self.seed).fold("fitness").key)
+        return self._scores(params, first + torch.arange(self.trials, device="cpu"), lives, "train")
+
+    def heldout(
+        self,
+        params: Params | Tensor,
+        trials: int,
+        seed: int | None = None,
+        first: int = 0,
+        split: str = "test",
+    ) -> Fitness:
+        """Scores of agents ``first`` .. ``trials`` - 1 of a split, trained by frozen alphas.
+
+        The return is the mean of the agent's last ``test_episodes`` training episodes, exploration
+        included. Metrics: ``first``, the return of its first episode (random actions, where
+        ``random`` is long enough), and ``life``, the mean over all episodes.
+        """
+        lives = self.agent_lives(self.task, self.seed if seed is None else seed)
+        return self._scores(params, torch.arange(first, trials, device="cpu"), lives, split)
+
+    def groups(self, index: Tensor, split: str) -> Tensor:
+        """Numbers ``[B]``, the same for agents whose tasks share randomness."""
+        return task_groups(self.task, index, split)
+
+    def trained(
+        self, loss: Loss, index: Tensor, lives: AgentLives, split: str
+    ) -> Iterator[tuple[Life, Trajectory, Scores]]:
+        """Fresh agents ``index [P]`` after each window of their training by ``loss``."""
+        life = lives.begin(index, split)
+        scores = Scores.none(len(index), self.config.test_episodes, self.device)
+        for _ in range(self.config.steps // self.config.period):
+            life, new, scores = self._act(lives, life, scores, split)
+            rng, taught = lives.learning(split), lives.taught(new)
+            life = life._replace(state=lives.learner.update(life.state, taught, loss, rng))
+            yield life, new, scores
+
+    @torch.no_grad()
+    def _scores(
+        self, params: Params | Tensor, index: Tensor, lives: AgentLives, split: str
+    ) -> Fitness:
+        tree = unravel_shapes(params, self.shapes) if isinstance(params, Tensor) else params
+        tree = on_device({**tree, "number": index}, self.device)
+        numbers, trials = tree.pop("number"), index.shape[-1]
+        population = len(next(iter(tree.values())))
+        numbers = numbers.expand(population, trials).reshape(-1)
+        most = self.config.chunk
+        if isinstance(lives.env, Hosted):  # beside the agents of meta-training
+            most = min(most, max(2, lives.env.most_worlds))
+
+        def score(rows: Tensor) -> dict[str, Tensor]:
+            alpha = {name: leaf[rows // trials] for name, leaf in tree.items()}
+            loss = self.network.loss(alpha)
+            *_, (life, _, scores) = self.trained(loss, numbers[rows], lives, split)
+            found = {"return": scores.recent.nanmean(dim=1), "first": scores.first}
+            found["steps"] = torch.full_like(scores.episodes, life.state.replay.added)
+            found["life"] = scores.total / scores.episodes
+            return found
+
+        held_out = split != "train"
+        return score_agents(score, (population, trials), most, self.device, held_out)

@@ -19,8 +19,9 @@ from esmeta.errors import UserError, finite_positive, non_negative, non_negative
 from esmeta.evolution import ascent
 from esmeta.evolution.noise import noise_rank
 from esmeta.evolution.population import Generation
-from esmeta.evolution.search import Arrays, Rule, SearchState, Sliced
+from esmeta.evolution.search import Rule, Sliced
 from esmeta.evolution.shaping import SHAPINGS, Shaping
+from esmeta.evolution.state import Arrays, SearchState
 from esmeta.options import options_class
 
 

@@ -18,8 +18,9 @@ import numpy as np
 
 from esmeta.errors import finite_positive, one_of
 from esmeta.evolution.population import Generation
-from esmeta.evolution.search import Arrays, Rule, SearchState, Sliced
+from esmeta.evolution.search import Rule, Sliced
 from esmeta.evolution.shaping import SHAPINGS, Shaping
+from esmeta.evolution.state import Arrays, SearchState
 from esmeta.options import options_class
 
 
