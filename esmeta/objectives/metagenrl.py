@@ -35,7 +35,7 @@ from esmeta.rl.replay import Over
 from esmeta.rng import Rng
 from esmeta.rollout import Trajectory
 from esmeta.tasks import task_groups
-from esmeta.tree import unravel_shapes
+from esmeta.tree import size_of, unravel_shapes
 from esmeta.types import Fitness, Hosted, Params, Reference, State, Task
 
 
@@ -254,8 +254,9 @@ class MetaGenRLObjective:
         """In one line, what runs."""
         config = self.config
         return (
-            f"objective function of {size_of(self.shapes):,} parameters; environments: {len(self.environments)}, "
-            f"agents in each: {config.agents}, snippets per update: {config.batch}"
+            f"objective function of {size_of(self.shapes):,} parameters; environments: "
+            f"{len(self.environments)}, agents in each: {config.agents}, snippets per update: "
+            f"{config.batch}"
         )
 
     # --- meta-training -------------------------------------------------------------------------
