@@ -146,7 +146,9 @@ class Rows:
 def lives(task: Probe, **options: Any) -> AgentLives:
     agent = published_policy(task.spec, "epg", (4,), frozenset(), std=1.0)
     sizes = SegmentOptions(period=8, epochs=3, minibatch=4, learning_rate=0.01)
-    return AgentLives(SegmentLearner(agent, sizes, 8), task, 5, CPU, test_episodes=3, test_steps=8, **options)
+    return AgentLives(
+        SegmentLearner(agent, sizes, 8), task, 5, CPU, test_episodes=3, test_steps=8, **options
+    )
 
 
 def test_minibatches_of_updates_epochs_and_agents() -> None:

@@ -593,7 +593,7 @@ PPO = {
     "reward_scale": Row(0.1, 5.0, "value"),
 }
 LEARNERS = {
-    "td3": OFF_POLICY,
+    "td3": OFF_POLICY | {"snippet": Row(2, 6, "policy", "", REPLAY)},
     "offpolicy_reinforce": OFF_POLICY
     | {
         "snippet": Row(2, 6, "policy", "", REPLAY),
