@@ -468,9 +468,9 @@ def metagenrl(given: Given) -> Results:
     for _ in range(updates):
         state, metrics = made.optimizer.step(state, objective, solo(), made.rng)
         log.append(metrics["meta_loss"])
-    lives = objective.lives
-    objective.lives = lambda loss, index, training: (
-        rows.append(len(index)) or lives(loss, index, training)  # type: ignore[func-returns-value]
+    trained = objective.trained
+    objective.trained = lambda loss, index, *rest: (
+        rows.append(len(index)) or trained(loss, index, *rest)  # type: ignore[func-returns-value]
     )
     fresh = objective.heldout(objective.init(1), 5)
     return {
