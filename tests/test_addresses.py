@@ -17,7 +17,7 @@ from test_metagenrl_runs import after, parts
 from torch import Tensor
 
 from esmeta import make_policy, make_task
-from esmeta.agent.policy import Policy, published_policy
+from esmeta.agent.policy import Need, Policy, published_policy
 from esmeta.comm import SelfComm
 from esmeta.envs.bodies import Noise
 from esmeta.lives import AgentLives
@@ -111,7 +111,7 @@ def test_first_parameters_and_first_weights() -> None:
 
 
 def test_networks_of_agents() -> None:
-    needs = frozenset({"critics", "value"})
+    needs: frozenset[Need] = frozenset({"critics", "value"})
     agent = published_policy(Probe().spec, "metagenrl", (5,), needs, std=0.1)
     index = torch.tensor([4, 9, 4])
     params = agent.init_at(Rng(0), index)
@@ -126,7 +126,7 @@ def test_networks_of_agents() -> None:
 class Rows:
     """A loss that writes down which steps it is given, of every gradient step ``[P, m]``."""
 
-    needs = frozenset()
+    needs: frozenset[Need] = frozenset()
     context = snippet = 0
     found: list[Tensor] = field(default_factory=list)
     steps: list[Tensor] = field(default_factory=list)

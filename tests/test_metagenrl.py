@@ -12,7 +12,7 @@ from lived import snippets
 from torch import Tensor
 
 from esmeta.agent import heads
-from esmeta.agent.policy import Policy, published_policy
+from esmeta.agent.policy import Need, Policy, published_policy
 from esmeta.lives import AgentLives, Life
 from esmeta.objectives._objective_network import LearnedObjective, ObjectiveNetwork, value_after
 from esmeta.rl.diary import Scores
@@ -31,7 +31,7 @@ from esmeta.tree import size_of
 from esmeta.types import Continuous, Params, Spec
 
 AGENTS, SNIPPETS, STEPS = 3, 4, 6
-CRITICS = frozenset({"critics"})
+CRITICS: frozenset[Need] = frozenset({"critics"})
 
 
 @pytest.fixture(autouse=True)
