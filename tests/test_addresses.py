@@ -11,24 +11,23 @@ from typing import Any
 
 import pytest
 import torch
+from lived import window
 from probe import Probe
 from test_metagenrl_runs import after, parts
 from torch import Tensor
 
 from esmeta import make_policy, make_task
+from esmeta.agent.policy import Need, Policy, published_policy
 from esmeta.comm import SelfComm
 from esmeta.envs.bodies import Noise
-from esmeta.learners._agent import Agent
-from esmeta.learners._experience import Experience
-from esmeta.learners._life import Lives
-from esmeta.learners._loss import Batch
-from esmeta.learners._replay import ReplayLearner
-from esmeta.learners._segments import SegmentLearner
-from esmeta.learners._training import Training
+from esmeta.lives import AgentLives
 from esmeta.objectives import metagenrl
 from esmeta.objectives.epg import Objective as Epg
 from esmeta.objectives.return_ import ReturnObjective
-from esmeta.optimizers import _gradient, ppo
+from esmeta.optimizers import ppo
+from esmeta.rl.losses import Data
+from esmeta.rl.off_policy import ReplayLearner, ReplayOptions
+from esmeta.rl.on_policy import SegmentLearner, SegmentOptions
 from esmeta.rng import Rng
 from esmeta.types import Params
 
@@ -112,13 +111,14 @@ def test_first_parameters_and_first_weights() -> None:
 
 
 def test_networks_of_agents() -> None:
-    agent = Agent(Probe().spec, (5,), "relu", frozenset({"critics", "value"}))
+    needs: frozenset[Need] = frozenset({"critics", "value"})
+    agent = published_policy(Probe().spec, "metagenrl", (5,), needs, std=0.1)
     index = torch.tensor([4, 9, 4])
-    params = agent.init(Rng(0), index)
+    params = agent.init_at(Rng(0), index)
     same_shape = [params[f"{name}.0.weight"][:2] for name in ("policy", "value")]
     assert all_differ(same_shape) and all_differ([params[f"q{k}.0.weight"][:2] for k in (1, 2)])
     assert all(torch.equal(leaf[0], leaf[2]) for leaf in params.values())
-    other = agent.init(Rng(1), index)
+    other = agent.init_at(Rng(1), index)
     assert all_differ([params["q1.1.weight"][:2], other["q1.1.weight"][:2]])
 
 
@@ -126,27 +126,29 @@ def test_networks_of_agents() -> None:
 class Rows:
     """A loss that writes down which steps it is given, of every gradient step ``[P, m]``."""
 
-    heads = frozenset()
+    needs: frozenset[Need] = frozenset()
     context = snippet = 0
     found: list[Tensor] = field(default_factory=list)
     steps: list[Tensor] = field(default_factory=list)
 
-    def prepare(self, agent: Agent, params: Params, batch: Batch) -> Params:
-        self.steps.append(batch.steps.reward.flatten(1))
-        return {}
+    def prepare(self, agent: Policy, params: Params, data: Data) -> Data:
+        self.steps.append(data.trajectory.reward.movedim(0, 2).flatten(1))
+        return data
 
     def __call__(
-        self, agent: Agent, params: Params, batch: Batch, prepared: Params, rows: Tensor
+        self, agent: Policy, params: Params, data: Data, rows: Tensor | None = None
     ) -> Tensor:
-        self.found.append(rows)
+        if rows is not None:
+            self.found.append(rows)
         return params["policy.0.weight"].square().sum((1, 2))
 
 
-def lives(task: Probe, **options: Any) -> Lives:
-    learner = SegmentLearner(
-        Agent(task.spec, (4,)), period=8, context=8, epochs=3, minibatch=4, learning_rate=0.01
+def lives(task: Probe, **options: Any) -> AgentLives:
+    agent = published_policy(task.spec, "epg", (4,), frozenset(), std=1.0)
+    sizes = SegmentOptions(period=8, epochs=3, minibatch=4, learning_rate=0.01)
+    return AgentLives(
+        SegmentLearner(agent, sizes, 8), task, 5, CPU, test_episodes=3, test_steps=8, **options
     )
-    return Lives(learner, task, 5, CPU, test_episodes=3, test_steps=8, **options)
 
 
 def test_minibatches_of_updates_epochs_and_agents() -> None:
@@ -218,15 +220,16 @@ class Watched(ReplayLearner):
     drawn: list[Tensor] = field(default_factory=list, compare=False)
     noise: list[Tensor] = field(default_factory=list, compare=False)
 
-    def td_target(self, target: Params, steps: Experience, noise: Tensor) -> Tensor:
-        self.drawn.append(steps.reward)
+    def td_target(self, target: Params, data: Data, noise: Tensor) -> tuple[Tensor, Tensor]:
+        self.drawn.append(data.trajectory.reward[0])
         self.noise.append(noise)
-        return super().td_target(target, steps, noise)
+        return super().td_target(target, data, noise)
 
 
 def watched(task: Probe) -> Watched:
-    agent = Agent(task.spec, (4,), "relu", frozenset({"critics"}))
-    return Watched(agent, period=4, capacity=64, batch=6, start=0, update_after=64, delay=1)
+    agent = published_policy(task.spec, "metagenrl", (4,), frozenset({"critics"}), std=0.1)
+    options = ReplayOptions(period=4, capacity=64, batch=6, update_after=64, delay=1)
+    return Watched(agent, options, start=0)
 
 
 def test_draws_from_a_replay() -> None:
@@ -234,10 +237,10 @@ def test_draws_from_a_replay() -> None:
     learner = watched(task)
     state = learner.init(Rng(0), torch.tensor([0, 1, 6]))
     # The same 64 steps for all agents, told apart by their rewards.
-    number = torch.arange(64.0).expand(3, -1)
+    number = torch.arange(65.0).expand(3, -1)
     wide = torch.stack([number, number], dim=-1) / 64
     no = torch.zeros(3, 64, dtype=torch.bool)
-    replay = state.replay.add(Experience(wide, wide[..., :1], number, wide, no, no))
+    replay = state.replay.add(window(wide, wide[:, :-1, :1], number[:, :-1], no, no))
     state = learner.rounds(state._replace(replay=replay), loss, Rng(4), 3)
     learner.rounds(state, loss, Rng(5), 1)
     assert len(learner.drawn) == len(loss.steps) == 4
@@ -250,17 +253,17 @@ def test_training_has_its_trials_windows_agents_and_splits() -> None:
     learner = watched(task)
     begun, actions, first = [], [], []
     for split in SPLITS:
-        training = Training(learner, task, 7, split, CPU)
+        runner = AgentLives(learner, task, 7, CPU, endless=True)
         task.starts.clear()
-        agents = training.begin(torch.tensor([0, 5]))
-        still = {name: torch.zeros_like(leaf) for name, leaf in agents.state.params.items()}
-        first.append(agents.state.params["policy.0.weight"])
-        agents = agents._replace(state=agents.state._replace(params=still))
+        life = runner.begin(torch.tensor([0, 5]), split)
+        still = {name: torch.zeros_like(leaf) for name, leaf in life.state.params.items()}
+        first.append(life.state.params["policy.0.weight"])
+        life = life._replace(state=life.state._replace(params=still))
         for _ in range(6):
-            agents, new = training.act(agents)
-            replay = agents.state.replay.add(new)
-            agents = agents._replace(state=agents.state._replace(replay=replay))
-            actions.append(new.action)
+            life, new = runner.act(life, split)
+            replay = life.state.replay.add(new)
+            life = life._replace(state=life.state._replace(replay=replay))
+            actions.append(new.action.transpose(0, 1))
         begun += [float(x) for starts in task.starts for x in starts.flatten()]
     assert len(begun) == 3 * 3 * 2 == len(set(begun)), "split, trial, agent"
     assert all_differ(actions) and all_differ(first)
@@ -285,11 +288,11 @@ def test_ppo_shuffles_anew_for_every_update_epoch_and_rank(monkeypatch: Any) -> 
     objective = ReturnObjective(policy, task, trials=16, seed=3, device="cpu")
     optimizer, chosen = ppo.Optimizer(epochs=2, minibatches=2), []
 
-    def step(config: Any, state: Any, of: Any, batch: _gradient.Batch, *rest: Any) -> Any:
-        chosen.append(batch.ts.obs[0, 0, :, 0])
-        return torch.zeros(5), 0.0
+    def step(self: Any, state: Any, of: Any, data: Any, comm: Any) -> Any:
+        chosen.append(data.trajectory.ts.obs[0, 0, :, 0])
+        return state, torch.zeros(5), 0.0
 
-    monkeypatch.setattr(_gradient, "gradient_step", step)
+    monkeypatch.setattr(ppo.Optimizer, "_step", step)
     orders = []
     for rank in range(2):
         state = optimizer.init(objective.init(0), Rng(0))
@@ -313,17 +316,17 @@ def test_meta_steps_have_their_snippets_and_environments_their_agents(monkeypatc
     built, drawn, learned = parts(twin, "objective.inner_steps=2"), [], []
     plain = metagenrl.value_after
 
-    def value_after(agent: Any, params: Any, loss: Any, batches: Any, batch: Batch, **how: Any):
-        drawn.append(batch.steps.obs.flatten(1))
-        learned.extend(part.steps.obs.flatten(1) for part in batches)
-        return plain(agent, params, loss, batches, batch, **how)
+    def value_after(agent: Any, params: Any, loss: Any, batches: Any, where: Data, **how: Any):
+        drawn.append(where.trajectory.ts.obs.transpose(0, 1).flatten(1))
+        learned.extend(data.trajectory.ts.obs.transpose(0, 1).flatten(1) for data in batches)
+        return plain(agent, params, loss, batches, where, **how)
 
     monkeypatch.setattr(metagenrl, "value_after", value_after)
     state = after(built, 5)
-    one, two = (group.agents.state for group in state.agents)
+    one, two = (group.life.state for group in state.agents)
     for name in ("policy.0.weight", "q1.0.weight"):
         assert all_differ([one.params[name], two.params[name]])
-    assert all_differ([one.replay.steps.obs[:, 0], two.replay.steps.obs[:, 0]])
+    assert all_differ([one.replay.obs[:, 0], two.replay.obs[:, 0]])
     assert len(drawn) == 10 and all_differ(drawn)
     assert len(learned) == 20 and all_differ(learned)
 
@@ -332,7 +335,7 @@ def test_meta_steps_have_their_snippets_and_environments_their_agents(monkeypatc
 def test_new_policies_and_new_agents_are_new(option: str, monkeypatch: Any) -> None:
     kinds = {
         "policy_lifetime": (ReplayLearner, "with_fresh_policies"),
-        "lifetime": (Training, "begin"),
+        "lifetime": (AgentLives, "begin"),
     }
     cls, name = kinds[option]
     plain, found = getattr(cls, name), []

@@ -243,7 +243,7 @@ def test_agents_that_live_on_leave_simulators_to_those_that_are_scored() -> None
     agents = few.start(0, 1)
     assert torch.equal(few.heldout(alpha, 5).returns, expected.returns)
     assert Counted.peak == 6, "three that live on, and three at a time"
-    few.trainings[0].act(agents[0].agents)  # they go on
+    few.environments[0].act(agents[0].life, "train")  # they go on
     del parts, few, agents
     forget()
     with pytest.raises(UserError, match=r"most_worlds leaves 4 .* need 5: write most_worlds=5"):

@@ -269,7 +269,10 @@ def test_another_size_of_loss_cannot_be_resumed(tmp_path: Path) -> None:
 
 
 WRONG = [
-    (["policy.name=metods"], ["'epg'", 'policy.name = "none"']),
+    (
+        ["policy.name=metods", "objective.buffer=40"],
+        ["buffer = 40", "memory", "multiple of period = 16", "buffer = 32"],
+    ),
     (["objective.name=return"], ["policy.name = 'none'", 'policy.name = "metods"']),
     (["optimizer.name=ppo"], ["EpgObjective", "optimizer.name = 'openes'"]),
     (["objective.period=32"], ["period = 32", "task.horizon = 48", "task.horizon = 64"]),

@@ -135,9 +135,7 @@ def test_a_replay_that_was_stored_draws_the_same(capacity: int) -> None:
     replay, empty = full(ends, capacity, True), Replay.empty(3, capacity, SPEC, "cpu")
     again = empty.filled([rows.clone() for rows in replay.kept()], replay.added)
     for _ in range(2):
-        one, two = (
-            drawn(r, Rng(1), torch.arange(3), 300, 4, "episodes") for r in (replay, again)
-        )
+        one, two = (drawn(r, Rng(1), torch.arange(3), 300, 4, "episodes") for r in (replay, again))
         assert torch.equal(one[1], two[1]) and one[1].any()
         assert torch.equal(one[0][one[1]], two[0][two[1]])
         replay, again = (r.add(lived(ends, ends)) for r in (replay, again))

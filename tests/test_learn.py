@@ -107,5 +107,5 @@ def test_flags_are_frozen() -> None:
     flags = {word for action in learn.parser()._actions for word in action.option_strings}
     assert flags == {
         "-h", "--help", "--task", "--steps", "--agents", "--set", "--split", "--seed", "--device",
-        "--parts", "--out", "--test-episodes", "--test-steps",
+        "--parts", "--out", "--test-episodes", "--test-steps", "--policy",
     }  # fmt: skip

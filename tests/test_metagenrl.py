@@ -12,7 +12,7 @@ from lived import snippets
 from torch import Tensor
 
 from esmeta.agent import heads
-from esmeta.agent.policy import Policy, published_policy
+from esmeta.agent.policy import Need, Policy, published_policy
 from esmeta.lives import AgentLives, Life
 from esmeta.objectives._objective_network import LearnedObjective, ObjectiveNetwork, value_after
 from esmeta.rl.diary import Scores
@@ -31,7 +31,7 @@ from esmeta.tree import size_of
 from esmeta.types import Continuous, Params, Spec
 
 AGENTS, SNIPPETS, STEPS = 3, 4, 6
-CRITICS = frozenset({"critics"})
+CRITICS: frozenset[Need] = frozenset({"critics"})
 
 
 @pytest.fixture(autouse=True)
@@ -63,9 +63,7 @@ def an_agent(actions: int = 2, limit: float = 2.0) -> tuple[Policy, Params]:
     return agent, noisy(agent.init_at(Rng(5), torch.zeros(1, dtype=torch.int64)), AGENTS)
 
 
-def some_steps(
-    actions: int = 2, agents: int = AGENTS, count: int = SNIPPETS
-) -> dict[str, Tensor]:
+def some_steps(actions: int = 2, agents: int = AGENTS, count: int = SNIPPETS) -> dict[str, Tensor]:
     """Snippets of which agent 0's second one terminates after 3 steps, agent 1's first is cut."""
     shape = (agents, count, STEPS)
     ended, terminated = torch.zeros(shape).bool(), torch.zeros(shape).bool()
@@ -248,9 +246,7 @@ def test_the_number_of_action_dimensions_does_not_matter() -> None:
     told, now = normal(*inside.shape, 4, seed=7), torch.tanh(normal(*action.shape, seed=8))
     one = loss.steps(single, action, now, told, inside)
     # The same dimension five times over says the same, and their order nothing.
-    five = loss.steps(
-        single, action.expand(-1, -1, -1, 5), now.expand(-1, -1, -1, 5), told, inside
-    )
+    five = loss.steps(single, action.expand(-1, -1, -1, 5), now.expand(-1, -1, -1, 5), told, inside)
     torch.testing.assert_close(five, one, rtol=1e-12, atol=1e-12)
     wide = normal(*inside.shape, 4, seed=10)
     order = torch.tensor([2, 0, 3, 1])

@@ -10,7 +10,7 @@ from lived import snippets, window
 from torch import Tensor
 from torch.nn import functional as F
 
-from esmeta.agent.policy import Policy, published_policy
+from esmeta.agent.policy import Need, Policy, published_policy
 from esmeta.errors import UserError
 from esmeta.lives import AgentLives
 from esmeta.rl.diary import Diary
@@ -26,7 +26,7 @@ from esmeta.tasks import make_task
 from esmeta.types import Continuous, Params, Spec
 
 SPEC = Spec(obs_size=3, action=Continuous(2, -2.0, 2.0), horizon=100)
-CRITICS = frozenset({"critics"})
+CRITICS: frozenset[Need] = frozenset({"critics"})
 AGENTS, BATCH, LENGTH = 4, 6, 5
 
 

@@ -46,7 +46,8 @@ def as_before(saved: State, replay: Replay) -> State:
 @pytest.mark.parametrize("capacity", [20, 40])  # the replay has been written over, or not
 def test_agents_of_before_go_on_bit_for_bit(capacity: int) -> None:
     built = parts(f"objective.capacity={capacity}")
-    optimizer, objective = built.optimizer, built.objective
+    optimizer: Any = built.optimizer
+    objective: Any = built.objective
     state = optimizer.gather(after(built, 7), objective, SelfComm())
     saved = optimizer.state_dict(state)
     replay = state.agents[0].life.state.replay

@@ -468,9 +468,9 @@ def metagenrl(given: Given) -> Results:
     for _ in range(updates):
         state, metrics = made.optimizer.step(state, objective, solo(), made.rng)
         log.append(metrics["meta_loss"])
-    lives = objective.lives
-    objective.lives = lambda loss, index, training: (
-        rows.append(len(index)) or lives(loss, index, training)  # type: ignore[func-returns-value]
+    trained = objective.trained
+    objective.trained = lambda loss, index, *rest: (
+        rows.append(len(index)) or trained(loss, index, *rest)  # type: ignore[func-returns-value]
     )
     fresh = objective.heldout(objective.init(1), 5)
     return {
@@ -593,7 +593,7 @@ PPO = {
     "reward_scale": Row(0.1, 5.0, "value"),
 }
 LEARNERS = {
-    "td3": OFF_POLICY,
+    "td3": OFF_POLICY | {"snippet": Row(2, 6, "policy", "", REPLAY)},
     "offpolicy_reinforce": OFF_POLICY
     | {
         "snippet": Row(2, 6, "policy", "", REPLAY),

@@ -13,8 +13,8 @@ from gymnasium import spaces
 
 from esmeta import make_policy, make_task
 from esmeta import rollout as loop
-from esmeta.comm import SelfComm
 from esmeta.agent.policy import published_policy
+from esmeta.comm import SelfComm
 from esmeta.objectives.return_ import ReturnObjective
 from esmeta.optimizers import ppo
 from esmeta.rl.losses import Data, PolicyGradient

@@ -32,9 +32,10 @@ def life_curve(
     """Reward per step of agents that learn by one loss, window by window; and their scores."""
     lives, index = objective.agent_lives(task, objective.seed), torch.arange(count, device="cpu")
     means, scores = [], None
-    for _, new, scores in objective.trained(loss, index, lives, split):  # noqa: B007
+    for _, new, latest in objective.trained(loss, index, lives, split):
         # Not by the scores: they know nothing of an episode that a new trial cut.
         means.append(new.reward[..., 0].double().mean(dim=0))
+        scores = latest
     assert scores is not None
     period, table = lives.learner.period, torch.stack(means, dim=1)
     # Windows are shorter than episodes: the mean over one is what is paid wherever it is.
@@ -52,9 +53,10 @@ def life_curves(
 
     All with the same critics, schedule, tasks, first networks and noise.
     """
+    agent, length = objective.environments[0].learner.agent, objective.network.length
     losses: dict[str, Loss] = {
         "learned objective": objective.network.loss(alpha),
-        "DDPG (TD3's critics)": DeterministicGradient(),
+        "DDPG (TD3's critics)": DeterministicGradient(1 if agent.stateless else length),
         "untrained objective": objective.network.loss(objective.init(objective.seed)),
     }
     return {

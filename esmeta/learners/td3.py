@@ -62,11 +62,21 @@ class OffPolicyOptions(ReplayOptions):
 
 @options_class
 class Learner(OffPolicyOptions):
-    """Options of TD3: those of every hand-written learner from a replay."""
+    """Options of TD3, besides those of every hand-written learner from a replay.
+
+    Attributes:
+        snippet: steps in a row over which a policy with a memory is run; others need one.
+    """
+
+    snippet: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        errors.positive_int("snippet", self.snippet, example=8)
 
     def make(
         self, spec: Spec, horizon: int, policy: PolicyConfig | None = None
     ) -> tuple[ReplayLearner, Loss]:
         """The learner and its loss for tasks of ``spec``, lives of ``horizon`` steps."""
-        loss = DeterministicGradient()
+        loss = DeterministicGradient(self.snippet)
         return self.learner(spec, horizon, loss, policy), loss

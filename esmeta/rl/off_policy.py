@@ -37,11 +37,14 @@ from esmeta.types import Continuous, Params, PolicyOut
 
 @options_class
 class DeterministicGradient:
-    """DDPG's and TD3's: ``-Q_1(s, pi(s))`` (Lillicrap et al. 2016, arXiv 1509.02971, eq. 6)."""
+    """DDPG's and TD3's: ``-Q_1(s, pi(s))`` (Lillicrap et al. 2016, arXiv 1509.02971, eq. 6).
 
+    Policies with a memory are run over snippets of ``snippet`` steps, others need single ones.
+    """
+
+    snippet: int = 1
     needs: frozenset[Need] = field(default=frozenset({"critics"}), init=False)
     context: int = field(default=0, init=False)
-    snippet: int = field(default=1, init=False)
 
     def prepare(self, agent: Policy, params: Params, data: Data) -> Data:
         """Nothing is held constant but the critic, whose gradient nobody takes."""
@@ -50,10 +53,11 @@ class DeterministicGradient:
     def __call__(
         self, agent: Policy, params: Params, data: Data, rows: Tensor | None = None
     ) -> Tensor:
-        """The loss ``[P]`` on all transitions."""
-        steps = data.trajectory.steps
+        """The loss ``[P]``: a mean over the steps of the snippets."""
+        steps, inside = data.trajectory.steps, data.constants["inside"]
         action = heads.mode(agent.read(params, data.trajectory.start, steps, value=False))
-        return -agent.critic(params, CRITICS[0], steps_of(steps.obs), action).mean(dim=1)
+        worth = agent.critic(params, CRITICS[0], steps_of(steps.obs), action)
+        return -(worth * inside).sum(dim=1) / inside.sum(dim=1)
 
 
 @options_class

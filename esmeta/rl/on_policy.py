@@ -206,12 +206,14 @@ class SegmentLearner:
     ) -> tuple[Params, Adams]:
         """One pass over the newest steps."""
         params, adams = state.params, state.adams
+        # V alone must not move a memory that the policy reads too.
+        only = ("value",) if loss is _VALUE else ()
         for rows in self._minibatches(state.numbers, rng, size):
 
             def on_rows(params: Params, rows: Tensor = rows) -> Tensor:
                 return loss(self.agent, params, data, rows)
 
-            params, adams = descend(self.agent, on_rows, params, adams, rate)
+            params, adams = descend(self.agent, on_rows, params, adams, rate, only=only)
         return params, adams
 
     def _far(self, loss: Loss, params: Params, data: Data) -> Tensor:

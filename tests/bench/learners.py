@@ -37,33 +37,40 @@ prepare_process()
 
 import torch  # noqa: E402
 
-from esmeta.learners._agent import Agent  # noqa: E402
-from esmeta.learners._experience import Experience  # noqa: E402
-from esmeta.learners._loss import Loss, PolicyGradient  # noqa: E402
-from esmeta.learners._off_policy_losses import DeterministicGradient  # noqa: E402
-from esmeta.learners._replay import ReplayLearner  # noqa: E402
-from esmeta.learners._segments import SegmentLearner  # noqa: E402
+from esmeta.agent.policy import published_policy  # noqa: E402
 from esmeta.objectives._loss_network import LossNetwork  # noqa: E402
+from esmeta.rl.losses import Loss, PolicyGradient  # noqa: E402
+from esmeta.rl.off_policy import (  # noqa: E402
+    DeterministicGradient,
+    ReplayLearner,
+    ReplayOptions,
+)
+from esmeta.rl.on_policy import SegmentLearner, SegmentOptions  # noqa: E402
 from esmeta.rng import Rng  # noqa: E402
-from esmeta.types import Continuous, Spec  # noqa: E402
+from esmeta.rollout import Trajectory  # noqa: E402
+from esmeta.types import Continuous, Spec, TimeStep  # noqa: E402
 
 SPEC = Spec(obs_size=11, action=Continuous(3), horizon=8192)
 NEW, BUFFER, ROUNDS = 32, 256, 4
 
 
-def experience(agents: int, steps: int) -> Experience:
-    """Random steps without ends."""
-    draw = torch.Generator().manual_seed(0)
-    obs, action, reward, after = (
-        torch.randn(agents, steps, *more, generator=draw) for more in ((11,), (3,), (), (11,))
-    )
-    no = torch.zeros(agents, steps, dtype=torch.bool)
-    return Experience(obs, action.clamp(-1, 1), reward, after, no, no)
+def experience(agents: int, steps: int) -> Trajectory:
+    """Random steps without ends, ``[T, P, 1, ...]``, those of an agent side by side."""
+    g = torch.Generator().manual_seed(0)
+
+    def draw(length: int, *more: int) -> torch.Tensor:
+        return torch.randn(agents, length, 1, *more, generator=g).transpose(0, 1)
+
+    obs, action, reward = draw(steps + 1, 11), draw(steps + 1, 3).clamp(-1, 1), draw(steps + 1)
+    no = torch.zeros_like(reward, dtype=torch.bool)
+    ts = TimeStep(obs, action, reward, no, no, no, no)
+    return Trajectory({}, ts, action[1:], ~no[1:], None, {})
 
 
-def part(new: Experience, agent: int) -> Experience:
+def part(new: Trajectory, agent: int) -> Trajectory:
     """One agent's share of the experience."""
-    return Experience(*(leaf[agent : agent + 1] for leaf in new))
+    *ts, action, active = (leaf[:, agent : agent + 1] for leaf in (*new.ts, new.action, new.active))
+    return Trajectory({}, TimeStep(*ts), action, active, None, {})
 
 
 def segments(kind: str, agents: int) -> tuple[Callable[[], Any], Callable[[], Any], int]:
@@ -71,8 +78,8 @@ def segments(kind: str, agents: int) -> tuple[Callable[[], Any], Callable[[], An
     net = LossNetwork(SPEC, BUFFER)
     losses: dict[str, Loss] = {"learned": net.loss(net.init(Rng(0))), "ppo": PolicyGradient()}
     loss = losses[kind]
-    heads = frozenset({"log_std", "value", "memory"})
-    learner = SegmentLearner(Agent(SPEC, heads=heads), period=NEW, context=BUFFER)  # pyright: ignore
+    agent = published_policy(SPEC, "epg", (64, 64), frozenset({"value", "unit"}), std=1.0)
+    learner = SegmentLearner(agent, SegmentOptions(period=NEW, epochs=1, minibatch=32), BUFFER)
     index, rng, new = torch.arange(agents), Rng(1), experience(agents, NEW)
     whole = learner.init(rng, index)
     alone = [learner.init(rng, index[p : p + 1]) for p in range(agents)]
@@ -88,12 +95,13 @@ def segments(kind: str, agents: int) -> tuple[Callable[[], Any], Callable[[], An
 
 def off_policy(agents: int) -> tuple[Callable[[], Any], Callable[[], Any], int]:
     """The same for some rounds of TD3."""
-    agent = Agent(SPEC, style="relu", heads=frozenset({"critics"}))  # pyright: ignore
-    learner = ReplayLearner(agent, period=ROUNDS, capacity=1000, update_after=500)
+    agent = published_policy(SPEC, "metagenrl", (64, 64), frozenset({"critics"}), std=0.1)
+    options = ReplayOptions(period=ROUNDS, capacity=1000, update_after=500)
+    learner = ReplayLearner(agent, options)
     index, rng, old = torch.arange(agents), Rng(1), experience(agents, 1000)
     loss = DeterministicGradient()
 
-    def full(rows: torch.Tensor, steps: Experience) -> Any:
+    def full(rows: torch.Tensor, steps: Trajectory) -> Any:
         state = learner.init(rng, rows)
         return state._replace(replay=state.replay.add(steps))
 
