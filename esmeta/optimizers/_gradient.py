@@ -163,7 +163,8 @@ class ActorCritic(GradientOptimizer):
                 f"task.trials = {trials} is fewer than the {ranks} ranks; "
                 f"write at least task.trials = {ranks}, or start fewer ranks"
             )
-        objective.check_room(ranks)
+        own = -(-trials // ranks)
+        objective.check_room(own, f"the {own} trials of an update on a rank are run at once")
 
     def at(self, step: int, first: float, last: float) -> float:
         """A scheduled number at update ``step``."""
