@@ -18,10 +18,11 @@ from esmeta.capture import Captured
 from esmeta.envs.trimmed import TrimmedEnv
 from esmeta.errors import EnvFailure, UserError, warn
 from esmeta.options import plain
-from esmeta.policy import Policy, unravel
+from esmeta.policy import Policy
 from esmeta.rng import Rng
 from esmeta.sharing import Turn
 from esmeta.tasks import numbers_of
+from esmeta.tree import unravel_shapes
 from esmeta.types import BatchedEnv, Fitness, Hosted, Params, Task, Tasks
 
 # Members per batch: enough to hide the cost of calling an operation, few enough for the cache.
@@ -52,6 +53,20 @@ class OwnEnv:
         if "env" not in known:
             known.setdefault("env", self.task.make_env(self.device))
         return known["env"]
+
+    def room(self, wanted: int, each: int = 1) -> int:
+        """How many of ``wanted`` may run at a time, if each takes ``each`` simulators: or all."""
+        env = self.env
+        return min(wanted, env.most_worlds // each) if isinstance(env, Hosted) else wanted
+
+    def check_room(self, needed: int, why: str) -> None:
+        """Refuse fewer simulators than are ``needed`` at a time; ``why`` says what for."""
+        found = self.room(needed)
+        if found < needed:
+            raise UserError(
+                f"task.most_worlds leaves {found} simulators: {why}; write task.most_worlds = "
+                f"{needed}"
+            )
 
     def whole_trials(self) -> AbstractContextManager[None]:
         """Lets one thread at a time run trials in simulators, from their beginning to their end.
@@ -133,31 +148,19 @@ class PopulationEvaluator(OwnEnv):
         return max(2, limit // (batch * max(self.policy.memory.size**2, 1)))
 
     def batches(self, population: int, batch: int) -> list[Tensor]:
-        """The members of each batch of a population with ``batch`` trials, int64 rows.
-
-        All batches have one size of at least two; the last rows of one may repeat.
-        """
-        count = -(-population // self._members_per_batch(batch))
-        # Batches of one size: a short last one would be filled up with copies.
-        own = -(-population // count)
-        return [
-            torch.arange(first, first + max(2, own), device="cpu")
-            .clamp(max=min(first + own, population) - 1)
-            .to(self.device)
-            for first in range(0, population, own)
-        ]
+        """The members of each batch of a population with ``batch`` trials: :func:`even_batches`."""
+        return even_batches(population, self._members_per_batch(batch), self.device)
 
     def _tiles(self, batch: int) -> list[Tensor]:
         """The trials that are run at a time, int64: all, or as many as there may be simulators."""
-        most = max(1, self.env.most_worlds) if isinstance(self.env, Hosted) else batch
+        most = max(1, self.room(batch))
         if batch > most >= _TRIAL_TILE:
             most -= most % _TRIAL_TILE
         return list(torch.arange(batch, device="cpu").split(most))
 
     def members(self, params: Params | Tensor) -> Params:
         """A tree or flat vectors ``[P, D]`` as a tree on this evaluator's device."""
-        tree = unravel(params, self.policy) if isinstance(params, Tensor) else params
-        return on_device(tree, self.device)
+        return members_of(params, self.policy.shapes, self.device)
 
     def trial_set(self, index: Tensor, seed: int, split: str) -> tuple[Tasks, Rng]:
         """The tasks number ``index [B]`` (or ``[P, B]``) here, and the stream of their trials.
@@ -275,6 +278,23 @@ def on_device(leaves: Params, device: torch.device) -> Params:
     return {name: leaf.to(device) for name, leaf in leaves.items()}
 
 
+def members_of(
+    params: Params | Tensor, shapes: dict[str, tuple[int, ...]], device: torch.device
+) -> Params:
+    """A tree, or flat vectors ``[P, D]``, as a tree with leaves ``[P, ...]`` on ``device``."""
+    tree = unravel_shapes(params, shapes) if isinstance(params, Tensor) else params
+    return on_device(tree, device)
+
+
+def numbers_at(step: int | Tensor, trials: int) -> Tensor:
+    """Tasks ``k trials .. (k + 1) trials - 1`` of step k, int64 ``[trials]``.
+
+    ``[P, trials]`` where ``step`` int64 ``[P]`` is each member's own.
+    """
+    first = torch.as_tensor(step, dtype=torch.int64, device="cpu").unsqueeze(-1) * trials
+    return first + torch.arange(trials, device="cpu")
+
+
 def place_tasks(tasks: Tasks, device: torch.device) -> Tasks:
     """The same tasks on ``device``."""
     return Tasks(tasks.index.to(device), on_device(tasks.data, device))
@@ -344,13 +364,28 @@ def _marked(score: Callable[[Tensor], Fitness], tiles: list[Tensor]) -> list[Fit
 
 
 def even_size(count: int, most: int) -> int:
-    """The size, at least two, of as few batches of ``count`` as there can be with ``most`` each."""
-    return max(2, -(-count // -(-count // most)))
+    """The size of as few batches of ``count`` as there can be with ``most`` each."""
+    return -(-count // -(-count // most))
+
+
+def even_batches(count: int, most: int, device: torch.device) -> list[Tensor]:
+    """Rows int64 of each batch of ``count``: all of one size of at least two, near ``most``.
+
+    The last rows of a batch may repeat: a short one would be filled up with copies anyway.
+    """
+    own = even_size(count, most)
+    return [
+        torch.arange(first, first + max(2, own), device=device).clamp(
+            max=min(first + own, count) - 1
+        )
+        for first in range(0, count, own)
+    ]
 
 
 def score_agents(
-    score: Callable[[Tensor], dict[str, Tensor]],
-    shape: tuple[int, int],
+    score: Callable[[Tensor, Tensor], dict[str, Tensor]],
+    population: int,
+    index: Tensor,
     most: int,
     device: torch.device,
     mark_failed: bool,
@@ -358,20 +393,24 @@ def score_agents(
     """Scores ``[P, B]`` of P * B agents, each of which is one trial.
 
     Args:
-        score: numbers of agents, int64 ``[n]`` with n >= 2, to scores ``[n]`` by name, with
-            ``return`` and ``steps`` among them.
-        shape: P and B.
+        score: whose agents they are and the numbers of their lives, both int64 ``[n]`` with
+            n >= 2, to scores ``[n]`` by name, with ``return`` and ``steps`` among them.
+        population: P.
+        index: numbers of the lives, int64 ``[B]``, or ``[P, B]`` for those of each member's own.
         most: how many are trained at a time.
         device: of the numbers.
         mark_failed: see :func:`in_tiles`.
     """
+    trials = index.shape[-1]
+    numbers = index.to(device).expand(population, trials).flatten()
 
     def row(agents: Tensor) -> Fitness:
         count = len(agents)
-        table = score(agents.expand(2) if count == 1 else agents)  # one alone rounds differently
+        rows = agents.expand(2) if count == 1 else agents  # one alone rounds differently
+        table = score(rows // trials, numbers[rows])
         columns = {name: values[:count].unsqueeze(0).cpu() for name, values in table.items()}
         return Fitness(columns.pop("return"), columns.pop("steps"), columns)
 
-    agents = torch.arange(shape[0] * shape[1], device=device)
+    agents = torch.arange(len(numbers), device=device)
     tiles = list(agents.split(even_size(len(agents), most)))
-    return _map(in_tiles(row, tiles, mark_failed), lambda leaf: leaf.reshape(shape))
+    return _map(in_tiles(row, tiles, mark_failed), lambda leaf: leaf.reshape(population, trials))

@@ -18,7 +18,14 @@ from esmeta import rollout as loop
 from esmeta.agent.policy import Policy
 from esmeta.envs.remote import RemoteTask
 from esmeta.errors import UserError
-from esmeta.evaluator import OwnEnv, PopulationEvaluator, join, on_device, place_tasks
+from esmeta.evaluator import (
+    OwnEnv,
+    PopulationEvaluator,
+    join,
+    numbers_at,
+    on_device,
+    place_tasks,
+)
 from esmeta.rl.losses import Loss
 from esmeta.rng import Rng
 from esmeta.rollout import Trajectory
@@ -83,6 +90,17 @@ def with_rows(env_state: Any, saved: State) -> Any:
 def named(saved: State, prefix: str) -> State:
     """Leaves whose names begin with ``prefix``, without it."""
     return {k.removeprefix(prefix): v for k, v in saved.items() if k.startswith(prefix)}
+
+
+def the_one(saved: State, name: str) -> int:
+    """What ``saved[name]`` says of all lives that are restored together; refused if they differ."""
+    found = saved[name].unique().tolist()
+    if len(found) != 1:
+        raise ValueError(
+            f"{name} = {found}: lives that are restored together must have one {name}; restore "
+            "each group by itself"
+        )
+    return found[0]
 
 
 def numbered(saved: State, prefix: str) -> list[Tensor]:
@@ -188,13 +206,7 @@ class TrialLives:
 
         The members must be in the same life and at the same step of it; a ``ValueError`` says so.
         """
-        for name in ("life", "t"):
-            if len(saved[name].unique()) != 1:
-                raise ValueError(
-                    f"{name} = {saved[name].unique().tolist()}: lives that are restored together "
-                    f"must have one {name}; restore each group by itself"
-                )
-        population, life = len(saved["life"]), int(saved["life"][0])
+        population, life, t = len(saved["life"]), the_one(saved, "life"), the_one(saved, "t")
         evaluator, (tasks, rng) = self.evaluator, self._trials(life)
         noise = loop.action_noise(evaluator.policy, tasks.index, rng)
         parts = []
@@ -202,11 +214,10 @@ class TrialLives:
             env_state, _ = evaluator.env.reset(tasks, rng, len(rows))
             part = {name: leaf.to(noise.device)[rows] for name, leaf in saved.items()}
             parts.append(_Part(rows, _restored(part, env_state), noise))
-        return Lives(life, int(saved["t"][0]), population, tuple(parts))
+        return Lives(life, t, population, tuple(parts))
 
     def _trials(self, life: int) -> Any:
-        first = life * self.evaluator.trials
-        index = torch.arange(first, first + self.evaluator.trials, device="cpu")
+        index = numbers_at(life, self.evaluator.trials)
         return self.evaluator.trial_set(index, self.seed, "train")
 
     def _save_part(self, part: _Part, life: int) -> State:
@@ -348,7 +359,7 @@ class AgentLives(OwnEnv):
 
     def check_left(self) -> None:
         """Refuse lives that cannot be left for others."""
-        check_can_be_left(self.task.make_env(self.device))
+        check_can_be_left(self.env)
 
     def check_length(self) -> None:
         """Refuse a trial without an update, or one that ends between two."""
@@ -367,28 +378,13 @@ class AgentLives(OwnEnv):
         Each needs one for its life and one for every test episode; refused where not even the two
         agents of a smallest batch have those.
         """
-        env = self.task.make_env(self.device)
-        if not isinstance(env, Hosted):
-            return agents
         each = 1 + self.test_episodes
-        found = env.most_worlds // each
-        if found < 2:
-            raise UserError(
-                f"most_worlds is {env.most_worlds}: agents live in batches of at least 2, each in "
-                f"{each} simulators (one for its life, {self.test_episodes} for test episodes): "
-                f"write most_worlds={2 * each}"
-            )
-        return min(agents, found)
-
-    def check_room(self, agents: int) -> None:
-        """Refuse more agents at a time than there may be simulators."""
-        env = self.env
-        if isinstance(env, Hosted) and env.most_worlds < agents:
-            raise UserError(
-                f"most_worlds leaves {env.most_worlds} simulators: the agents of a rank, each in "
-                f"one of its own, and at least two that are scored need {agents}: write "
-                f"most_worlds={agents}"
-            )
+        self.check_room(
+            2 * each,
+            f"agents live in batches of at least 2, each in {each} of them (one for its life, "
+            f"{self.test_episodes} for test episodes)",
+        )
+        return self.room(agents, each)
 
     # --- living --------------------------------------------------------------------------------
 

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from esmeta.agent import heads
+from esmeta.agent.policy import Policy
 from esmeta.rng import Rng
 from esmeta.tree import leaves_of, with_leaves
-from esmeta.types import BatchedEnv, Discrete, Params, PolicyOut, Spec, State, Tasks, TimeStep
+from esmeta.types import BatchedEnv, Discrete, Params, PolicyOut, State, Tasks, TimeStep
 
 # Looking whether all trials have ended costs a synchronisation on a GPU, so it is done rarely.
 _CHECK_EVERY = 4
@@ -21,25 +22,6 @@ Act = Callable[[PolicyOut, Tensor], Tensor]
 """Heads and noise to actions."""
 Intervention = Callable[[State, TimeStep], tuple[State, TimeStep]]
 """Changes memory or inputs before a step."""
-
-
-class Actor(Protocol):
-    """Who acts: a :class:`esmeta.policy.Policy`, or an agent that learns inside a trial."""
-
-    @property
-    def spec(self) -> Spec: ...
-
-    def bind(self, params: Params) -> Any:
-        """Parameters ``[P, ...]`` prepared for many steps."""
-        ...
-
-    def initial_state(
-        self, params: Params, batch: int, rng: Rng | None = None, index: Tensor | None = None
-    ) -> State: ...
-
-    def step_bound(
-        self, bound: Any, state: State, ts: TimeStep, t: int = 0, *, in_place: bool = False
-    ) -> tuple[PolicyOut, State]: ...
 
 
 class Start(NamedTuple):
@@ -231,7 +213,7 @@ def _stacked(leaves: Sequence[Any]) -> Any:
     return None if leaves[0] is None else torch.stack(list(leaves), dim=1).transpose(0, 1)
 
 
-def start(policy: Actor, params: Params, env: BatchedEnv, tasks: Tasks, rng: Rng) -> Start:
+def start(policy: Policy, params: Params, env: BatchedEnv, tasks: Tasks, rng: Rng) -> Start:
     """Begin one trial per task for each member of ``params``."""
     population = next(iter(params.values())).shape[0]
     index = tasks.index
@@ -241,7 +223,7 @@ def start(policy: Actor, params: Params, env: BatchedEnv, tasks: Tasks, rng: Rng
     return Start(policy.bind(params), state, env_state, ts, noise)
 
 
-def action_noise(policy: Actor, index: Tensor, rng: Rng) -> Tensor:
+def action_noise(policy: Policy, index: Tensor, rng: Rng) -> Tensor:
     """What the actions of the trials ``index [P or 1, B]`` are drawn with, ``[T, P or 1, B, k]``.
 
     Float64: uniform numbers for discrete actions, standard normal ones for continuous actions.
@@ -255,7 +237,7 @@ def action_noise(policy: Actor, index: Tensor, rng: Rng) -> Tensor:
     return flat.reshape(*index.shape, spec.horizon, width).permute(2, 0, 1, 3).contiguous()
 
 
-def go_on(policy: Actor, params: Params, end: End, noise: Tensor) -> Start:
+def go_on(policy: Policy, params: Params, end: End, noise: Tensor) -> Start:
     """Trials where a rollout left them, from here on with ``params``; ``noise`` is their own."""
     noise = noise.to(next(iter(params.values())).dtype)
     state, env_state, ts, t, active = end
@@ -263,7 +245,7 @@ def go_on(policy: Actor, params: Params, end: End, noise: Tensor) -> Start:
 
 
 def rollout(
-    policy: Actor,
+    policy: Policy,
     env: BatchedEnv,
     begin: Start,
     collector: Collector,

@@ -202,7 +202,7 @@ def gym_config(preset: str, *changes: str) -> Any:
 
 def test_trials_of_an_update_need_as_many_simulators() -> None:
     config = gym_config("gym-ppo", "task.most_worlds=15", "task.trials=16")
-    with pytest.raises(UserError, match=r"most_worlds = 15: the 16 trials .* write task\.most_w"):
+    with pytest.raises(UserError, match=r"leaves 15 .* the 16 trials .* most_worlds = 16"):
         train.build(config)
     train.build(config, ranks=2)
 
@@ -221,7 +221,7 @@ def test_agents_live_in_as_many_batches_as_simulators_ask_for() -> None:
     got = few.heldout(theta, 5)
     assert torch.equal(got.returns, expected.returns) and Counted.peak == 8
     assert all(torch.equal(got.metrics[k], v) for k, v in expected.metrics.items())
-    with pytest.raises(UserError, match=r"most_worlds is 7: .* write most_worlds=8"):
+    with pytest.raises(UserError, match=r"leaves 7 .* write task.most_worlds = 8"):
         train.build(gym_config("displacement-epg", *EPG, "task.most_worlds=7"))
 
 
@@ -246,7 +246,7 @@ def test_agents_that_live_on_leave_simulators_to_those_that_are_scored() -> None
     few.environments[0].act(agents[0].life, "train")  # they go on
     del parts, few, agents
     forget()
-    with pytest.raises(UserError, match=r"most_worlds leaves 4 .* need 5: write most_worlds=5"):
+    with pytest.raises(UserError, match=r"leaves 4 .* write task.most_worlds = 5"):
         train.build(gym_config(preset, *META, "task.most_worlds=4"))
 
 

@@ -175,7 +175,7 @@ class Spy:
         loss, along = pg.ActorCritic.loss, pg.GradientState.along
 
         def noted_loss(
-            config: Any, policy: Policy, params: Params, data: pg.Data, *rest: Any
+            config: Any, policy: Policy, params: Params, data: pg.Batch, *rest: Any
         ) -> Any:
             total, sums = loss(config, policy, params, data, *rest)
             self.sums.append((sums[:, 0] / rest[0]).tolist())
@@ -273,7 +273,7 @@ def test_ppo_loss_by_hand() -> None:
     ts = TimeStep(rows, rows, rows, no, no, no, no)
     recorded = loop.Trajectory({}, ts, torch.zeros(4, 1, 1, dtype=torch.int64), ~no[1:], None, {})
     before, target = chance.log().view(4, 1, 1), torch.tensor([0.0, 2, 4, 4]).view(4, 1, 1)
-    data = pg.Data(recorded, before, advantage, target)
+    data = pg.Batch(recorded, before, advantage, target)
     policy: Any = Told()
     loss, sums = optimizer.loss(policy, {}, data, torch.tensor(4.0), torch.tensor(0.1))
     gain = 1.2 * 1 + 1.5 * -1 + 0.8 * -1 + 1.1 * 2  # min of the clipped and the free
@@ -431,7 +431,9 @@ def test_steps_after_a_trial_have_no_influence(
         assert log[0][name] == dirty_log[0][name], name
 
 
-def data_of(objective: ReturnObjective, theta: Params, comm: Any = None, **options: Any) -> pg.Data:
+def data_of(
+    objective: ReturnObjective, theta: Params, comm: Any = None, **options: Any
+) -> pg.Batch:
     return a2c.Optimizer(**options).collect(theta, 0, objective, comm or SelfComm())[0]
 
 

@@ -52,7 +52,7 @@ def test_they_learn_by_their_critics(kind: str) -> None:
     last = lives.score(life, "train")[0]
     assert abs(float(first.mean())) < 0.2
     assert float(last.mean()) > 1.0, last
-    grown = {k: (v - lives.begin(life.index, "train").state.params[k]).abs().max()
+    grown = {k: (v - lives.begin(life.numbers, "train").state.params[k]).abs().max()
              for k, v in life.state.params.items() if k.startswith("memory.")}  # fmt: skip
     assert grown and all(float(x) > 0 for x in grown.values()), "memory learns too"
 

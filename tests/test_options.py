@@ -424,7 +424,7 @@ def epg(given: Given) -> Results:
         "train": bits(made.fitness(theta, 2).returns),
         "test": bits(heldout.returns, *heldout.metrics.values()),
         "shapes": made.shapes,
-        "batches": [len(rows) for rows in made._batches(7)],
+        "batches": [len(part.rows) for part in made.begin(theta, 0).parts],
     }
 
 

@@ -313,7 +313,7 @@ def test_agents_of_all_ranks_are_saved_and_dealt_out_again(tmp_path: Path) -> No
         out = tmp_path / f"on{size}"
         Ended(out, agents("budget.updates=4"), 2)
         other = Ended(out, agents("budget.updates=6"), size, resume=True)
-        held = [t.state.agents[0].life.index.tolist() for t in other.trainers]
+        held = [t.state.agents[0].life.numbers.tolist() for t in other.trainers]
         assert [len(rows) for rows in held] == [5 * (r + 1) // size - 5 * r // size
                                                 for r in range(size)]  # fmt: skip
         assert sum(held, []) == [0, 1, 2, 3, 4]

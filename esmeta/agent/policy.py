@@ -10,10 +10,10 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from esmeta import errors
 from esmeta.agent.feedforward import Feedforward
 from esmeta.agent.heads import Distribution, half_range, middle
 from esmeta.agent.nets import Net, rows_of_norm
-from esmeta.errors import UserError
 from esmeta.modes import affine
 from esmeta.options import options_class
 from esmeta.rng import Rng
@@ -81,8 +81,6 @@ class PolicyConfig:
         )
 
     def __post_init__(self) -> None:
-        from esmeta import errors
-
         errors.positive_int("neurons", self.neurons)
         errors.positive_int("head_hidden", self.head_hidden)
         for width in self.hidden:
@@ -291,7 +289,7 @@ class Policy:
         kinds = {(leaf.dtype, leaf.device) for leaf in params.values()}
         if len(kinds) > 1 or not next(iter(kinds))[0].is_floating_point:
             found = ", ".join(sorted(f"{dtype} on {device}" for dtype, device in kinds))
-            raise UserError(
+            raise errors.UserError(
                 f"the parameters are {found}, but one floating-point dtype on one device is "
                 "needed: write {name: leaf.float() for name, leaf in params.items()}"
             )
@@ -490,7 +488,7 @@ def critics_of(
     Raises ``UserError`` for discrete actions, in which they could not be differentiated.
     """
     if isinstance(spec.action, Discrete):
-        raise UserError(
+        raise errors.UserError(
             f"the task has {spec.action.n} discrete actions, but this learner needs "
             "continuous ones (its critics are differentiated in the action); choose a task "
             "with continuous actions, or a learner such as ppo"

@@ -84,7 +84,7 @@ class LossNetwork:
     def features(self) -> int:
         """Width of a step: 55 for Hopper."""
         action = self.spec.action
-        statistics = action.size * (1 if isinstance(action, Discrete) else 2)
+        statistics = heads.Distribution(action).statistics
         return self.spec.obs_size + action.size + 3 + statistics + UNIT
 
     @property

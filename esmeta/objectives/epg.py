@@ -10,7 +10,6 @@ never see PPO's.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple
 
@@ -19,9 +18,9 @@ from torch import Tensor
 
 from esmeta import errors
 from esmeta.agent.policy import Need, Policy
-from esmeta.evaluator import even_size, on_device, score_agents
+from esmeta.evaluator import even_batches, members_of, numbers_at, score_agents
 from esmeta.learners import inner_policy
-from esmeta.lives import AgentLives, Life
+from esmeta.lives import AgentLives, Life, the_one
 from esmeta.objectives._loss_network import LossNetwork
 from esmeta.options import options_class
 from esmeta.rl.losses import Loss, Mixture, PolicyGradient
@@ -29,7 +28,7 @@ from esmeta.rl.on_policy import SegmentLearner, SegmentOptions
 from esmeta.rng import Rng
 from esmeta.scoring import linked
 from esmeta.tasks import aid, single, task_groups
-from esmeta.tree import shapes_of, size_of, unravel_shapes
+from esmeta.tree import shapes_of, size_of
 from esmeta.types import Fitness, Params, Reference, State, Task
 
 
@@ -251,11 +250,10 @@ class EpgObjective:
                         f"{option} counts; write optimizer.tasks = 'shared', or "
                         f"objective.{option} = 0"
                     )
-            share, first, updates = 0.0, step[:, None], self.lives.updates
+            share, updates = 0.0, self.lives.updates
         else:
-            first = torch.full((1,), step, dtype=torch.int64, device="cpu")
             share, updates = self.share(step), self.updates(step)
-        index = first * self.trials + torch.arange(self.trials, device="cpu")
+        index = numbers_at(step, self.trials)
         return self._scores(self._members(params), index, "train", share, updates=updates)
 
     def heldout(
@@ -280,18 +278,11 @@ class EpgObjective:
         return linked(task_groups(self.task, index, split), index // self.config.twins)
 
     def _members(self, params: Params | Tensor) -> Params:
-        tree = unravel_shapes(params, self.shapes) if isinstance(params, Tensor) else params
-        return on_device(tree, self.device)
+        return members_of(params, self.shapes, self.device)
 
-    def _batches(self, agents: int) -> Iterator[Tensor]:
-        """Rows of each batch, all of one size of at least two; the last may repeat its last."""
-        size = even_size(agents, self._chunk)
-        for low in range(0, agents, size):
-            yield torch.arange(low, low + size, device=self.device).clamp(max=agents - 1)
-
-    def _eta(self, params: Params, rows: Tensor, trials: int) -> tuple[Params, Params]:
-        """The loss network's leaves and the policy's first ones of the agents ``rows``."""
-        own = {name: leaf[rows // trials] for name, leaf in params.items()}
+    def _eta(self, params: Params, members: Tensor) -> tuple[Params, Params]:
+        """The loss network's leaves and the policy's first ones of agents, by whose they are."""
+        own = {name: leaf[members] for name, leaf in params.items()}
         loss = {name: leaf for name, leaf in own.items() if name in self.network.shapes}
         return loss, {name: leaf for name, leaf in own.items() if name not in loss}
 
@@ -313,17 +304,14 @@ class EpgObjective:
     ) -> Fitness:
         lives = lives or self.lives
         updates = updates or lives.updates
-        population = len(next(iter(params.values())))
-        trials = index.shape[-1]
-        numbers = index.expand(population, trials).reshape(-1)
 
-        def score(rows: Tensor) -> dict[str, Tensor]:
-            eta, first = self._eta(params, rows, trials)
-            life = lives.begin(numbers[rows], split, first)
+        def score(members: Tensor, numbers: Tensor) -> dict[str, Tensor]:
+            eta, first = self._eta(params, members)
+            life = lives.begin(numbers, split, first)
             found: dict[str, Tensor] = {}
             if more:
                 found["untrained"], _ = lives.score(life, split)
-            total = torch.zeros(len(rows), dtype=torch.float64, device=self.device)
+            total = torch.zeros(len(numbers), dtype=torch.float64, device=self.device)
             for _ in range(updates):
                 life, new = lives.advance(life, self.loss(eta, share), split)
                 total = total + new.reward[..., 0].double().sum(dim=0)
@@ -333,7 +321,8 @@ class EpgObjective:
                 found["life"] = total / life.end.t
             return found
 
-        return score_agents(score, (population, trials), self._chunk, self.device, more)
+        population = len(next(iter(params.values())))
+        return score_agents(score, population, index, self._chunk, self.device, more)
 
     # --- lives in windows ------------------------------------------------------------------------
 
@@ -349,16 +338,16 @@ class EpgObjective:
         population = len(next(iter(members.values())))
         numbers = self._numbers(population, life)
         parts = []
-        for rows in self._batches(len(numbers)):
-            _, first = self._eta(members, rows, self.trials)
+        for rows in even_batches(len(numbers), self._chunk, self.device):
+            _, first = self._eta(members, rows // self.trials)
             started = self.lives.begin(numbers[rows], "train", first)
             score = torch.zeros(len(rows), dtype=torch.float64, device=self.device)
             parts.append(Part(rows, started, score))
         return EpgLives(life, 0, population, tuple(parts))
 
     def _numbers(self, population: int, life: int) -> Tensor:
-        index = life * self.trials + torch.arange(self.trials, device=self.device)
-        return index.expand(population, -1).reshape(-1)
+        index = numbers_at(life, self.trials).to(self.device)
+        return index.expand(population, -1).flatten()
 
     def advance(
         self, lives: EpgLives, params: Params | Tensor, steps: int
@@ -372,7 +361,7 @@ class EpgObjective:
         until = min(lives.updates + steps, self.lives.updates)
         parts, gains, taken = [], [], []
         for rows, life, before in lives.parts:
-            eta, _ = self._eta(members, rows, self.trials)
+            eta, _ = self._eta(members, rows // self.trials)
             loss, began = self.loss(eta, self.share(lives.life)), life.end.t
             for _ in range(until - lives.updates):
                 life, _ = self.lives.advance(life, loss, "train")
@@ -390,10 +379,11 @@ class EpgObjective:
         saved = [self.lives.save(p.life, "train") | {"score": p.score.cpu()} for p in lives.parts]
         count = lives.population * self.trials
         shape = (lives.population, self.trials)
-        where = torch.tensor([[lives.life, lives.updates]], dtype=torch.int64, device="cpu").expand(
-            lives.population, 2
-        )
-        out = {"life": where[:, 0].clone(), "updates": where[:, 1].clone()}
+        where = {"life": lives.life, "updates": lives.updates}
+        out = {
+            name: torch.full((lives.population,), number, dtype=torch.int64, device="cpu")
+            for name, number in where.items()
+        }
         for name in saved[0]:
             whole = torch.cat([part[name] for part in saved])[:count]
             out[name] = whole.reshape(*shape, *whole.shape[1:])
@@ -401,20 +391,13 @@ class EpgObjective:
 
     def restore(self, saved: State) -> EpgLives:
         """The inverse of :meth:`save`; members must be in one life and at one update of it."""
-        for name in ("life", "updates"):
-            if len(saved[name].unique()) != 1:
-                raise ValueError(
-                    f"{name} = {saved[name].unique().tolist()}: lives that are restored together "
-                    f"must have one {name}; restore each group by itself"
-                )
-        population, number = len(saved["life"]), int(saved["life"][0])
-        flat = {k: v.flatten(0, 1) for k, v in saved.items() if v.ndim > 1}
-        flat = on_device(flat, self.device)
+        population, number = len(saved["life"]), the_one(saved, "life")
+        flat = {k: v.flatten(0, 1).to(self.device) for k, v in saved.items() if v.ndim > 1}
         numbers = self._numbers(population, number)
         parts = []
-        for rows in self._batches(len(numbers)):
+        for rows in even_batches(len(numbers), self._chunk, self.device):
             begun = self.lives.begin(numbers[rows], "train")
             own = {name: leaf[rows] for name, leaf in flat.items()}
             life = self.lives.restore(begun, own, "train")
             parts.append(Part(rows, life, own["score"]))
-        return EpgLives(number, int(saved["updates"][0]), population, tuple(parts))
+        return EpgLives(number, the_one(saved, "updates"), population, tuple(parts))

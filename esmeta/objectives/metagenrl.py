@@ -23,7 +23,7 @@ from torch import Tensor
 
 from esmeta import errors, names, older
 from esmeta.agent.policy import Need, Policy, PolicyConfig
-from esmeta.evaluator import on_device, score_agents
+from esmeta.evaluator import members_of, numbers_at, on_device, score_agents
 from esmeta.learners import inner_policy
 from esmeta.lives import AgentLives, Life, named, numbered
 from esmeta.objectives._objective_network import ObjectiveNetwork, Time, Values, value_after
@@ -35,8 +35,8 @@ from esmeta.rl.replay import Over
 from esmeta.rng import Rng
 from esmeta.rollout import Trajectory
 from esmeta.tasks import task_groups
-from esmeta.tree import size_of, unravel_shapes
-from esmeta.types import Fitness, Hosted, Params, Reference, State, Task
+from esmeta.tree import size_of
+from esmeta.types import Fitness, Params, Reference, State, Task
 
 
 @options_class
@@ -270,7 +270,10 @@ class MetaGenRLObjective:
             )
         own = -(-self.config.agents // ranks)
         for lives in self.environments:
-            lives.check_room(own + 2 * (lives.task is self.task))
+            lives.check_room(
+                own + 2 * (lives.task is self.task),
+                "the agents of a rank live on in one each, and at least two more are scored",
+            )
 
     def _own(self, rank: int, size: int) -> range:
         count = self.config.agents
@@ -394,9 +397,8 @@ class MetaGenRLObjective:
 
     def fitness(self, params: Params | Tensor, step: int | Tensor) -> Fitness:
         """Scores of agents trained by frozen alphas on the training tasks of ``step``."""
-        first = torch.as_tensor(step, dtype=torch.int64, device="cpu").unsqueeze(-1) * self.trials
         lives = self.agent_lives(self.task, Rng(self.seed).fold("fitness").key)
-        return self._scores(params, first + torch.arange(self.trials, device="cpu"), lives, "train")
+        return self._scores(params, numbers_at(step, self.trials), lives, "train")
 
     def heldout(
         self,
@@ -435,23 +437,16 @@ class MetaGenRLObjective:
     def _scores(
         self, params: Params | Tensor, index: Tensor, lives: AgentLives, split: str
     ) -> Fitness:
-        tree = unravel_shapes(params, self.shapes) if isinstance(params, Tensor) else params
-        tree = on_device({**tree, "number": index}, self.device)
-        numbers, trials = tree.pop("number"), index.shape[-1]
-        population = len(next(iter(tree.values())))
-        numbers = numbers.expand(population, trials).reshape(-1)
-        most = self.config.chunk
-        if isinstance(lives.env, Hosted):  # beside the agents of meta-training
-            most = min(most, max(2, lives.env.most_worlds))
+        tree = members_of(params, self.shapes, self.device)
+        most = max(2, lives.room(self.config.chunk))  # beside the agents of meta-training
 
-        def score(rows: Tensor) -> dict[str, Tensor]:
-            alpha = {name: leaf[rows // trials] for name, leaf in tree.items()}
-            loss = self.network.loss(alpha)
-            *_, (life, _, scores) = self.trained(loss, numbers[rows], lives, split)
+        def score(members: Tensor, numbers: Tensor) -> dict[str, Tensor]:
+            loss = self.network.loss({name: leaf[members] for name, leaf in tree.items()})
+            *_, (life, _, scores) = self.trained(loss, numbers, lives, split)
             found = {"return": scores.recent.nanmean(dim=1), "first": scores.first}
             found["steps"] = torch.full_like(scores.episodes, life.state.replay.added)
             found["life"] = scores.total / scores.episodes
             return found
 
-        held_out = split != "train"
-        return score_agents(score, (population, trials), most, self.device, held_out)
+        population = len(next(iter(tree.values())))
+        return score_agents(score, population, index, most, self.device, split != "train")

@@ -12,13 +12,13 @@ from esmeta import rollout as loop
 from esmeta.agent import heads
 from esmeta.agent.plastic import composite_decay
 from esmeta.errors import EnvError, EnvFailure, UserError, warn
-from esmeta.evaluator import OwnEnv, PopulationEvaluator
+from esmeta.evaluator import OwnEnv, PopulationEvaluator, numbers_at
 from esmeta.lives import Lives, TrialLives
 from esmeta.options import options_class
 from esmeta.policy import Policy
 from esmeta.rng import Rng
 from esmeta.tasks import task_groups
-from esmeta.types import LARGEST_REWARD, Fitness, Hosted, Metrics, Params, Reference, State, Task
+from esmeta.types import LARGEST_REWARD, Fitness, Metrics, Params, Reference, State, Task
 
 _Recorded = tuple[loop.Trajectory, Tensor, State, dict[str, Tensor]]
 
@@ -101,8 +101,7 @@ class ReturnObjective(OwnEnv):
 
     def fitness(self, params: Params | Tensor, step: int | Tensor) -> Fitness:
         """Returns of members on the tasks of ``step`` (int64 ``[P]``: of each its own)."""
-        first = torch.as_tensor(step, dtype=torch.int64, device="cpu").unsqueeze(-1) * self.trials
-        index = first + torch.arange(self.trials, device="cpu")
+        index = numbers_at(step, self.trials)
         return self.evaluator(params, seed=self.seed, split="train", index=index)
 
     @property
@@ -164,18 +163,6 @@ class ReturnObjective(OwnEnv):
             warn(f"{failure}; the trials of update {step} are run again")
             traceback.clear_frames(failure.__traceback__)
         return self._trajectories(params, step, rank, size)
-
-    def check_room(self, ranks: int) -> None:
-        """Refuse more trials of a rank, which are run at once, than there may be simulators."""
-        if not isinstance(self.env, Hosted):
-            return
-        own, most = -(-self.trials // ranks), self.env.most_worlds
-        if own > most:
-            raise UserError(
-                f"task.most_worlds = {most}: the {own} trials of an update on each rank are run at "
-                f"once, in as many simulators; write task.most_worlds = {own} or task.trials = "
-                f"{most * ranks}"
-            )
 
     def _trajectories(
         self, params: Params, step: int, rank: int, size: int

@@ -82,7 +82,7 @@ class GradientOptimizer:
         return GradientState(flat, Adam(first, second, updates), saved["update"], shapes_of(theta))
 
 
-class Data(NamedTuple):
+class Batch(NamedTuple):
     """What a loss is evaluated on: trials and, ``[T, 1, B]``, what is constant in it."""
 
     trajectory: Trajectory
@@ -90,10 +90,10 @@ class Data(NamedTuple):
     advantage: Tensor
     target: Tensor
 
-    def trials(self, chosen: Tensor) -> Data:
+    def trials(self, chosen: Tensor) -> Batch:
         """Some trials only, by their place in the batch."""
         constants = (leaf.index_select(2, chosen) for leaf in self[1:])
-        return Data(self.trajectory.trials(chosen), *constants)
+        return Batch(self.trajectory.trials(chosen), *constants)
 
 
 class Passes(NamedTuple):
@@ -163,7 +163,8 @@ class ActorCritic(GradientOptimizer):
                 f"task.trials = {trials} is fewer than the {ranks} ranks; "
                 f"write at least task.trials = {ranks}, or start fewer ranks"
             )
-        objective.check_room(ranks)
+        own = -(-trials // ranks)
+        objective.check_room(own, f"the {own} trials of an update on a rank are run at once")
 
     def at(self, step: int, first: float, last: float) -> float:
         """A scheduled number at update ``step``."""
@@ -195,7 +196,7 @@ class ActorCritic(GradientOptimizer):
         found = dict(zip(names, means, strict=False)) | {"gradient_norm": sum(norms) / len(norms)}
         return replace(state, update=state.update + 1), metrics | found
 
-    def _minibatches(self, data: Data, rng: Rng) -> Iterator[Data]:
+    def _minibatches(self, data: Batch, rng: Rng) -> Iterator[Batch]:
         """Whole trials in random order, so that memory is re-run from where it began."""
         if self.passes.minibatches == 1:
             yield data
@@ -209,13 +210,13 @@ class ActorCritic(GradientOptimizer):
 
     def collect(
         self, params: Params, update: int, objective: ReturnObjective, comm: Comm
-    ) -> tuple[Data, Metrics]:
+    ) -> tuple[Batch, Metrics]:
         """This rank's trials of an update and what is constant in their loss; metrics of all."""
         trajectory, last, scores = objective.trajectories(params, update, comm.rank, comm.size)
         return self._data(trajectory, last, comm), _metrics(trajectory, scores, comm)
 
     def loss(
-        self, policy: Policy, params: Params, data: Data, count: Tensor, entropy_coef: Tensor
+        self, policy: Policy, params: Params, data: Batch, count: Tensor, entropy_coef: Tensor
     ) -> tuple[Tensor, Tensor]:
         """The loss ``[P]``, a sum over steps divided by ``count``; and the sums that are logged."""
         out, _ = policy.unroll(params, data.trajectory.start, data.trajectory.steps)
@@ -233,7 +234,7 @@ class ActorCritic(GradientOptimizer):
         loss = sums[0] + self.value_coef * sums[1] - entropy_coef * sums[2]
         return loss / count, sums.detach()
 
-    def _data(self, recorded: Trajectory, last_value: Tensor, comm: Comm) -> Data:
+    def _data(self, recorded: Trajectory, last_value: Tensor, comm: Comm) -> Batch:
         """Advantages and value targets; the trial is one long episode (RL2): its end alone cuts."""
         out, active = recorded.out, recorded.active
         assert out is not None and out.value is not None
@@ -252,10 +253,10 @@ class ActorCritic(GradientOptimizer):
         raw = raw * active
         advantage = _normalized(raw, active, comm) if self.normalize_advantage else raw
         log_prob = heads.log_prob(out, recorded.action)
-        return Data(recorded._replace(out=None), log_prob, advantage, raw + value)
+        return Batch(recorded._replace(out=None), log_prob, advantage, raw + value)
 
     def _step(
-        self, state: GradientState, objective: ReturnObjective, data: Data, comm: Comm
+        self, state: GradientState, objective: ReturnObjective, data: Batch, comm: Comm
     ) -> tuple[GradientState, Tensor, float]:
         """One step of Adam; gradients and logged sums are added over ranks in rank order.
 
@@ -283,7 +284,7 @@ class ActorCritic(GradientOptimizer):
     @differentiating
     @torch.enable_grad()
     def _gradient(
-        self, policy: Policy, params: Params, data: Data, count: Tensor, coef: Tensor
+        self, policy: Policy, params: Params, data: Batch, count: Tensor, coef: Tensor
     ) -> Tensor:
         """The gradient by every parameter, and behind it the logged sums, flat."""
         leaves = {k: v.detach().requires_grad_() for k, v in params.items()}

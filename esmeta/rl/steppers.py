@@ -1,7 +1,7 @@
 """Steps along gradients, on flat vectors ``[P, D]``: one row per member, agent or task.
 
 Nothing is changed in place, and everything is elementwise over rows: one row's numbers do not
-depend on the others. (Evolution steps in float64 numpy, :mod:`esmeta.optimizers._ascent`.)
+depend on the others. (Evolution steps in float64 numpy, :mod:`esmeta.evolution.ascent`.)
 """
 
 from __future__ import annotations
