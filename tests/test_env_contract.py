@@ -371,9 +371,13 @@ def test_the_traceback_is_kept_in_a_file(tmp_path: Path) -> None:
 def test_constructors_and_modules_that_raise(tmp_path: Path, monkeypatch: Any) -> None:
     (tmp_path / "broken_worlds.py").write_text("import gymnasium\nraise OSError('no licence')\n")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(EnvFailure, match="'broken_worlds:X-v0' cannot be made.*OSError: no lic"):
+    with pytest.raises(
+        UserError, match="task.id = 'broken_worlds:X-v0' cannot be made.*OSError: no lic"
+    ):
         make_task("gym", id="broken_worlds:X-v0")
-    with pytest.raises(EnvFailure, match=r"'Odd-v0' cannot be made with kwargs = .*KeyError"):
+    with pytest.raises(
+        UserError, match=r"task.id = 'Odd-v0' cannot be made with kwargs = .*KeyError"
+    ):
         make_task("gym", id="Odd-v0", kwargs={"actions": "unknown"})
     with pytest.raises(UserError, match=r"'HalfCheetah-v2' .*gymnasium-robotics"):
         make_task("gym", id="HalfCheetah-v2")

@@ -381,7 +381,7 @@ def test_reference_is_measured_and_the_threshold_is_theirs() -> None:
         ({"id": "CartPole-v9"}, ["'CartPole-v9'", "did you mean 'CartPole-v1'"]),
         ({"id": "nowhere_at_all:X-v0"}, ["nowhere_at_all", "PYTHONPATH"]),
         ({"id": "CartPole-v1", "kwargs": {"gravity": 3}}, ["kwargs", "'gravity'"]),
-        ({"kwargs": "continuous"}, ["kwargs is 'continuous'", "a table"]),
+        ({"kwargs": "continuous"}, ["kwargs = 'continuous'", "a table"]),
         ({"kwargs": {"x": object()}}, ["kwargs", "kept in a file"]),
         ({"id": "Endless-v0"}, ["horizon is 0", "Endless-v0", "horizon=1000"]),
         ({"id": "Unsupported-v0", "kwargs": {"part": "multi"}}, ["MultiDiscrete", "wrap"]),
@@ -418,7 +418,7 @@ def test_a_run_keeps_the_arguments_in_its_file() -> None:
     assert configs.digest(config) != configs.digest(configs.resolve(raw, changes[:1]))
     for change, words in (
         ("task.id=Pendulun-v1", r"task\.id = 'Pendulun-v1'.*did you mean 'Pendulum-v1'"),
-        ("task.kwargs=continuous", r"task\.kwargs is 'continuous'"),
+        ("task.kwargs=continuous", r"task\.kwargs = 'continuous'"),
         ("task.kwargs={gg = 1}", r"task\.id = 'CartPole-v1' cannot be made with kwargs.*'gg'"),
     ):
         with pytest.raises(UserError, match=words):

@@ -99,7 +99,7 @@ def test_equal_to_our_own_rollout(name: str) -> None:
     recorder = loop.Recorder(begin.state)
     end = loop.rollout(policy, evaluator.env, begin, recorder, until=steps)
     scores = evaluator.env.metrics(end.env_state)
-    record = recorder.trajectory()
+    record = recorder.trajectory(end)
     env = gymnasium.make(api.environment_id(name), split="test")
     env.reset(seed=seed)
     for b, trial in enumerate(index.tolist()):
@@ -109,9 +109,9 @@ def test_equal_to_our_own_rollout(name: str) -> None:
             assert info["new_episode"] == bool(record.ts.new_episode[t, 0, b])
             obs, reward, terminated, truncated, info = env.step(record.action[t, 0, b].numpy())
             assert reward == float(record.reward[t, 0, b])
-            over = bool(record.ended[t, 0, b])
+            over = bool(record.over[t, 0, b])
             assert terminated == (over and bool(record.terminated[t, 0, b]))
-            assert truncated == (over and bool(record.truncated[t, 0, b]))
+            assert truncated == (over and bool(record.after.truncated[t, 0, b]))
             if terminated or truncated:
                 for key, value in info["metrics"].items():
                     assert np.array_equal(value, float(scores[key][0, b]), equal_nan=True)

@@ -70,7 +70,7 @@ def some_steps(actions: int = 2, agents: int = AGENTS, count: int = SNIPPETS) ->
     ended[0, 1, 2] = terminated[0, 1, 2] = True
     ended[1 % agents, 0, 4] = True
     return {
-        "obs": normal(agents, count, STEPS + 1, 3, seed=1),
+        "obs": torch.cat([normal(*shape, 3, seed=1), normal(*shape, 3, seed=4)[:, :, -1:]], dim=2),
         "action": 2 * torch.tanh(normal(*shape, actions, seed=2)),
         "reward": normal(*shape, seed=3),
         "terminated": terminated,

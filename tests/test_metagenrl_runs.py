@@ -143,11 +143,11 @@ def test_policies_begin_anew_beside_critics_that_stay() -> None:
         ages.append(int(now.adams.parts["actor"].updates[0]))
     # After 16 and 32 steps, when the rounds for them are done.
     assert ages == [1, 2, 3, 4, 1, 2, 3, 4, 5, 6, 7, 8, 1]
-    assert now.index.tolist() == [0, 1, 2]
+    assert now.numbers.tolist() == [0, 1, 2]
     assert now.adams.parts["critics"].updates.tolist() == [26] * 3
     learner = built.objective.environments[0].learner
     fresh = learner.with_fresh_policies(now, Rng(3))
-    drawn = learner.agent.init_at(Rng(3), now.index)
+    drawn = learner.agent.init_at(Rng(3), now.numbers)
     assert fresh.replay is now.replay and torch.equal(fresh.updates, now.updates)
     for name in now.params:
         policy = name.startswith("policy.")

@@ -94,6 +94,7 @@ LEARN: dict[str, tuple[list[str], list[str]]] = {
     "--set": (["--set", "learner.gamma=0.5"], ["--set", "learner.gamma=0.9"]),
     "--split": (["--split", "train"], ["--split", "validation"]),
     "--seed": (["--seed", "1"], ["--seed", "2"]),
+    "--policy": (["--policy", "mlp"], ["--policy", "rl2"]),
     "--parts": (["--parts", "2"], ["--parts", "4"]),
     "--test-episodes": (["--test-episodes", "1"], ["--test-episodes", "2"]),
     "--test-steps": (["--test-steps", "3"], ["--test-steps", "5"]),

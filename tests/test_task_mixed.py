@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT
 from test_bad_input import assert_says
 from test_epg import AGENTS
 from tiny_runs import final_hash, overrides, run_here
@@ -421,9 +420,3 @@ def test_ranks_have_the_same_theta(mpirun: Any, tmp_path: Path) -> None:
     assert run_here(*args[2:], tmp_path / "one") == 0
     assert "validation_return_pendulum" in (tmp_path / "two" / "metrics.jsonl").read_text()
     assert final_hash(tmp_path / "one") == final_hash(tmp_path / "two")
-
-
-@pytest.mark.mpi
-def test_remote_worlds_have_the_same_bits(mpirun: Any) -> None:
-    done = mpirun(2, ROOT / "tests" / "mpi" / "remote.py", "mixed")
-    assert done.returncode == 0, done.stderr

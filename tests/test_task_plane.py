@@ -227,7 +227,7 @@ def test_random_starts_differ_by_trial_and_are_shared_by_members() -> None:
         ("point", {"episodes": 0}, ["episodes is 0", "episodes=1"]),
         ("navigation", {"horizon": 0}, ["horizon is 0", "horizon=1"]),
         ("navigation", {"reward": "l2"}, ["reward = 'l2'", "distance, squared"]),
-        ("navigation", {"terminate": 1}, ["terminate", "1", "bool"]),
+        ("navigation", {"terminate": 1}, ["terminate = 1", "true or false"]),
     ],
 )
 def test_bad_options(name: str, options: dict[str, object], words: list[str]) -> None:

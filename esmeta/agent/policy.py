@@ -254,7 +254,7 @@ class Policy:
 
     def init(self, seed: int = 0, population: int = 1) -> Params:
         """Initial parameters ``[population, ...]``; member p depends on (seed, p) only."""
-        numbers = torch.arange(population, device="cpu")
+        numbers = torch.arange(int(population), device="cpu")
         return self.init_at(Rng(seed).fold("init"), numbers)
 
     def group(self, name: str) -> str:
