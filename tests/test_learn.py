@@ -87,6 +87,11 @@ def test_discrete_actions() -> None:
         (["ppo", "--task", "pendulum", "--steps", "100"], ["period = 2000", "task.horizon = 2000"]),
         (["ppo", "--task", "pendulum", "--set", "ppo.clip=1"], ["ppo.clip", "learner.KEY"]),
         (["ppo", "--task", "pendulum", "--set", "learner.klip=1"], ["learner.klip", "'clip'"]),
+        (
+            ["ppo", "--task", "pendulum", "--policy", "rl2", "--set", "policy.extra=time"]
+            + ["--steps", "100"],
+            ["policy.extra = 'time'", "'bias' or 'none'"],
+        ),
         (["td3", "--task", "bandit"], ["2 discrete actions", "ppo"]),
         (["td3", "--task", "pendulum", "--set", "learner.polyak=2"], ["polyak = 2.0", "0 and 1"]),
         (

@@ -213,7 +213,15 @@ class Policy:
 
         Critics have layers ``hidden``. Agents of MetaGenRL act by a mean that is limited to the
         range of the actions, with a fixed spread of ``std`` times half that range.
+
+        Raises ``UserError`` where it reads the time, which a learner that goes over parts of a life
+        again does not know.
         """
+        if self.inputs.extra == "time":
+            raise errors.UserError(
+                "policy.extra = 'time': agents that learn inside a trial go over parts of it, "
+                "which do not say when they were; write policy.extra = 'bias' or 'none'"
+            )
         critics = critics_of(self.spec, kind, hidden) if "critics" in needs else ()
         distribution = self.distribution
         if kind == "metagenrl":
