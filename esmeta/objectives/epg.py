@@ -18,7 +18,7 @@ from torch import Tensor
 
 from esmeta import errors
 from esmeta.agent.policy import Need, Policy
-from esmeta.evaluator import even_batches, members_of, numbers_at, score_agents
+from esmeta.evaluator import even_batches, members_of, numbers_at, on_device, score_agents
 from esmeta.learners import inner_policy
 from esmeta.lives import AgentLives, Life, the_one
 from esmeta.objectives._loss_network import LossNetwork
@@ -346,7 +346,7 @@ class EpgObjective:
         return EpgLives(life, 0, population, tuple(parts))
 
     def _numbers(self, population: int, life: int) -> Tensor:
-        index = numbers_at(life, self.trials).to(self.device)
+        index = on_device({"life": numbers_at(life, self.trials)}, self.device)["life"]
         return index.expand(population, -1).flatten()
 
     def advance(
@@ -392,7 +392,8 @@ class EpgObjective:
     def restore(self, saved: State) -> EpgLives:
         """The inverse of :meth:`save`; members must be in one life and at one update of it."""
         population, number = len(saved["life"]), the_one(saved, "life")
-        flat = {k: v.flatten(0, 1).to(self.device) for k, v in saved.items() if v.ndim > 1}
+        flat = {k: v.flatten(0, 1) for k, v in saved.items() if v.ndim > 1}
+        flat = on_device(flat, self.device)
         numbers = self._numbers(population, number)
         parts = []
         for rows in even_batches(len(numbers), self._chunk, self.device):
