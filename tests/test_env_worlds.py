@@ -202,7 +202,7 @@ def gym_config(preset: str, *changes: str) -> Any:
 
 def test_trials_of_an_update_need_as_many_simulators() -> None:
     config = gym_config("gym-ppo", "task.most_worlds=15", "task.trials=16")
-    with pytest.raises(UserError, match=r"leaves 15 .* the 16 trials .* most_worlds = 16"):
+    with pytest.raises(UserError, match=r"leaves 15 .* the 16 trials .*task.most_worlds = 16"):
         train.build(config)
     train.build(config, ranks=2)
 
