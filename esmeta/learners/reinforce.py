@@ -52,7 +52,7 @@ class Learner:
     def __post_init__(self) -> None:
         errors.positive_int("minibatch", self.minibatch, example=50)
         errors.positive_int("value_epochs", self.value_epochs, example=10)
-        assert self._steps  # refuses what is no size
+        self._steps()  # refuses what is no size
         errors.finite_positive("value_learning_rate", self.value_learning_rate, example=0.001)
         errors.fraction("gamma", self.gamma)
         errors.fraction("gae_lambda", self.gae_lambda)
@@ -60,7 +60,6 @@ class Learner:
         errors.one_of("value_target", self.value_target, get_args(ValueTarget))
         errors.finite_positive("reward_scale", self.reward_scale, example=1.0)
 
-    @property
     def _steps(self) -> SegmentOptions:
         """One step of the policy on all of a period."""
         return SegmentOptions(self.period, 1, self.period, self.learning_rate, self.hidden)
@@ -79,4 +78,4 @@ class Learner:
         )
         agent = inner_policy(spec, policy, "epg", self.hidden, loss.needs, log_std=self.log_std)
         value = ValuePasses(self.value_epochs, self.minibatch, self.value_learning_rate)
-        return SegmentLearner(agent, self._steps, self.period, self.normalize, 0.0, value), loss
+        return SegmentLearner(agent, self._steps(), self.period, self.normalize, 0.0, value), loss
