@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from esmeta import kernels
-    from esmeta.evaluate import load
     from esmeta.evaluator import PopulationEvaluator
     from esmeta.evolution.evotorch import evotorch_problem
     from esmeta.policy import make_policy, policy_names, unravel
+    from esmeta.run.evaluate import load
     from esmeta.tasks import make_task, task_names
     from esmeta.tree import ravel
     from esmeta.types import Fitness
@@ -46,7 +46,7 @@ _HOME = {
     "Fitness": "esmeta.types",
     "PopulationEvaluator": "esmeta.evaluator",
     "evotorch_problem": "esmeta.evolution.evotorch",
-    "load": "esmeta.evaluate",
+    "load": "esmeta.run.evaluate",
     "make_policy": "esmeta.policy",
     "make_task": "esmeta.tasks",
     "policy_names": "esmeta.policy",

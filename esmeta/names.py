@@ -21,6 +21,8 @@ from typing import Any, Literal, Union
 from esmeta.errors import UserError, is_number, listed, nearest
 from esmeta.options import plain
 
+SPLITS = ("train", "validation", "test")
+"""Sets of tasks: to learn on, to select on (when to stop, which theta is best), to report on."""
 # kind -> (package that is searched, name of the dataclass in its modules)
 KINDS = {
     "task": ("esmeta.tasks", "Task"),

@@ -32,8 +32,8 @@ def steps() -> dict[str, str]:
     """Theta after a step of every kind of training."""
     from test_presets import tiny
 
-    from esmeta import train
-    from esmeta.comm import SelfComm
+    from esmeta.ranks.comm import SelfComm
+    from esmeta.run import train
     from esmeta.tree import ravel
 
     found = {}

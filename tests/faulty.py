@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from esmeta import comm
 from esmeta.objectives.return_ import ReturnObjective
 from esmeta.policy import Policy
+from esmeta.ranks.launched import comm
 from esmeta.types import Fitness, Params, Reference, Task
 
 _raised: set[int] = set()

@@ -18,13 +18,13 @@ from torch import Tensor
 
 from esmeta import make_policy, make_task
 from esmeta.agent.policy import Need, Policy, published_policy
-from esmeta.comm import SelfComm
 from esmeta.envs.bodies import Noise
 from esmeta.lives import AgentLives
 from esmeta.objectives import metagenrl
 from esmeta.objectives.epg import Objective as Epg
 from esmeta.objectives.return_ import ReturnObjective
 from esmeta.optimizers import ppo
+from esmeta.ranks.comm import SelfComm
 from esmeta.rl.losses import Data
 from esmeta.rl.off_policy import ReplayLearner, ReplayOptions
 from esmeta.rl.on_policy import SegmentLearner, SegmentOptions

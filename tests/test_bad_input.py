@@ -245,7 +245,7 @@ def test_evaluate_exit_code_and_one_line(tmp_path: Path) -> None:
 
 
 def test_evaluate_refuses_in_one_line(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from esmeta import evaluate
+    from esmeta.run import evaluate
 
     for args, words in (
         (["--trials", "0"], "--trials = 0: must be an integer >= 1"),

@@ -18,11 +18,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import esmeta
 from esmeta import capture
 from esmeta.capture import Captured
-from esmeta.comm import SelfComm
 from esmeta.errors import UserError
 from esmeta.kernels import _dispatch
 from esmeta.objectives.return_ import ReturnObjective
 from esmeta.optimizers import a2c, ppo
+from esmeta.ranks.comm import SelfComm
 from esmeta.rng import Rng
 from esmeta.tree import leaves_of
 from esmeta.types import Params

@@ -15,10 +15,10 @@ import pytest
 import torch
 from tiny_runs import overrides, write_preset
 
-from esmeta import comm as comm_module
-from esmeta.comm import SelfComm, make_comm
 from esmeta.errors import UserError
-from esmeta.ranks import launched_ranks, local_rank, speaks
+from esmeta.ranks.comm import SelfComm, make_comm
+from esmeta.ranks.launched import comm as comm_module
+from esmeta.ranks.launched import launched_ranks, local_rank, speaks
 
 ROOT = Path(__file__).resolve().parent.parent
 _BESIDE = Path(sys.executable).parent / "mpirun"
@@ -246,7 +246,7 @@ def test_local_rank() -> None:
 def test_one_process_needs_no_mpi4py() -> None:
     code = (
         "import sys; sys.modules['mpi4py'] = None\n"
-        "from esmeta.comm import make_comm, SelfComm\n"
+        "from esmeta.ranks.comm import make_comm, SelfComm\n"
         "assert isinstance(make_comm(), SelfComm)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, env=clean_env())

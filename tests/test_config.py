@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from esmeta import config, errors, names
+from esmeta import errors, names
 from esmeta.errors import UserError
+from esmeta.run import config
 
 OUTSIDE = """
 from __future__ import annotations
@@ -380,7 +381,7 @@ def test_importing_config_is_light() -> None:
         import sys, importlib.util as u, types
         package = types.ModuleType("esmeta"); package.__path__ = [sys.argv[1]]
         sys.modules["esmeta"] = package
-        import esmeta.config
+        import esmeta.run.config
         heavy = {"torch", "numpy", "tomli_w", "rich", "mpi4py", "tensorboard"} & set(sys.modules)
         assert not heavy, heavy
     """)

@@ -17,12 +17,12 @@ from gymnasium import spaces
 from tiny_runs import overrides, run_here
 
 import esmeta
-from esmeta import evaluate
-from esmeta.cli import simulators_closed
 from esmeta.envs._contract import Contract
 from esmeta.errors import EnvError, EnvFailure, UserError, keep_traceback
-from esmeta.record import load_theta
 from esmeta.rng import Rng
+from esmeta.run import evaluate
+from esmeta.run.cli import simulators_closed
+from esmeta.run.record import load_theta
 from esmeta.tasks import make_task
 
 OBS = np.zeros(3, np.float32)
@@ -409,7 +409,7 @@ def test_rewards_that_are_finite_but_huge_end_no_run_as_a_bug(
 def test_an_environment_that_changes_the_working_directory_moves_no_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from esmeta import train
+    from esmeta.run import train
 
     def away() -> tuple:
         os.chdir(tmp_path / "elsewhere")

@@ -18,13 +18,13 @@ from gymnasium import spaces
 from torch import Tensor
 
 import esmeta
-from esmeta import config as configs
-from esmeta import train
 from esmeta.envs.remote import RemoteTask
 from esmeta.errors import EnvFailure, UserError
 from esmeta.objectives.return_ import Objective
 from esmeta.optimizers.nres import Optimizer as Nres
 from esmeta.rng import Rng
+from esmeta.run import config as configs
+from esmeta.run import train
 from esmeta.tasks import SPLITS, make_task
 from esmeta.types import Discrete, Hosted, Tasks
 

@@ -18,7 +18,7 @@ from conftest import OPEN_MPI, ROOT, environment, find_mpirun, kill_leftovers, w
 from faulty_env import VARIABLE
 from tiny_runs import final_hash, overrides, run_here, summary, write_preset
 
-from esmeta.record import read_metrics
+from esmeta.run.record import read_metrics
 
 pytestmark = pytest.mark.mpi
 slow = pytest.mark.slow

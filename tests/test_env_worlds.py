@@ -18,16 +18,17 @@ from gymnasium import spaces
 from tiny_runs import overrides, run_here, summary
 
 import esmeta
-from esmeta import config as configs
-from esmeta import errors, evaluate, learn, train
+from esmeta import errors
 from esmeta.analysis.pictures import run_trial
 from esmeta.envs import _worlds
 from esmeta.envs.gymnasium_api import TaskEnv, TaskVectorEnv
 from esmeta.errors import EnvFailure, UserError
 from esmeta.evaluator import PopulationEvaluator
 from esmeta.objectives.return_ import Objective
-from esmeta.record import read_metrics
 from esmeta.rng import Rng
+from esmeta.run import config as configs
+from esmeta.run import evaluate, learn, train
+from esmeta.run.record import read_metrics
 from esmeta.tasks import make_task
 
 

@@ -14,12 +14,12 @@ from conftest import ROOT
 from test_bad_input import assert_says
 from tiny_runs import final_hash, overrides, run_here
 
-from esmeta import config as configs
-from esmeta import evaluate, report, train
 from esmeta.analysis import losses
 from esmeta.errors import UserError
 from esmeta.objectives.epg import EpgObjective
 from esmeta.rl.losses import PolicyGradient
+from esmeta.run import config as configs
+from esmeta.run import evaluate, report, train
 from esmeta.tree import ravel
 
 AGENTS = (

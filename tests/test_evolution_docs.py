@@ -11,8 +11,8 @@ from conftest import ROOT
 from searches import Objective, run, solo, sphere, start
 from tiny_runs import run_here, write_preset
 
-from esmeta import config
 from esmeta.optimizers import evotorch_snes, openes, pgpe, sepcma, snes
+from esmeta.run import config
 
 PAGE = (ROOT / "docs" / "evolution.md").read_text(encoding="utf-8")
 NAMED = set(re.findall(r"`([a-z_0-9]+)`", PAGE))

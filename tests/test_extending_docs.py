@@ -21,9 +21,10 @@ from conftest import ROOT
 from torch import Tensor
 
 import esmeta
-from esmeta import learn, names
+from esmeta import names
 from esmeta.objectives.return_ import ReturnObjective
 from esmeta.rng import Rng
+from esmeta.run import learn
 
 PAGE = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
 FILES = dict(re.findall(r"```(?:python|toml)\n# (\S+)\n(.*?)```", PAGE, re.DOTALL))

@@ -22,10 +22,10 @@ from fault_runs import GENERATIONS, fail_and_resume, uninterrupted
 from test_resume import Job
 from tiny_runs import final_hash, overrides, run_here, summary, write_preset
 
-from esmeta.comm import SelfComm
 from esmeta.errors import UserError
-from esmeta.record import load_checkpoint, read_metrics
-from esmeta.watch import Idle, TimeLimit
+from esmeta.ranks.comm import SelfComm
+from esmeta.run.record import load_checkpoint, read_metrics
+from esmeta.run.watch import Idle, TimeLimit
 
 needs_mpirun = pytest.mark.skipif(find_mpirun() is None, reason="no mpirun")
 
@@ -85,7 +85,7 @@ def test_collectives_know_where_the_run_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, label: str
 ) -> None:
     comm = SelfComm()
-    monkeypatch.setattr("esmeta.comm.make_comm", lambda seconds: comm)
+    monkeypatch.setattr("esmeta.ranks.comm.make_comm", lambda seconds: comm)
     less = overrides("run.evaluate_every=0")
     limits: list[float] = []
     plain = TimeLimit.in_step

@@ -14,15 +14,15 @@ from torch import Tensor
 
 from esmeta import rollout as loop
 from esmeta.agent import heads
-from esmeta.comm import SelfComm
 from esmeta.errors import EnvError, UserError
 from esmeta.objectives.return_ import ReturnObjective
 from esmeta.optimizers import _gradient as pg
 from esmeta.optimizers import a2c, openes, ppo
 from esmeta.policy import Policy, make_policy
+from esmeta.ranks.comm import SelfComm
 from esmeta.rl.steppers import Adam
 from esmeta.rng import Rng
-from esmeta.scoring import summary
+from esmeta.summary import summary
 from esmeta.tasks import make_task
 from esmeta.tree import ravel
 from esmeta.types import Continuous, Params, Reference, Spec, Task, Tasks, TimeStep

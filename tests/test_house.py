@@ -18,7 +18,6 @@ LAYERS = [
         "types",
         "rng",
         "tree",
-        "config",
         "names",
         "older",
         "errors",
@@ -28,21 +27,21 @@ LAYERS = [
         "capture",
     },
     {"kernels"},
-    {"agent", "ranks", "comm", "transport", "wire"},
+    {"agent", "ranks", "comm"},
     {"policy"},
     {"envs", "tasks"},
     {"rl", "rollout"},
-    {"evaluator", "lives", "learners", "scoring"},
+    {"evaluator", "lives", "learners", "summary"},
     {"evolution"},
     {"objectives", "optimizers"},
-    {"terminal", "lock", "record", "progress", "analysis", "watch", "cli", "provenance", "hosts"},
-    {"parts", "train", "evaluate", "report", "launch", "learn"},
+    {"run", "analysis"},
+    {"train", "evaluate", "report", "launch", "learn"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 # Composition roots and the hosts that own a device; everything else follows its inputs.
 MAY_CHOOSE_DEVICE = {
-    "esmeta/parts.py",
+    "esmeta/run/parts.py",
     "esmeta/evaluator.py",
     "esmeta/envs/gym.py",
     "esmeta/envs/remote.py",
@@ -292,7 +291,7 @@ def test_the_layer_check_sees_what_it_should(tmp_path, monkeypatch):
     path.parent.mkdir(parents=True)
     path.write_text(
         "from typing import TYPE_CHECKING\n"
-        "if TYPE_CHECKING:\n    from esmeta.train import hidden\nelse:\n    import esmeta.tree\n"
+        "if TYPE_CHECKING:\n    from esmeta.run import hidden\nelse:\n    import esmeta.tree\n"
         "from ..kernels import a\nfrom . import b\n"
         "def f():\n    from esmeta import rollout\n",
         encoding="utf-8",

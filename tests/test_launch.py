@@ -16,9 +16,9 @@ from faulty import VARIABLE
 from test_bad_input import command
 from tiny_runs import final_hash, overrides, run_here, summary, write_preset
 
-from esmeta import hosts, launch
 from esmeta.errors import UserError
-from esmeta.record import load_checkpoint, read_metrics
+from esmeta.run import hosts, launch
+from esmeta.run.record import load_checkpoint, read_metrics
 
 # Stands for mpirun: notes how it was called, and ends as the next line of a file says.
 FAKE = """

@@ -16,8 +16,8 @@ import pytest
 from conftest import environment, wait_for
 from tiny_runs import write_preset
 
-from esmeta import hosts, launch
-from esmeta.hosts import FirstEnd
+from esmeta.run import hosts, launch
+from esmeta.run.hosts import FirstEnd
 
 # Stands for mpirun: notes which of the processes that earlier starts left are still there, leaves
 # two more (one deaf to SIGTERM; one that is done in a moment), and ends as a file says.

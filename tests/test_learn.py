@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from esmeta import learn, names
+from esmeta import names
+from esmeta.run import learn
 
 SHORT = {
     "ppo": ["learner.period=20", "learner.minibatch=10", "learner.epochs=2"],

@@ -13,9 +13,9 @@ import torch
 from conftest import ROOT
 from lived import window
 
-from esmeta import config, learn
 from esmeta.rl.replay import Over, Replay
 from esmeta.rng import Rng
+from esmeta.run import config, learn
 from esmeta.types import Continuous, Spec
 
 PAGE = (ROOT / "docs" / "learned-losses.md").read_text(encoding="utf-8")

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from esmeta import evaluate, train
 from esmeta.evaluator import PopulationEvaluator
+from esmeta.run import evaluate, train
 from esmeta.types import Fitness
 
 

@@ -11,9 +11,10 @@ import pytest
 import torch
 from tiny_runs import overrides, run_here, write_preset
 
-from esmeta import evaluate, make_policy
+from esmeta import make_policy
 from esmeta.errors import UserError
 from esmeta.rng import Rng
+from esmeta.run import evaluate
 from esmeta.tasks import make_task
 
 torch.set_num_threads(1)

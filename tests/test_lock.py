@@ -21,16 +21,16 @@ from conftest import environment, wait_for
 from test_record import make_config, saved_run, theta
 from tiny_runs import files, overrides, run_here, write_preset
 
-from esmeta import lock as locks
 from esmeta.errors import UserError
-from esmeta.lock import Holder, RunLock
-from esmeta.record import RunDir, read_metrics
+from esmeta.run import lock as locks
+from esmeta.run.lock import Holder, RunLock
+from esmeta.run.record import RunDir, read_metrics
 
 # Says when it has the lock, and does what it is told by the next line or the end of its stdin.
 HOLD = """
 import sys
 from pathlib import Path
-from esmeta.lock import RunLock
+from esmeta.run.lock import RunLock
 lock = RunLock(Path(sys.argv[1]))
 print("taken", flush=True)
 {}
@@ -356,7 +356,7 @@ def test_the_lock_is_held_until_all_is_written_and_gone_after_a_failure(
     preset = write_preset(tmp_path)
     for name in ("report", "Trainer._step"):
         with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="in the middle"):
-            patch.setattr(f"esmeta.train.{name}", fails)
+            patch.setattr(f"esmeta.run.train.{name}", fails)
             run_here(preset, "--out", tmp_path / "run")
         assert held[-1] and not (tmp_path / "run" / "run.lock").exists()
         shutil.rmtree(tmp_path / "run")

@@ -9,18 +9,18 @@ import torch
 from test_epg import SMALL
 from torch import Tensor
 
-from esmeta import config as configs
-from esmeta import train
 from esmeta.agent.policy import PolicyConfig
 from esmeta.agent.recurrent import Gru
-from esmeta.comm import SelfComm
 from esmeta.learners import ppo as by_ppo
 from esmeta.lives import AgentLives
 from esmeta.objectives.return_ import ReturnObjective
 from esmeta.optimizers import a2c, ppo
 from esmeta.options import options_class
 from esmeta.policy import metods, rl2
+from esmeta.ranks.comm import SelfComm
 from esmeta.rng import Rng
+from esmeta.run import config as configs
+from esmeta.run import train
 from esmeta.tasks import make_task
 from esmeta.types import Params, State
 

@@ -18,13 +18,13 @@ from test_bad_input import assert_says
 from test_metagenrl_runs import SMALL
 from tiny_runs import overrides, run_here
 
-from esmeta import config as configs
-from esmeta import evaluate, learn, train
-from esmeta.comm import SelfComm
 from esmeta.errors import UserError
 from esmeta.lives import AgentLives, Life
 from esmeta.objectives.metagenrl import MetaGenRLObjective
+from esmeta.ranks.comm import SelfComm
 from esmeta.rl.diary import Scores
+from esmeta.run import config as configs
+from esmeta.run import evaluate, learn, train
 from esmeta.tasks import make_task
 from esmeta.tree import ravel
 

@@ -12,14 +12,14 @@ from conftest import ROOT
 from test_bad_input import assert_says
 from tiny_runs import final_hash, overrides, run_here
 
-from esmeta import config as configs
-from esmeta import train
 from esmeta.analysis import objectives
-from esmeta.comm import SelfComm
 from esmeta.errors import UserError
 from esmeta.objectives.metagenrl import MetaGenRLObjective
-from esmeta.record import load_theta
+from esmeta.ranks.comm import SelfComm
 from esmeta.rng import Rng
+from esmeta.run import config as configs
+from esmeta.run import train
+from esmeta.run.record import load_theta
 from esmeta.tree import ravel
 
 SMALL = (

@@ -69,8 +69,8 @@ def test_first_use_under_other_defaults_leaves_nothing_behind() -> None:
 def test_training_inside_inference_mode_is_refused() -> None:
     from test_presets import tiny
 
-    from esmeta import train
-    from esmeta.comm import SelfComm
+    from esmeta.ranks.comm import SelfComm
+    from esmeta.run import train
 
     parts = train.build(tiny("harlow-ppo"))
     with torch.inference_mode(), pytest.raises(UserError, match=r"write torch\.no_grad"):

@@ -11,12 +11,13 @@ import pytest
 import torch
 
 import esmeta
-from esmeta import config, errors, names
+from esmeta import errors, names
 from esmeta.errors import UserError
 from esmeta.kernels import plastic_scan
 from esmeta.names import check_options
 from esmeta.options import options_class, plain
 from esmeta.rng import Rng
+from esmeta.run import config
 from esmeta.tasks import make_task, task_numbers
 from esmeta.types import Continuous, Discrete, Reference, Spec
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from test_metagenrl_runs import after, parts
 
-from esmeta import config as configs
-from esmeta import train
-from esmeta.comm import SelfComm
+from esmeta.ranks.comm import SelfComm
 from esmeta.rl.replay import Replay
+from esmeta.run import config as configs
+from esmeta.run import train
 from esmeta.tree import ravel
 from esmeta.types import State
 

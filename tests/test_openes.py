@@ -19,13 +19,13 @@ from searches import (
 )
 from torch import Tensor
 
-from esmeta import config as configs
-from esmeta.comm import SelfComm
 from esmeta.evolution.noise import Noise, pair_noise
 from esmeta.evolution.population import Draws
 from esmeta.evolution.scores import Stopwatch
 from esmeta.optimizers import openes
+from esmeta.ranks.comm import SelfComm
 from esmeta.rng import Rng
+from esmeta.run import config as configs
 
 torch.set_num_threads(1)
 

@@ -20,9 +20,10 @@ from test_epg import objective as epg_objective
 from test_metagenrl_runs import parts as metagenrl_parts
 from torch import Tensor
 
-from esmeta import config as configs
-from esmeta import learn, names, train
+from esmeta import names
 from esmeta.rng import Rng
+from esmeta.run import config as configs
+from esmeta.run import learn, train
 from esmeta.tasks import make_task
 from esmeta.types import Fitness, Params, State, TimeStep
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 from tiny_runs import overrides, run_here, summary, write_preset
 
-from esmeta import config as configs
-from esmeta import evaluate, learn
-from esmeta.record import read_metrics
+from esmeta.run import config as configs
+from esmeta.run import evaluate, learn
+from esmeta.run.record import read_metrics
 
 
 def flags(parser: argparse.ArgumentParser) -> set[str]:
@@ -153,7 +153,7 @@ def ran(folder: Path, *given: str) -> dict[str, Any]:
     facts, lines = summary(out), read_metrics(out)
     known = {"steps", "stopped_by", "restarts", "theta_sha256", "threads", "device"}
     previous = out / "checkpoint" / "previous.ckpt"
-    from esmeta.record import _read_checkpoint
+    from esmeta.run.record import _read_checkpoint
 
     found = {k: v for k, v in facts.items() if k in known}
     found["previous"] = _read_checkpoint(previous).step if previous.exists() else None

@@ -14,11 +14,12 @@ from searches import RankComm, on_ranks, solo
 from test_metagenrl_runs import SMALL
 from tiny_runs import PRESET
 
-from esmeta import config as configs
-from esmeta import older, record, train, watch
-from esmeta.record import NullRun, RunDir, load_checkpoint, load_theta, read_metrics
+from esmeta import older
 from esmeta.rng import Rng
-from esmeta.train import Counters, Parts, Trainer
+from esmeta.run import config as configs
+from esmeta.run import record, train, watch
+from esmeta.run.record import NullRun, RunDir, load_checkpoint, load_theta, read_metrics
+from esmeta.run.train import Counters, Parts, Trainer
 from esmeta.tree import theta_sha256
 
 NEVER = SimpleNamespace(wanted=False)

@@ -101,7 +101,8 @@ def test_sdist_is_complete(built):
 
 def test_installed_wheel_works_anywhere(installed, user_folder):
     code = (
-        "import esmeta, esmeta.config as c; print(esmeta.__file__); names = esmeta.task_names();"
+        "import esmeta, esmeta.run.config as c; print(esmeta.__file__);"
+        "names = esmeta.task_names();"
         "print(*names); print(*c.preset_names()); [esmeta.make_task(n) for n in names[:3]];"
         "import esmeta.tasks.harlow as h; print(h.__file__)"
     )

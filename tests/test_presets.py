@@ -12,9 +12,10 @@ import pytest
 import torch
 from conftest import ROOT
 
-from esmeta import config as configs
-from esmeta import names, train
-from esmeta.comm import SelfComm
+from esmeta import names
+from esmeta.ranks.comm import SelfComm
+from esmeta.run import config as configs
+from esmeta.run import train
 from esmeta.tree import ravel, size_of
 
 PRESETS = sorted(path.stem for path in (ROOT / "runs" / "presets").glob("*.toml"))

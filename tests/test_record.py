@@ -20,12 +20,13 @@ import tomli_w
 import torch
 from tiny_runs import overrides, run_here
 
-from esmeta import config, progress, record, wire
-from esmeta.comm import SelfComm
 from esmeta.errors import UserError
-from esmeta.record import NullRun, RunDir, load_checkpoint, load_theta
+from esmeta.ranks import wire
+from esmeta.ranks.comm import SelfComm
+from esmeta.ranks.wire import decode, encode, share
+from esmeta.run import config, progress, record
+from esmeta.run.record import NullRun, RunDir, load_checkpoint, load_theta
 from esmeta.tree import theta_sha256
-from esmeta.wire import decode, encode, share
 
 
 def make_config(seed: int = 0, tensorboard: bool = False, **options: Any) -> config.Config:

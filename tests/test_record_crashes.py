@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from test_record import equal, make_config, saved_run, theta
 
-from esmeta.record import RunDir, load_checkpoint
+from esmeta.run.record import RunDir, load_checkpoint
 
 Files = dict[str, bytes]
 

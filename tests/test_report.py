@@ -18,10 +18,11 @@ import torch
 from PIL import Image
 
 import esmeta
-from esmeta import config as configs
-from esmeta import names, report, train
+from esmeta import names
 from esmeta.analysis import groups, page, pictures, plots, series, trials
 from esmeta.errors import UserError
+from esmeta.run import config as configs
+from esmeta.run import report, train
 from esmeta.types import Reference
 
 # The runs that all of these look at are made once.
@@ -215,7 +216,7 @@ def test_help_is_fast_and_flags_are_frozen(run_cli):
     assert flags == {"-h", "--help", "--out", "--picture", "--trial", "--film"}
     done = run_cli("--help", module="esmeta.report")
     assert done.returncode == 0 and "--picture" in done.stdout
-    code = "import sys, esmeta.report as r; r.parser().format_help(); "
+    code = "import sys, esmeta.run.report as r; r.parser().format_help(); "
     code += "print({'torch', 'numpy', 'matplotlib', 'PIL'} & set(sys.modules))"
     root = Path(report.__file__).parents[1]
     found = subprocess.run(

@@ -16,8 +16,8 @@ import pytest
 from conftest import OPEN_MPI, environment, find_mpirun, kill_leftovers, marked, wait_for
 from tiny_runs import final_hash, overrides, run_here, summary, write_preset
 
-from esmeta.record import load_checkpoint, read_metrics
-from esmeta.train import EXIT_STOPPED
+from esmeta.run.record import load_checkpoint, read_metrics
+from esmeta.run.train import EXIT_STOPPED
 
 OPTIMIZERS = {
     "openes": ["optimizer.weight_decay=0.01", "optimizer.sigma_decay=0.9"],

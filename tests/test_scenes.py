@@ -16,12 +16,12 @@ from PIL import Image
 from test_report import make_run
 
 import esmeta
-from esmeta import report
 from esmeta.analysis import pictures
 from esmeta.envs import gymnasium_api
 from esmeta.envs.scenes import HEIGHT, WIDTH, Scene, choose_view
 from esmeta.errors import UserError
 from esmeta.rng import Rng
+from esmeta.run import report
 from esmeta.tasks import make_task, renderer
 
 SCALE = 16

@@ -12,11 +12,12 @@ import pytest
 import torch
 
 import esmeta
-from esmeta import config as configs
-from esmeta import evaluate, scoring, train
 from esmeta.options import for_json
-from esmeta.record import read_metrics
 from esmeta.rng import Rng
+from esmeta.run import config as configs
+from esmeta.run import evaluate, scoring, train
+from esmeta.run.record import read_metrics
+from esmeta.summary import linked, summary
 from esmeta.tasks import SPLITS, aids, make_task, published, task_groups, task_names
 
 SPLIT_IN_KIND = {  # tasks whose splits differ in more than their random stream
@@ -125,18 +126,18 @@ def test_a_mixture_is_validated_on_its_training_parts() -> None:
 
 def test_standard_error_over_groups() -> None:
     values = torch.tensor([math.nan, 1.0, 3.0, 5.0, 7.0])
-    alone = scoring.summary(values)
-    assert alone == scoring.summary(values, torch.arange(5))
+    alone = summary(values)
+    assert alone == summary(values, torch.arange(5))
     assert (alone.mean, alone.trials, alone.independent) == (4.0, 4, 4)
     assert alone.sd == pytest.approx(math.sqrt(20 / 3))
     assert alone.se == pytest.approx(alone.sd / 2)
     # Twins: the means 2 and 6 of two groups, (6 - 2) / 2.
-    twins = scoring.summary(values, torch.tensor([0, 1, 1, 2, 2]))
+    twins = summary(values, torch.tensor([0, 1, 1, 2, 2]))
     assert (twins.mean, twins.sd, twins.independent) == (alone.mean, alone.sd, 2)
     assert twins.se == pytest.approx(2.0)
     # What cancels over twins is no noise.
-    assert scoring.summary(torch.tensor([1.0, -1.0, 2.0, -2.0]), torch.tensor([0, 0, 1, 1])).se == 0
-    one = scoring.summary(values, torch.zeros(5, dtype=torch.int64))
+    assert summary(torch.tensor([1.0, -1.0, 2.0, -2.0]), torch.tensor([0, 0, 1, 1])).se == 0
+    one = summary(values, torch.zeros(5, dtype=torch.int64))
     assert one.independent == 1 and math.isnan(one.se)
 
 
@@ -145,16 +146,16 @@ def test_the_error_over_groups_is_that_of_repeated_draws() -> None:
     shared = torch.randn(2000, 40, 1, generator=generator)
     values = (shared + 0.5 * torch.randn(2000, 40, 3, generator=generator)).flatten(1)
     groups = torch.arange(120) // 3
-    found = torch.tensor([scoring.summary(row, groups).se for row in values])
+    found = torch.tensor([summary(row, groups).se for row in values])
     assert float(found.mean()) == pytest.approx(float(values.mean(1).std()), rel=0.05)
-    naive = torch.tensor([scoring.summary(row).se for row in values[:50]])
+    naive = torch.tensor([summary(row).se for row in values[:50]])
     assert float(naive.mean()) < 0.75 * float(found.mean())
 
 
 def test_labels_that_overlap_are_one_group() -> None:
     rows = torch.tensor([0, 0, 1, 1, 2, 2, 3]), torch.tensor([9, 8, 8, 7, 6, 6, 5])
-    assert scoring.linked(*rows).tolist() == [0, 0, 0, 0, 4, 4, 6]
-    assert scoring.linked(rows[0]).tolist() == [0, 0, 2, 2, 4, 4, 6]
+    assert linked(*rows).tolist() == [0, 0, 0, 0, 4, 4, 6]
+    assert linked(rows[0]).tolist() == [0, 0, 2, 2, 4, 4, 6]
 
 
 def test_which_trials_of_a_task_share_randomness() -> None:

@@ -310,7 +310,7 @@ def test_bad_options_are_refused(make: str, options: dict[str, Any], words: str)
 HASHES = """
 import importlib, sys
 import torch
-from esmeta.comm import SelfComm
+from esmeta.ranks.comm import SelfComm
 from esmeta.rng import Rng
 from esmeta.tree import theta_sha256
 from esmeta.types import Fitness

@@ -14,11 +14,11 @@ from test_epg import AGENTS
 from tiny_runs import final_hash, overrides, run_here
 
 import esmeta
-from esmeta import config as configs
-from esmeta import evaluate, train
-from esmeta.comm import SelfComm
 from esmeta.errors import UserError
+from esmeta.ranks.comm import SelfComm
 from esmeta.rng import Rng
+from esmeta.run import config as configs
+from esmeta.run import evaluate, train
 from esmeta.tasks import displacement  # pyright: ignore[reportAttributeAccessIssue]
 from esmeta.tasks.mixed import Task
 from esmeta.tree import leaves_of, ravel, with_leaves

@@ -13,9 +13,9 @@ import pytest
 from conftest import environment, wait_for
 from tiny_runs import overrides, run_here, summary, write_preset
 
-from esmeta import terminal
-from esmeta.record import load_checkpoint, read_metrics
-from esmeta.watch import Stop
+from esmeta.run import terminal
+from esmeta.run.record import load_checkpoint, read_metrics
+from esmeta.run.watch import Stop
 
 LESS = overrides("run.tensorboard=false", "budget.generations=3")
 
@@ -49,7 +49,7 @@ def shell(folder: Path, script: str, **env: str) -> tuple[int, str, str]:
     ],
 )
 def test_spelling(encoding: str, text: str, seen: bytes) -> None:
-    code = f"from esmeta.terminal import prepare_streams as p\np(); p(); print({text!r})"
+    code = f"from esmeta.run.terminal import prepare_streams as p\np(); p(); print({text!r})"
     words = [sys.executable, "-c", code]
     done = subprocess.run(
         words, env=environment({"PYTHONIOENCODING": encoding}), capture_output=True
@@ -103,7 +103,7 @@ def test_an_error_that_nobody_reads_keeps_its_code(finished: Path) -> None:
 def test_a_disk_that_is_full_is_told() -> None:
     if not Path("/dev/full").exists():
         pytest.skip("no device that is always full")
-    code = "from esmeta.terminal import prepare_streams as p\np(); print(1, flush=True)"
+    code = "from esmeta.run.terminal import prepare_streams as p\np(); print(1, flush=True)"
     done = subprocess.run(
         [sys.executable, "-c", f"{code}"],
         env=environment(None),

@@ -18,9 +18,9 @@ from conftest import ROOT, environment
 from tiny_runs import final_hash, overrides, run_here, summary, write_preset
 
 import esmeta
-from esmeta import config as configs
-from esmeta import evaluate, launch, train
-from esmeta.record import load_checkpoint, load_theta, read_metrics
+from esmeta.run import config as configs
+from esmeta.run import evaluate, launch, train
+from esmeta.run.record import load_checkpoint, load_theta, read_metrics
 from esmeta.tree import theta_sha256
 
 NATIVE = ["openes", "nres", "pes", "pgpe", "snes", "sepcma"]
@@ -281,7 +281,7 @@ def test_a_task_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 GENERATIONS = 12
 MANY = f"""
 import sys
-from esmeta import train
+from esmeta.run import train
 train.report = lambda *_: None  # scores and a picture of what was learned, by one rank
 preset, prefix, *names = sys.argv[1:]
 for name in names:
@@ -335,7 +335,7 @@ import resource
 import torch
 torch.set_num_threads(1)
 import esmeta
-from esmeta.cli import prepare_process
+from esmeta.run.cli import prepare_process
 task = esmeta.make_task("harlow", horizon=60)
 policy = esmeta.make_policy("metods", task.spec, neurons=12, depth=2)
 evaluator = esmeta.PopulationEvaluator(policy, task, trials=16, chunk=256)

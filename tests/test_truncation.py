@@ -14,9 +14,9 @@ from gymnasium import spaces
 from esmeta import make_policy, make_task
 from esmeta import rollout as loop
 from esmeta.agent.policy import published_policy
-from esmeta.comm import SelfComm
 from esmeta.objectives.return_ import ReturnObjective
 from esmeta.optimizers import ppo
+from esmeta.ranks.comm import SelfComm
 from esmeta.rl.losses import Data, PolicyGradient
 from esmeta.rng import Rng
 from esmeta.types import TimeStep

@@ -7,7 +7,7 @@ import signal
 import sys
 from pathlib import Path
 
-from esmeta import train
+from esmeta.run import train
 
 PRESET = """
 [task]

@@ -15,7 +15,7 @@ from evotorch.algorithms import SNES
 from evotorch.logging import StdOutLogger
 
 import esmeta
-from esmeta.comm import install_excepthook, make_comm
+from esmeta.ranks.comm import install_excepthook, make_comm
 from esmeta.tree import theta_sha256
 
 

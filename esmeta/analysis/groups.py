@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from esmeta import config as configs
 from esmeta import older
 from esmeta.analysis.series import Series, common_end, from_rows, over_seeds
 from esmeta.errors import UserError
-from esmeta.scoring import scored_config, variant
+from esmeta.run import config as configs
+from esmeta.run.scoring import scored_config, variant
 from esmeta.types import Reference
 
 _NUMBERED = re.compile(r"(.+)_(\d+)")
@@ -140,7 +140,7 @@ class Group:
 
 def read_run(path: Path) -> RunData:
     """Read a run directory that esmeta.train wrote."""
-    from esmeta.record import written_lines
+    from esmeta.run.record import written_lines
 
     if not (path / "config.toml").is_file():
         raise UserError(

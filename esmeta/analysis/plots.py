@@ -166,7 +166,7 @@ def learning_curve(runs: Sequence[Path], out: Path, reference: Reference) -> Pat
     seeds for several), training return (thin), the reference scores, and where the task has them
     accuracy per presentation or success in a second panel. Returns the path of the PNG.
     """
-    from esmeta.record import read_metrics
+    from esmeta.run.record import read_metrics
 
     logs = [read_metrics(run) for run in runs]
     title, names = _second_metrics(logs)

@@ -43,7 +43,7 @@ def from_rows(rows: Sequence[dict[str, Any]], metric: str, x: str) -> Series:
 
 def read(run: Path, metric: str, x: str) -> Series:
     """``metric`` of a run directory against ``x`` (``env_steps``, ``seconds`` or ``step``)."""
-    from esmeta.record import read_metrics
+    from esmeta.run.record import read_metrics
 
     return from_rows(read_metrics(run), metric, x)
 

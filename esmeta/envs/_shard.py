@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from esmeta.comm import MPIComm
+from esmeta.ranks.comm import MPIComm
 from esmeta.rng import Rng
 from esmeta.types import BatchedEnv, Discrete, Hosted, Spec, Task, Tasks, TimeStep
 

@@ -23,15 +23,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from esmeta.comm import EXIT_USER_ERROR, MPIComm
 from esmeta.envs._shard import Shard
 from esmeta.errors import EnvError, EnvFailure, UserError
+from esmeta.ranks.comm import EXIT_USER_ERROR, MPIComm
+from esmeta.ranks.transport import poll
+from esmeta.ranks.wire import share
 from esmeta.rng import Rng
 from esmeta.sharing import HostedState, Turn, check_newest, one_at_a_time
 from esmeta.tasks import aids, published, task_groups
-from esmeta.transport import poll
 from esmeta.types import Reference, Spec, Task, Tasks, TimeStep
-from esmeta.wire import share
 
 _MAKE, _RESET, _STEP, _SCORE, _SEND_SCORES, _CLOSE = range(1, 7)
 _NAMES = {_MAKE: "make_env", _RESET: "reset", _STEP: "step", _SCORE: "metrics", _CLOSE: "close"}
@@ -53,7 +53,7 @@ class Node:
     """The ranks of one machine. Rank 0 of them learns, and asks the others to serve.
 
     Args:
-        comm: :class:`esmeta.comm.MPIComm` of all ranks of the job, which must all make a Node.
+        comm: :class:`esmeta.ranks.comm.MPIComm` of all ranks of the job; all must make a Node.
         limit_s: how long (seconds) a rank that serves waits for the learner.
         stop_wanted: whether this rank was told to stop; a learner is told so by those that serve.
     """

@@ -46,8 +46,8 @@ def evotorch_problem(
     Args:
         evaluator: what scores members ``[P, D]``.
         comm: ranks that replicate the search, each evaluating its part of every batch, such as
-            ``esmeta.comm.make_comm()``; all must run the same searcher with the same ``seed``, and
-            raise if they drift apart. Loggers belong on rank 0 only.
+            ``esmeta.ranks.comm.make_comm()``; all must run the same searcher with the same
+            ``seed``, and raise if they drift apart. Loggers belong on rank 0 only.
         seed: of the tasks and of the problem's own random generator.
     """
     seed = plain(seed)

@@ -26,7 +26,7 @@ from esmeta.options import options_class
 from esmeta.rl.losses import Loss, Mixture, PolicyGradient
 from esmeta.rl.on_policy import SegmentLearner, SegmentOptions
 from esmeta.rng import Rng
-from esmeta.scoring import linked
+from esmeta.summary import linked
 from esmeta.tasks import aid, single, task_groups
 from esmeta.tree import shapes_of, size_of
 from esmeta.types import Fitness, Params, Reference, State, Task

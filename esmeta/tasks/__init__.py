@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from esmeta import names
-from esmeta.config import SPLITS
 from esmeta.errors import UserError
+from esmeta.names import SPLITS
 from esmeta.options import plain
 
 if TYPE_CHECKING:

@@ -51,7 +51,7 @@ import mujoco  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
-from esmeta.cli import prepare_process  # noqa: E402
+from esmeta.run.cli import prepare_process  # noqa: E402
 
 # As every training run does; all contenders profit.
 prepare_process()

@@ -19,9 +19,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
-from esmeta import PopulationEvaluator, ravel, train
-from esmeta import config as configs
-from esmeta.comm import SelfComm
+from esmeta import PopulationEvaluator, ravel
+from esmeta.ranks.comm import SelfComm
+from esmeta.run import config as configs
+from esmeta.run import train
 
 KINDS = ("common", "pair", "own")
 _CHUNK = 512  # pairs evaluated at once

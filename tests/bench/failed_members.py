@@ -16,7 +16,7 @@ os.environ.setdefault("EVOTORCH_VERBOSE_LEVEL", "0")
 import torch
 
 from esmeta import names
-from esmeta.comm import SelfComm
+from esmeta.ranks.comm import SelfComm
 from esmeta.rng import Rng
 from esmeta.types import Fitness, Params
 

@@ -120,7 +120,7 @@ def status(key: str) -> float:
 
 def child(preset: str, folder: Path) -> int:
     """Train in this process and leave its memory in ``folder``; runs on every rank."""
-    from esmeta import train
+    from esmeta.run import train
 
     seen: dict[str, Any] = {"rank": 1}
     plain = train.report
@@ -160,7 +160,7 @@ def child(preset: str, folder: Path) -> int:
 
 def start_child(preset: str, folder: Path) -> int:
     """Build everything, meet the other ranks, note the time and leave; runs on every rank."""
-    from esmeta import train
+    from esmeta.run import train
 
     def met(trainer: Any) -> str:
         trainer.comm.barrier()

@@ -30,7 +30,7 @@ from typing import Any
 for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ[name] = "1"
 
-from esmeta.cli import prepare_process  # noqa: E402
+from esmeta.run.cli import prepare_process  # noqa: E402
 
 # As every training run does; all contenders profit.
 prepare_process()

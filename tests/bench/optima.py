@@ -22,7 +22,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 from torch import Tensor
 
-from esmeta.comm import SelfComm
+from esmeta.ranks.comm import SelfComm
 from esmeta.rng import Rng
 from esmeta.types import Fitness, Params
 

@@ -34,7 +34,7 @@ from typing import Any, NamedTuple
 for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ.setdefault(name, "1")
 
-from esmeta.cli import prepare_process  # noqa: E402
+from esmeta.run.cli import prepare_process  # noqa: E402
 
 # As every training run does; all contenders profit.
 prepare_process()

@@ -49,8 +49,8 @@ def play(policy: Any, params: Any, env: BatchedEnv, tasks: Any) -> tuple[float, 
 @torch.no_grad()
 def child(name: str, batch: int, repeats: int) -> None:
     """On every rank: rank 0 measures, the others serve."""
-    from esmeta.comm import MPIComm, install_excepthook, make_comm
     from esmeta.envs.remote import Node
+    from esmeta.ranks.comm import MPIComm, install_excepthook, make_comm
 
     torch.set_num_threads(1)
     comm = make_comm(timeout_s=300)

@@ -45,14 +45,14 @@ FAR = (32, 1024)
 
 def build(preset: str) -> Any:
     """The parts of a preset, one thread."""
-    from esmeta import config, train
+    from esmeta.run import config, train
 
     return train.build(config.resolve(config.load(preset), []))
 
 
 def generations(preset: str, count: int) -> None:
     """Time generations; one line per rank."""
-    from esmeta.comm import make_comm
+    from esmeta.ranks.comm import make_comm
 
     parts, comm = build(preset), make_comm()
     state = parts.state
@@ -77,7 +77,7 @@ def generations(preset: str, count: int) -> None:
 
 def costs(preset: str, repeats: int) -> None:
     """Measure the terms of the model in one process; one line."""
-    from esmeta.comm import SelfComm
+    from esmeta.ranks.comm import SelfComm
     from esmeta.tree import ravel
 
     parts = build(preset)
@@ -119,7 +119,7 @@ def costs(preset: str, repeats: int) -> None:
 
 def collectives(size: int, popsize: int, trials: int, repeats: int) -> None:
     """Median seconds of a generation's collectives together; one line from rank 0."""
-    from esmeta.comm import make_comm
+    from esmeta.ranks.comm import make_comm
 
     comm = make_comm()
     counts = [popsize // comm.size] * comm.size

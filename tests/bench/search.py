@@ -38,7 +38,7 @@ def peak_mb() -> float:
 
 def free_search(names: list[str], size: int, popsize: int, generations: int) -> None:
     """Print a line per search and rank."""
-    from esmeta.comm import make_comm
+    from esmeta.ranks.comm import make_comm
     from esmeta.rng import Rng
 
     torch.set_num_threads(1)
@@ -70,8 +70,8 @@ def free_search(names: list[str], size: int, popsize: int, generations: int) -> 
 
 def preset_share(name: str, generations: int) -> None:
     """Print the share of search in the generations of a preset."""
-    from esmeta import config, train
-    from esmeta.comm import SelfComm
+    from esmeta.ranks.comm import SelfComm
+    from esmeta.run import config, train
 
     parts = train.build(config.resolve(config.load(name), []))
     state = parts.state

@@ -86,7 +86,7 @@ def say(name: str, step: Callable[[], Any], count: int, size: int) -> None:
 
 def ours(size: str, count: int) -> None:
     """esmeta's searches on the ranks of this job."""
-    from esmeta.comm import make_comm
+    from esmeta.ranks.comm import make_comm
     from esmeta.rng import Rng
 
     torch.set_num_threads(1)

@@ -56,7 +56,7 @@ _CACHE = tempfile.TemporaryDirectory(prefix="esmeta-throughput-")
 os.environ["TORCHINDUCTOR_CACHE_DIR"] = _CACHE.name
 os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
 
-from esmeta.cli import prepare_process  # noqa: E402
+from esmeta.run.cli import prepare_process  # noqa: E402
 
 # As every training run does; all contenders profit.
 prepare_process()

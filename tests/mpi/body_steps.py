@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from esmeta import config as configs
-from esmeta import train
-from esmeta.comm import install_excepthook, make_comm
+from esmeta.ranks.comm import install_excepthook, make_comm
+from esmeta.run import config as configs
+from esmeta.run import train
 from esmeta.tree import theta_sha256
 
 comm = make_comm(60.0)

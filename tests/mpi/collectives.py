@@ -11,10 +11,9 @@ import time
 
 import torch
 
-from esmeta import transport
-from esmeta.comm import MPIComm, install_excepthook, make_comm
-from esmeta.ranks import local_rank
-from esmeta.wire import share
+from esmeta.ranks.comm import MPIComm, install_excepthook, make_comm
+from esmeta.ranks.launched import local_rank, transport
+from esmeta.ranks.wire import share
 
 
 def check_gather(comm: MPIComm) -> None:

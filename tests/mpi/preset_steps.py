@@ -9,8 +9,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from test_presets import KINDS, tiny
 
-from esmeta import train
-from esmeta.comm import install_excepthook, make_comm
+from esmeta.ranks.comm import install_excepthook, make_comm
+from esmeta.run import train
 from esmeta.tree import theta_sha256
 
 comm = make_comm(600.0)

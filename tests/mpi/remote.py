@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 import esmeta
-from esmeta.comm import MPIComm, install_excepthook, make_comm
 from esmeta.envs.remote import Node, RemoteEnv
+from esmeta.ranks.comm import MPIComm, install_excepthook, make_comm
 from esmeta.rng import Rng
 from esmeta.types import Discrete, Hosted, Task, Tasks
 

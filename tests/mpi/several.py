@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import sys
 
-from esmeta import train
+from esmeta.run import train
 
 for same, words in itertools.groupby(sys.argv[1:], lambda word: word == "then"):
     if not same:

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from esmeta import comm as comm_module
-from esmeta import train
-from esmeta.transport import Messages
+from esmeta.ranks.launched import comm as comm_module
+from esmeta.ranks.transport import Messages
+from esmeta.run import train
 
 
 class Spy:

@@ -17,7 +17,7 @@ SIMULATORS = ("mujoco", "mujoco_warp")
 
 
 def _git_commit() -> str | None:
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
 

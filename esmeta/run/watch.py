@@ -10,8 +10,8 @@ from collections.abc import Callable
 
 import torch
 
-from esmeta.comm import MPIComm, SelfComm
-from esmeta.terminal import wishes_to_stop
+from esmeta.ranks.comm import MPIComm, SelfComm
+from esmeta.run.terminal import wishes_to_stop
 from esmeta.types import Metrics
 
 START_S = 600.0

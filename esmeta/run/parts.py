@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 from esmeta.errors import UserError
 
 if TYPE_CHECKING:
-    from esmeta.config import Config
     from esmeta.envs.remote import Node
     from esmeta.rng import Rng
+    from esmeta.run.config import Config
     from esmeta.types import Optimizer, Params, RunObjective
 
 
@@ -45,7 +45,7 @@ def build(config: Config, ranks: int = 1, node: Node | None = None) -> Parts:
     import torch
 
     from esmeta.rng import Rng
-    from esmeta.scoring import scored_config
+    from esmeta.run.scoring import scored_config
 
     torch.set_num_threads(config.run.threads)
     device = _device(config.run.device)
@@ -68,7 +68,7 @@ def build(config: Config, ranks: int = 1, node: Node | None = None) -> Parts:
 def _device(name: str) -> str:
     import torch
 
-    from esmeta.ranks import local_rank
+    from esmeta.ranks.launched import local_rank
 
     if name == "cpu":
         return name

@@ -28,17 +28,17 @@ from typing import Any
 
 import torch
 
-from esmeta import config as configuration
 from esmeta import older
-from esmeta.config import Config
 from esmeta.errors import UserError
-from esmeta.lock import NAME as LOCK
-from esmeta.lock import RunLock
 from esmeta.options import for_json
-from esmeta.provenance import compare_simulators, environment, simulators
+from esmeta.ranks.wire import decode, encode
+from esmeta.run import config as configuration
+from esmeta.run.config import Config
+from esmeta.run.lock import NAME as LOCK
+from esmeta.run.lock import RunLock
+from esmeta.run.provenance import compare_simulators, environment, simulators
 from esmeta.tree import theta_sha256
 from esmeta.types import Params
-from esmeta.wire import decode, encode
 
 
 @dataclass(frozen=True)
@@ -248,7 +248,7 @@ class RunDir:
     def create(cls, path: Path | str, config: Config, *, resume: bool = False) -> RunDir:
         """A new run directory, or with ``resume`` an old one, cut back to its last checkpoint.
 
-        It is locked until :meth:`close`: see :mod:`esmeta.lock`.
+        It is locked until :meth:`close`: see :mod:`esmeta.run.lock`.
         """
         path = Path(path)
         try:

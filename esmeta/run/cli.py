@@ -18,10 +18,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
-from esmeta import config as configs
 from esmeta import errors
-from esmeta.ranks import speaks
-from esmeta.terminal import wishes_to_stop
+from esmeta.ranks.launched import speaks
+from esmeta.run import config as configs
+from esmeta.run.terminal import wishes_to_stop
 
 _LAUNCH = "python -m esmeta.launch -n RANKS --max-restarts K -- PRESET ..."
 

@@ -32,8 +32,6 @@ NO_POLICY = "none"
 """``policy.name`` of runs whose objective trains agents of its own."""
 DEFAULT_OBJECTIVE = "return"
 DEFAULT_TRIALS = 16
-SPLITS = ("train", "validation", "test")
-"""Sets of tasks: to learn on, to select on (when to stop, which theta is best), to report on."""
 # Keys that do not change what is computed, only where, how long, or what is written down.
 NOT_IN_DIGEST = {
     "device",
@@ -165,7 +163,7 @@ class Config:
 
 def presets_folder() -> Path:
     """Where the presets are: inside the package when installed, ``runs/presets`` in a checkout."""
-    package = Path(__file__).resolve().parent
+    package = Path(__file__).resolve().parents[1]
     inside = package / "presets"
     return inside if inside.is_dir() else package.parent / "runs" / "presets"
 
