@@ -17,7 +17,8 @@ from test_metagenrl_runs import after, parts
 from torch import Tensor
 
 from esmeta import make_policy, make_task
-from esmeta.agent.policy import Need, Policy, published_policy
+from esmeta.agent.inner import inner_policy
+from esmeta.agent.policy import Need, Policy
 from esmeta.envs.bodies import Noise
 from esmeta.lives import AgentLives
 from esmeta.objectives import metagenrl
@@ -112,7 +113,7 @@ def test_first_parameters_and_first_weights() -> None:
 
 def test_networks_of_agents() -> None:
     needs: frozenset[Need] = frozenset({"critics", "value"})
-    agent = published_policy(Probe().spec, "metagenrl", (5,), needs, std=0.1)
+    agent = inner_policy(Probe().spec, "metagenrl", (5,), needs, std=0.1)
     index = torch.tensor([4, 9, 4])
     params = agent.init_at(Rng(0), index)
     same_shape = [params[f"{name}.0.weight"][:2] for name in ("policy", "value")]
@@ -144,7 +145,7 @@ class Rows:
 
 
 def lives(task: Probe, **options: Any) -> AgentLives:
-    agent = published_policy(task.spec, "epg", (4,), frozenset(), std=1.0)
+    agent = inner_policy(task.spec, "epg", (4,), frozenset(), std=1.0)
     sizes = SegmentOptions(period=8, epochs=3, minibatch=4, learning_rate=0.01)
     return AgentLives(
         SegmentLearner(agent, sizes, 8), task, 5, CPU, test_episodes=3, test_steps=8, **options
@@ -227,7 +228,7 @@ class Watched(ReplayLearner):
 
 
 def watched(task: Probe) -> Watched:
-    agent = published_policy(task.spec, "metagenrl", (4,), frozenset({"critics"}), std=0.1)
+    agent = inner_policy(task.spec, "metagenrl", (4,), frozenset({"critics"}), std=0.1)
     options = ReplayOptions(period=4, capacity=64, batch=6, update_after=64, delay=1)
     return Watched(agent, options, start=0)
 

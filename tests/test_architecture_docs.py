@@ -29,7 +29,6 @@ def test_names_of_the_walks_are_defined_where_it_says() -> None:
         "read": "esmeta/agent/policy.py",
         "bind": "esmeta/agent/policy.py",
         "Recorder": "esmeta/rollout.py",
-        "published_policy": "esmeta/agent/policy.py",
         "state_dict": "esmeta/evolution/search.py",
     }
     for name, file in where.items():

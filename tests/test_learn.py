@@ -93,6 +93,14 @@ def test_discrete_actions() -> None:
             + ["--steps", "100"],
             ["policy.extra = 'time'", "'bias' or 'none'"],
         ),
+        (
+            ["ppo", "--task", "pendulum", "--policy", "rl2", "--set", "learner.hidden=[8]"],
+            ["learner.hidden = (8,)", "published networks", "--set policy.hidden="],
+        ),
+        (
+            ["reinforce", "--task", "pendulum", "--policy", "rl2", "--set", "learner.log_std=-1"],
+            ["learner.log_std = -1.0", "published networks", "--set policy.std_value="],
+        ),
         (["td3", "--task", "bandit"], ["2 discrete actions", "ppo"]),
         (["td3", "--task", "pendulum", "--set", "learner.polyak=2"], ["polyak = 2.0", "0 and 1"]),
         (

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from esmeta.agent.policy import Policy, PolicyConfig, published_policy
+from esmeta.agent.inner import inner_policy
+from esmeta.agent.policy import Policy, PolicyConfig
 from esmeta.errors import UserError
-from esmeta.learners import inner_policy
 from esmeta.lives import AgentLives
 from esmeta.objectives._loss_network import LossNetwork
 from esmeta.policy import metods, rl2
@@ -44,7 +44,8 @@ def double(params: Params) -> Params:
 
 def agents(spec: Spec = SPEC, count: int = AGENTS, memory: str = "none") -> tuple[Policy, Params]:
     """A policy and float64 parameters that differ between agents."""
-    agent = inner_policy(spec, MEMORIES[memory], "epg", (8, 6), EVERYTHING)
+    config = MEMORIES[memory]
+    agent = inner_policy(spec, "epg", (8, 6), EVERYTHING, std=1.0, config=config)
     params = double(agent.init_at(Rng(3), torch.arange(count)))
     noise = {n: 0.3 * torch.randn(p.shape, generator=seeded(len(n)), dtype=p.dtype)
              for n, p in params.items()}  # fmt: skip
@@ -367,12 +368,12 @@ def test_sizes_of_both_papers() -> None:
                 for name in ("conv.0", "conv.1", "context", "head.0", "head.1")]  # fmt: skip
     assert by_layer == [5296, 2080, 1056, 1408, 17]
     needs = frozenset({"critics"})
-    lunar = published_policy(Spec(8, Continuous(2), 1000), "metagenrl", (350, 350), needs, std=0.1)
+    lunar = inner_policy(Spec(8, Continuous(2), 1000), "metagenrl", (350, 350), needs, std=0.1)
     assert lunar.size == 385_004
 
 
 def test_first_parameters() -> None:
-    agent = published_policy(SPEC, "epg", (64, 64), EVERYTHING, std=1.0)
+    agent = inner_policy(SPEC, "epg", (64, 64), EVERYTHING, std=1.0)
     params = agent.init_at(Rng(0), torch.tensor([4, 9, 4]))
     for leaf in params.values():
         assert torch.equal(leaf[0], leaf[2])
@@ -469,7 +470,7 @@ def test_the_penalty_is_on_means_beyond_the_limits_alone() -> None:
 
 
 def test_an_unfilled_buffer_is_zero_in_front() -> None:
-    agent = published_policy(SPEC, "epg", (4,), EVERYTHING, std=1.0)
+    agent = inner_policy(SPEC, "epg", (4,), EVERYTHING, std=1.0)
     learner = SegmentLearner(agent, SegmentOptions(period=8), 24)
     state = learner.init(Rng(0), torch.arange(2))
     g, flags = seeded(0), torch.ones(9, 2, 1, dtype=torch.bool)
@@ -528,7 +529,8 @@ def test_leaves_without_a_gradient_stay() -> None:
 
 def lives(task: Any = None, memory: str = "none", **options: Any) -> AgentLives:
     task = task or make_task("displacement", horizon=64, episode_steps=16)
-    agent = inner_policy(task.spec, MEMORIES[memory], "epg", (8,), EVERYTHING)
+    config = MEMORIES[memory]
+    agent = inner_policy(task.spec, "epg", (8,), EVERYTHING, std=1.0, config=config)
     how = SegmentOptions(period=16, epochs=1, minibatch=8, learning_rate=0.01)
     return AgentLives(
         SegmentLearner(agent, how, 32), task, 5, torch.device("cpu"), test_steps=16, **options
@@ -585,14 +587,12 @@ def test_scores_are_returns_of_one_episode() -> None:
 def test_bad_lives_are_refused() -> None:
     for horizon, period, words in ((8, 16, "task.horizon = 16"), (40, 16, "task.horizon = 32")):
         task = make_task("displacement", horizon=horizon)
-        agent = published_policy(task.spec, "epg", (8,), EVERYTHING, std=1.0)
+        agent = inner_policy(task.spec, "epg", (8,), EVERYTHING, std=1.0)
         learner = SegmentLearner(agent, SegmentOptions(period=period), 32)
         with pytest.raises(UserError, match=f"period = {period}.*{horizon} steps.*{words}"):
             AgentLives(learner, task, 0, torch.device("cpu")).check_length()
     with pytest.raises(UserError, match="4 discrete actions.*continuous.*ppo"):
-        published_policy(
-            Spec(3, Discrete(4), 10), "metagenrl", (8,), frozenset({"critics"}), std=0.1
-        )
+        inner_policy(Spec(3, Discrete(4), 10), "metagenrl", (8,), frozenset({"critics"}), std=0.1)
     with pytest.raises(UserError, match="buffer = 20.*at least buffer = 21"):
         LossNetwork(SPEC, 20)
     assert LossNetwork(SPEC, 21).positions == [4, 1]

@@ -12,7 +12,8 @@ from lived import snippets
 from torch import Tensor
 
 from esmeta.agent import heads
-from esmeta.agent.policy import Need, Policy, published_policy
+from esmeta.agent.inner import inner_policy
+from esmeta.agent.policy import Need, Policy
 from esmeta.lives import AgentLives, Life
 from esmeta.objectives._objective_network import LearnedObjective, ObjectiveNetwork, value_after
 from esmeta.rl.diary import Scores
@@ -55,7 +56,7 @@ def noisy(params: Params, count: int) -> Params:
 
 
 def networks(spec: Spec, *hidden: int) -> Policy:
-    return published_policy(spec, "metagenrl", hidden, CRITICS, std=0.1)
+    return inner_policy(spec, "metagenrl", hidden, CRITICS, std=0.1)
 
 
 def an_agent(actions: int = 2, limit: float = 2.0) -> tuple[Policy, Params]:

@@ -10,7 +10,8 @@ from lived import snippets, window
 from torch import Tensor
 from torch.nn import functional as F
 
-from esmeta.agent.policy import Need, Policy, published_policy
+from esmeta.agent.inner import inner_policy
+from esmeta.agent.policy import Need, Policy
 from esmeta.errors import UserError
 from esmeta.lives import AgentLives
 from esmeta.rl.diary import Diary
@@ -31,7 +32,7 @@ AGENTS, BATCH, LENGTH = 4, 6, 5
 
 
 def agents() -> tuple[Policy, Params]:
-    agent = published_policy(SPEC, "metagenrl", (8, 6), CRITICS, std=0.1)
+    agent = inner_policy(SPEC, "metagenrl", (8, 6), CRITICS, std=0.1)
     params = agent.init_at(Rng(3), torch.arange(AGENTS))
     g = torch.Generator().manual_seed(1)
     return agent, {
@@ -211,7 +212,7 @@ def test_snippets_are_what_was_lived_through() -> None:
 
 def runner(**options: Any) -> AgentLives:
     task = make_task("pendulum", horizon=60, episode_steps=20, gravity=(7.0, 13.0))
-    agent = published_policy(task.spec, "metagenrl", (8,), CRITICS, std=0.1)
+    agent = inner_policy(task.spec, "metagenrl", (8,), CRITICS, std=0.1)
     sizes = ReplayOptions(period=10, capacity=60, batch=8, update_after=20)
     learner = ReplayLearner(agent, sizes, start=20)
     return AgentLives(learner, task, 1, torch.device("cpu"), test_steps=20, **options)

@@ -13,7 +13,7 @@ from gymnasium import spaces
 
 from esmeta import make_policy, make_task
 from esmeta import rollout as loop
-from esmeta.agent.policy import published_policy
+from esmeta.agent.inner import inner_policy
 from esmeta.objectives.return_ import ReturnObjective
 from esmeta.optimizers import ppo
 from esmeta.ranks.comm import SelfComm
@@ -106,7 +106,7 @@ def test_learners_bootstrap_from_what_was_cut_alone(ends: tuple[bool, bool], wor
     task = make_task("gym", id="Cut-v0", kwargs={"cut": 3, "ends": list(ends)}, horizon=6,
                      episode_steps=6)  # fmt: skip
     loss = PolicyGradient(gamma=0.5, gae_lambda=1.0)
-    agent = published_policy(task.spec, "epg", (4,), loss.needs, std=1.0)
+    agent = inner_policy(task.spec, "epg", (4,), loss.needs, std=1.0)
     params = agent.init_at(Rng(0), torch.arange(1))
     params = {name: torch.zeros_like(leaf) for name, leaf in params.items()}
     params["value.1.bias"] += 10.0  # V = 10 everywhere

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from esmeta import make_policy
 from esmeta import rollout as loop
-from esmeta.agent.policy import published_policy
+from esmeta.agent.inner import inner_policy
 from esmeta.kernels import prepare, step_prepared
 from esmeta.lives import AgentLives, Life
 from esmeta.objectives.epg import EpgObjective
@@ -88,7 +88,7 @@ def test_epgs_share_of_ppo_is_that_of_the_generation_a_life_began_in() -> None:
 
 def test_agents_in_the_middle_of_a_trial_are_stored() -> None:
     task = Probe(horizon=12)
-    agent = published_policy(task.spec, "metagenrl", (4,), frozenset({"critics"}), std=0.1)
+    agent = inner_policy(task.spec, "metagenrl", (4,), frozenset({"critics"}), std=0.1)
     options = ReplayOptions(period=4, capacity=64, batch=6, update_after=64)
     lives = AgentLives(
         ReplayLearner(agent, options, start=0), task, 7, torch.device("cpu"), endless=True
@@ -222,7 +222,7 @@ def test_a_spread_of_actions_has_a_floor(kind: str) -> None:
 
 def test_the_spread_of_agents_has_a_floor() -> None:
     spec = Spec(3, Continuous(2), 10)
-    agent = published_policy(spec, "epg", (4,), frozenset(), std=1.0)
+    agent = inner_policy(spec, "epg", (4,), frozenset(), std=1.0)
     params = agent.init_at(Rng(0), torch.arange(2))
     params["log_std"] = torch.tensor([[-60.0, -1.0], [0.0, -60.0]])
     both = TimeStep(*(leaf.expand(2, *leaf.shape[1:]) for leaf in inputs(spec, 1, 0)))

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from esmeta import errors
-from esmeta.agent.feedforward import Feedforward
 from esmeta.agent.heads import Distribution, half_range, middle
 from esmeta.agent.nets import Net, rows_of_norm
 from esmeta.modes import affine
 from esmeta.options import options_class
 from esmeta.rng import Rng
 from esmeta.tree import shapes_of, size_of, stack_members
-from esmeta.types import Discrete, Memory, Params, PolicyOut, Spec, State, TimeStep
+from esmeta.types import Memory, Params, PolicyOut, Spec, State, TimeStep
 
 Need = Literal["value", "critics", "unit"]
 """What a loss needs of a policy besides its actions: V(s), two Q(s, a), EPG's memory unit."""
@@ -200,46 +199,6 @@ class Policy:
     def has_value(self) -> bool:
         """Whether it says what a state is worth."""
         return self.value is not None
-
-    def extended(
-        self,
-        kind: Literal["epg", "metagenrl"],
-        hidden: tuple[int, ...],
-        needs: frozenset[Need],
-        *,
-        std: float,
-    ) -> Policy:
-        """The policy with what an inner learner ``needs`` besides it.
-
-        Critics have layers ``hidden``. Agents of MetaGenRL act by a mean that is limited to the
-        range of the actions, with a fixed spread of ``std`` times half that range.
-
-        Raises ``UserError`` where it reads the time, which a learner that goes over parts of a life
-        again does not know.
-        """
-        if self.inputs.extra == "time":
-            raise errors.UserError(
-                "policy.extra = 'time': agents that learn inside a trial go over parts of it, "
-                "which do not say when they were; write policy.extra = 'bias' or 'none'"
-            )
-        critics = critics_of(self.spec, kind, hidden) if "critics" in needs else ()
-        distribution = self.distribution
-        if kind == "metagenrl":
-            distribution = replace(distribution, std="fixed", first=std, limited=True)
-        widths = (*self.head.sizes[:-1], distribution.width)
-        return Policy(
-            self.spec,
-            inputs=self.inputs,
-            embed=self.embed,
-            memory=self.memory,
-            head=replace(self.head, sizes=widths),
-            distribution=distribution,
-            value=self.value,
-            critics=critics,
-            unit="unit" in needs,
-            episodic=True,
-            config=self._config,
-        )
 
     # --- parameters ----------------------------------------------------------------------------
 
@@ -451,55 +410,3 @@ def pick(leaf: Tensor, rows: Tensor) -> Tensor:
 def _chosen(leaf: Tensor, rows: Tensor | None) -> Tensor:
     leaf = steps_of(leaf)
     return leaf if rows is None else pick(leaf, rows)
-
-
-def published_policy(
-    spec: Spec,
-    kind: Literal["epg", "metagenrl"],
-    hidden: tuple[int, ...],
-    needs: frozenset[Need],
-    *,
-    std: float,
-) -> Policy:
-    """The separate networks of EPG or MetaGenRL, which read observations and remember nothing.
-
-    ``epg``: a Gaussian whose log-std, ``log(std)`` at first, is learned. ``metagenrl``: the mean is
-    limited to the range of the actions, and ``std`` stays, in units of half that range.
-    """
-    limited = kind == "metagenrl"
-    distribution = Distribution(
-        spec.action, "fixed" if limited else "learned", std, leaf="log_std", limited=limited
-    )
-
-    def net(name: str, inputs: int, outputs: int) -> Net:
-        return Net(name, (inputs, *hidden, outputs), kind)
-
-    size = spec.obs_size
-    return Policy(
-        spec,
-        inputs=Inputs(past=False),
-        embed=Net("embed", (size,), kind),
-        memory=Feedforward(size, squash=False),
-        head=net("policy", size, distribution.width),
-        distribution=distribution,
-        value=net("value", size, 1) if "value" in needs else None,
-        critics=critics_of(spec, kind, hidden) if "critics" in needs else (),
-        unit="unit" in needs,
-    )
-
-
-def critics_of(
-    spec: Spec, kind: Literal["epg", "metagenrl"], hidden: tuple[int, ...]
-) -> tuple[Net, ...]:
-    """Two networks Q(s, a).
-
-    Raises ``UserError`` for discrete actions, in which they could not be differentiated.
-    """
-    if isinstance(spec.action, Discrete):
-        raise errors.UserError(
-            f"the task has {spec.action.n} discrete actions, but this learner needs "
-            "continuous ones (its critics are differentiated in the action); choose a task "
-            "with continuous actions, or a learner such as ppo"
-        )
-    width = spec.obs_size + spec.action.size
-    return tuple(Net(name, (width, *hidden, 1), kind) for name in CRITICS)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from esmeta import errors
 from esmeta.agent.policy import PolicyConfig
-from esmeta.learners.td3 import OffPolicyOptions
+from esmeta.learners._options import OffPolicyOptions
 from esmeta.options import options_class
 from esmeta.rl.losses import Loss
 from esmeta.rl.off_policy import OffPolicyReinforce, ReplayLearner
@@ -19,11 +19,10 @@ from esmeta.types import Spec
 
 @options_class
 class Learner(OffPolicyOptions):
-    """Options of off-policy REINFORCE, besides those of TD3.
+    """Options of off-policy REINFORCE, besides those of every hand-written learner from a replay.
 
     Attributes:
-        snippet: steps in a row over which advantages are estimated.
-        gae_lambda: of the advantages.
+        gae_lambda: of the advantages, which are estimated within a ``snippet``.
     """
 
     snippets: Over = "episodes"
@@ -33,7 +32,6 @@ class Learner(OffPolicyOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        errors.positive_int("snippet", self.snippet, example=20)
         errors.fraction("gae_lambda", self.gae_lambda)
 
     def make(

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from esmeta import errors
+from esmeta.agent.inner import inner_policy
 from esmeta.agent.policy import Need, Policy
 from esmeta.evaluator import even_batches, members_of, numbers_at, on_device, score_agents
-from esmeta.learners import inner_policy
 from esmeta.lives import AgentLives, Life, the_one
 from esmeta.objectives._loss_network import LossNetwork
 from esmeta.options import options_class
@@ -172,13 +172,9 @@ class EpgObjective:
         self.network = LossNetwork(
             task.spec, config.buffer, config.reward, config.memory, config.saturation
         )
-        needs: frozenset[Need] = frozenset({"unit"})
         self._ppo = PolicyGradient(clip=0.2, kl_coef=0.001)
-        if config.ppo_generations:
-            needs |= self._ppo.needs
-        chosen = None if policy is None else policy.config
-        self._agent = (task.spec, chosen, "epg", config.hidden)
-        agent = inner_policy(*self._agent, needs)
+        self._policy = None if policy is None else policy.config
+        agent = self._agent(value=config.ppo_generations > 0)
         self.learner = SegmentLearner(agent, config, config.buffer)
         self.lives = AgentLives(
             self.learner,
@@ -218,10 +214,12 @@ class EpgObjective:
 
     def with_value(self) -> AgentLives:
         """Its lives with agents that also have V, as hand-written losses need it."""
-        unit: frozenset[Need] = frozenset({"unit"})
-        needs = self._ppo.needs | unit
-        learner = replace(self.learner, agent=inner_policy(*self._agent, needs))
-        return replace(self.lives, learner=learner)
+        return replace(self.lives, learner=replace(self.learner, agent=self._agent(value=True)))
+
+    def _agent(self, *, value: bool) -> Policy:
+        needs: frozenset[Need] = frozenset({"unit", "value"} if value else {"unit"})
+        hidden, config = self.config.hidden, self._policy
+        return inner_policy(self.task.spec, "epg", hidden, needs, std=1.0, config=config)
 
     def share(self, generation: int) -> float:
         """PPO's share of the loss in a generation."""

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from esmeta import errors, names, older
+from esmeta.agent.inner import inner_policy
 from esmeta.agent.policy import Need, Policy, PolicyConfig
 from esmeta.evaluator import members_of, numbers_at, on_device, score_agents
-from esmeta.learners import inner_policy
 from esmeta.lives import AgentLives, Life, named, numbered
 from esmeta.objectives._objective_network import ObjectiveNetwork, Time, Values, value_after
 from esmeta.options import options_class
@@ -161,7 +161,9 @@ class Objective(ReplayOptions):
     def learner(self, task: Task, policy: PolicyConfig | None) -> ReplayLearner:
         """What trains agents of one task."""
         needs: frozenset[Need] = frozenset({"critics"})
-        agent = inner_policy(task.spec, policy, "metagenrl", self.hidden, needs, std=self.std)
+        agent = inner_policy(
+            task.spec, "metagenrl", self.hidden, needs, std=self.std, config=policy
+        )
         options = replace(self, critic_batch=self.critic_batch or self.batch * self.snippet)
         return ReplayLearner(
             agent,

@@ -37,7 +37,7 @@ prepare_process()
 
 import torch  # noqa: E402
 
-from esmeta.agent.policy import published_policy  # noqa: E402
+from esmeta.agent.inner import inner_policy  # noqa: E402
 from esmeta.objectives._loss_network import LossNetwork  # noqa: E402
 from esmeta.rl.losses import Loss, PolicyGradient  # noqa: E402
 from esmeta.rl.off_policy import (  # noqa: E402
@@ -78,7 +78,7 @@ def segments(kind: str, agents: int) -> tuple[Callable[[], Any], Callable[[], An
     net = LossNetwork(SPEC, BUFFER)
     losses: dict[str, Loss] = {"learned": net.loss(net.init(Rng(0))), "ppo": PolicyGradient()}
     loss = losses[kind]
-    agent = published_policy(SPEC, "epg", (64, 64), frozenset({"value", "unit"}), std=1.0)
+    agent = inner_policy(SPEC, "epg", (64, 64), frozenset({"value", "unit"}), std=1.0)
     learner = SegmentLearner(agent, SegmentOptions(period=NEW, epochs=1, minibatch=32), BUFFER)
     index, rng, new = torch.arange(agents), Rng(1), experience(agents, NEW)
     whole = learner.init(rng, index)
@@ -95,7 +95,7 @@ def segments(kind: str, agents: int) -> tuple[Callable[[], Any], Callable[[], An
 
 def off_policy(agents: int) -> tuple[Callable[[], Any], Callable[[], Any], int]:
     """The same for some rounds of TD3."""
-    agent = published_policy(SPEC, "metagenrl", (64, 64), frozenset({"critics"}), std=0.1)
+    agent = inner_policy(SPEC, "metagenrl", (64, 64), frozenset({"critics"}), std=0.1)
     options = ReplayOptions(period=ROUNDS, capacity=1000, update_after=500)
     learner = ReplayLearner(agent, options)
     index, rng, old = torch.arange(agents), Rng(1), experience(agents, 1000)
