@@ -18,6 +18,7 @@ from esmeta.errors import EnvError, UserError
 from esmeta.objectives.return_ import ReturnObjective
 from esmeta.optimizers import _gradient as pg
 from esmeta.optimizers import a2c, openes, ppo
+from esmeta.optimizers._schedule import Schedule, scheduled
 from esmeta.policy import Policy, make_policy
 from esmeta.ranks.comm import SelfComm
 from esmeta.rl.steppers import Adam
@@ -484,17 +485,14 @@ def test_advantages_are_normalised_over_active_steps_of_all_ranks() -> None:
 
 
 def test_schedules() -> None:
-    common: dict[str, Any] = {"schedule_updates": 4, "learning_rate": 1.0}
-    linear = a2c.Optimizer(schedule="linear", **common)
-    assert [linear.at(k, 1.0, 0.2) for k in (0, 1, 2, 4, 9)] == pytest.approx(
-        [1, 0.8, 0.6, 0.2, 0.2]
-    )
-    cosine = a2c.Optimizer(schedule="cosine", **common)
     half = 0.2 + 0.8 * 0.5 * (1 + math.cos(math.pi / 4))
-    assert [cosine.at(k, 1.0, 0.2) for k in (0, 1, 2, 4, 9)] == pytest.approx(
-        [1, half, 0.6, 0.2, 0.2]
-    )
-    assert a2c.Optimizer(**common).at(3, 1.0, 0.2) == 1.0
+    ways: dict[Schedule, list[float]] = {
+        "constant": [1.0] * 5, "linear": [1, 0.8, 0.6, 0.2, 0.2], "cosine": [1, half, 0.6, 0.2, 0.2]
+    }  # fmt: skip
+    for kind, way in ways.items():
+        found = [scheduled(kind, step, 4, 1.0, 0.2) for step in (0, 1, 2, 4, 9)]
+        assert found == pytest.approx(way)
+    assert scheduled("linear", 9, 0, 1.0, 0.2) == 1.0
 
 
 def test_schedules_reach_the_step(spy: Spy) -> None:

@@ -97,10 +97,10 @@ def test_the_meta_step_is_adam_on_the_mean_of_clipped_gradients() -> None:
 def test_the_learning_rate_falls_in_a_line() -> None:
     falling = ("optimizer.learning_rate_final=0.001", "optimizer.schedule_updates=4")
     built = parts("optimizer.learning_rate=0.01", *falling)
-    rates = [built.optimizer._rate(update) for update in range(7)]
+    rates = [built.optimizer.rate_at(update) for update in range(7)]
     assert rates == pytest.approx([0.01, 0.00775, 0.0055, 0.00325, 0.001, 0.001, 0.001])
     plain = parts("optimizer.learning_rate=0.01", "optimizer.schedule_updates=0")
-    assert plain.optimizer._rate(99) == 0.01
+    assert plain.optimizer.rate_at(99) == 0.01
     # The second step is by the second rate: Adam's own, with both moments known.
     one, other = after(built, 1), after(plain, 1)
     first = ravel(built.optimizer.theta(one))[0].clone()

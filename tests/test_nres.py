@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import pytest
+import searches
 import torch
-from searches import Ranks, digest, flat_theta, on_ranks, same_saved, solo
+from searches import Ranks, digest, flat_theta, on_ranks, same_saved
 from tiny_runs import final_hash, overrides, run_here, summary, write_preset
 from torch import Tensor
 
@@ -88,31 +88,23 @@ def run(
     state: Any = None,
     theta: Params = START,
 ) -> tuple[Any, list[Metrics]]:
-    comm = comm or solo()
-    state = optimizer.init(theta, Rng(0)) if state is None else state
-    log = []
-    for _ in range(generations):
-        state, metrics = optimizer.step(state, objective, comm, Rng(0))
-        log.append(metrics)
-    return state, log
+    return searches.run(optimizer, objective, theta, generations, comm, state=state)
 
 
-def spied(kind: Any, move: bool = False) -> tuple[type, list[np.ndarray]]:
-    """The optimizer with its gradients written down, and theta held still unless ``move``."""
+FOLLOW = ascent.follow
+
+
+def spied(monkeypatch: pytest.MonkeyPatch, move: bool = False) -> list[np.ndarray]:
+    """Where gradients of all searches are written down; theta is held still unless ``move``."""
     seen: list[np.ndarray] = []
 
     def follow(kind: Any, moments: Any, gradient: np.ndarray, **options: Any) -> Any:
         seen.append(gradient)
-        step, moments = real(kind, moments, gradient, **options)
+        step, moments = FOLLOW(kind, moments, gradient, **options)
         return step * move, moments
 
-    class Spy(kind.Optimizer):
-        def update(self, *args: Any) -> Any:
-            with mock.patch.object(ascent, "follow", follow):
-                return super().update(*args)
-
-    real = ascent.follow
-    return Spy, seen
+    monkeypatch.setattr(ascent, "follow", follow)
+    return seen
 
 
 def window_scores(
@@ -138,12 +130,14 @@ PAIRS, SIGMA = 10, 0.05
 
 
 @pytest.mark.parametrize("steps", [2, 3, 8])
-def test_a_group_sums_to_the_gradient_of_its_whole_life(steps: int) -> None:
+def test_a_group_sums_to_the_gradient_of_its_whole_life(
+    steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """At constant theta: over the windows of a life, NRES adds up to OpenAI-ES."""
     windows = -(-8 // steps)
-    spy, seen = spied(nres)
-    objective = Inner()
-    run(spy(popsize=2 * PAIRS, sigma=SIGMA, window=steps, shaping="raw"), objective, 3 * windows)
+    seen, objective = spied(monkeypatch), Inner()
+    optimizer = nres.Optimizer(popsize=2 * PAIRS, sigma=SIGMA, window=steps, shaping="raw")
+    run(optimizer, objective, 3 * windows)
     theta = START["a"][0].numpy()
     phases = np.arange(PAIRS) * windows // PAIRS
     for generation in range(3 * windows):
@@ -191,7 +185,7 @@ def test_one_window_is_openes_bit_for_bit() -> None:
             assert b["life_fitness_mean"] == pytest.approx(b["fitness_mean"], rel=1e-12)
 
 
-def test_pes_by_hand() -> None:
+def test_pes_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     """One pair, two windows, linear in theta: everything on paper."""
 
     class Paper(Inner):
@@ -203,8 +197,9 @@ def test_pes_by_hand() -> None:
             x = x + a[:, None, 1:]
             return {**lives, "x": x, "t": lives["t"] + 1}, Fitness(pay, torch.ones_like(pay).long())
 
-    spy, seen = spied(pes)
-    run(spy(popsize=2, sigma=0.5, window=1, shaping="raw"), Paper(life_steps=2), 4)
+    seen = spied(monkeypatch)
+    optimizer = pes.Optimizer(popsize=2, sigma=0.5, window=1, shaping="raw")
+    run(optimizer, Paper(life_steps=2), 4)
     e = [pair_noise(Rng(0), generation, [0], 2)[0].astype(float) for generation in range(4)]
     for birth in (0, 2):
         first, second = e[birth], e[birth + 1]
@@ -214,11 +209,11 @@ def test_pes_by_hand() -> None:
             np.testing.assert_allclose(seen[birth + k], want[k], rtol=1e-5)
 
 
-def test_nres_by_hand_while_theta_moves() -> None:
+def test_nres_by_hand_while_theta_moves(monkeypatch: pytest.MonkeyPatch) -> None:
     """The noise of a life stays when theta moves under it, and so does its sigma."""
-    spy, seen = spied(nres, move=True)
-    optimizer = spy(popsize=2, sigma=0.2, sigma_decay=0.5, window=4, shaping="raw",
-                    learning_rate=0.1)  # fmt: skip
+    seen = spied(monkeypatch, move=True)
+    optimizer = nres.Optimizer(popsize=2, sigma=0.2, sigma_decay=0.5, window=4, shaping="raw",
+                               learning_rate=0.1)  # fmt: skip
     objective = Inner()
     thetas, state = [], optimizer.init(START, Rng(0))
     for _ in range(4):
@@ -270,11 +265,13 @@ class Linear(Inner):
 
 
 @pytest.mark.parametrize("kind", [nres, pes])
-def test_mean_and_variance_are_those_of_the_theory(kind: Any) -> None:
+def test_mean_and_variance_are_those_of_the_theory(
+    kind: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """For returns linear in theta both are known: see the sums below."""
     objective, pairs, size = Linear(), 64, 20
-    spy, seen = spied(kind)
-    optimizer = spy(popsize=2 * pairs, sigma=0.1, window=1, shaping="raw")
+    seen = spied(monkeypatch)
+    optimizer = kind.Optimizer(popsize=2 * pairs, sigma=0.1, window=1, shaping="raw")
     run(optimizer, objective, 1600, theta={"a": torch.zeros(1, size)})
     gradients = torch.from_numpy(np.stack(seen[3:]))
     by_window = objective.G.sum(1)
@@ -293,20 +290,19 @@ def test_mean_and_variance_are_those_of_the_theory(kind: Any) -> None:
     assert variance == pytest.approx(float(expected.mean()) / pairs, rel=0.08)
 
 
-def test_nres_has_the_lower_variance() -> None:
+def test_nres_has_the_lower_variance(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of what a pair says in a whole life, where windows pull apart: NRES is full-episode ES."""
     objective, size = Linear(), 20
     variances = {}
     for kind in (openes, nres, pes):
-        spy, seen = spied(kind)
+        seen = spied(monkeypatch)
         options = {} if kind is openes else {"window": 1}
         lives = 1 if kind is openes else 4
         target: Any = objective if kind is not openes else Whole(objective)
-        run(spy(popsize=2, sigma=0.1, shaping="raw", **options), target, 250 * lives,
-            theta={"a": torch.zeros(1, size)})  # fmt: skip
+        optimizer = kind.Optimizer(popsize=2, sigma=0.1, shaping="raw", **options)
+        run(optimizer, target, 250 * lives, theta={"a": torch.zeros(1, size)})
         life = torch.from_numpy(np.stack(seen)).reshape(250, lives, size).sum(1)
         variances[kind] = float(life.var(0).sum())
-    print(variances)
     assert variances[nres] <= 1.1 * variances[openes]
     assert variances[nres] <= 0.5 * variances[pes]
 

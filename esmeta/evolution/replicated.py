@@ -153,6 +153,21 @@ class Replicated(Search):
             exact=False,
         )
 
+    def diagonal(
+        self,
+        shaping: Shaping,
+        update: Callable[[Tensors, Sampled, Tensor], Tensors],
+        more: Callable[[Tensor], Tensors] = lambda center: {},
+    ) -> Rule:
+        """A rule for a Gaussian with standard deviations ``sigma [D]``; ``more`` is kept too."""
+        return self.replicated(
+            first=lambda center: {"sigma": torch.full_like(center, self.sigma), **more(center)},
+            sample=lambda kept, directions: directions * kept["sigma"] + kept["center"],
+            shaping=shaping,
+            update=update,
+            sigma=lambda kept: kept["sigma"].mean(),
+        )
+
 
 def _arrays(tensors: Tensors) -> Arrays:
     # In the order of memory that they have: a product of matrices rounds by it.
@@ -160,21 +175,6 @@ def _arrays(tensors: Tensors) -> Arrays:
 
 
 # --- parts of rules --------------------------------------------------------------------------
-
-
-def spread_out(sigma: float) -> Callable[[Tensor], Tensors]:
-    """``first`` of a diagonal Gaussian: one standard deviation per coordinate."""
-    return lambda center: {"sigma": torch.full_like(center, sigma)}
-
-
-def diagonal(tensors: Tensors, directions: Tensor) -> Tensor:
-    """``sample`` of a diagonal Gaussian."""
-    return directions * tensors["sigma"] + tensors["center"]
-
-
-def mean_sigma(tensors: Tensors) -> Tensor:
-    """``sigma`` of a diagonal Gaussian."""
-    return tensors["sigma"].mean()
 
 
 def held(old: Tensor, new: Tensor, floor: float | None, change: float | None) -> Tensor:

@@ -10,7 +10,7 @@ import functools
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from esmeta.agent import heads
 from esmeta.agent.policy import Policy
 from esmeta.modes import differentiating
 from esmeta.objectives.return_ import ReturnObjective
+from esmeta.optimizers._schedule import Schedule, scheduled
 from esmeta.options import options_class
 from esmeta.rl import losses
 from esmeta.rl.returns import gae
@@ -127,7 +128,7 @@ class ActorCritic(GradientOptimizer):
     reward_scale: float = 1.0
     bootstrap: bool = False
     adam_eps: float = 1e-8
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    schedule: Schedule = "constant"
     schedule_updates: int = 1000
     learning_rate_final: float = 0.0
     entropy_final: float = 0.0
@@ -165,15 +166,6 @@ class ActorCritic(GradientOptimizer):
             )
         own = -(-trials // ranks)
         objective.check_room(own, f"the {own} trials of an update on a rank are run at once")
-
-    def at(self, step: int, first: float, last: float) -> float:
-        """A scheduled number at update ``step``."""
-        done = min(1.0, step / self.schedule_updates)
-        if self.schedule == "linear":
-            return first + (last - first) * done
-        if self.schedule == "cosine":
-            return last + (first - last) * 0.5 * (1.0 + math.cos(math.pi * done))
-        return first
 
     def step(
         self, state: GradientState, objective: ReturnObjective, comm: Comm, rng: Rng
@@ -264,7 +256,8 @@ class ActorCritic(GradientOptimizer):
         gradient before clipping.
         """
         count = comm.sum_ordered(data.trajectory.active.sum().double()).to(state.theta.dtype)
-        coef = self.at(state.update, self.entropy_coef, self.entropy_final)
+        at = functools.partial(scheduled, self.schedule, state.update, self.schedule_updates)
+        coef = at(self.entropy_coef, self.entropy_final)
         differentiate = functools.partial(self._gradient, objective.policy)
         captured = objective.evaluator.captured
         given = (state.params(), data, count, torch.full_like(count, coef))
@@ -277,7 +270,7 @@ class ActorCritic(GradientOptimizer):
                 "exploded); lower optimizer.learning_rate or policy.depth, or set "
                 "policy.squash_embedding = true"
             )
-        rate = self.at(state.update, self.learning_rate, self.learning_rate_final)
+        rate = at(self.learning_rate, self.learning_rate_final)
         state = state.along(shortened(flat, self.max_grad_norm), rate, self.adam_eps)
         return state, joint[size:] / count, norm
 

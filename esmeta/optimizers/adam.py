@@ -15,6 +15,7 @@ from torch import Tensor
 from esmeta import errors
 from esmeta.modes import differentiating
 from esmeta.optimizers import _gradient as pg
+from esmeta.optimizers._schedule import scheduled
 from esmeta.options import options_class
 from esmeta.rl.steppers import shortened
 from esmeta.rng import Rng
@@ -54,9 +55,10 @@ class Optimizer(pg.GradientOptimizer):
         errors.non_negative("max_grad_norm", self.max_grad_norm)
         errors.finite_positive("adam_eps", self.adam_eps)
 
-    def _rate(self, update: int) -> float:
-        done = min(1.0, update / self.schedule_updates) if self.schedule_updates else 0.0
-        return self.learning_rate + (self.learning_rate_final - self.learning_rate) * done
+    def rate_at(self, update: int) -> float:
+        """Learning rate."""
+        first, last = self.learning_rate, self.learning_rate_final
+        return scheduled("linear", update, self.schedule_updates, first, last)
 
     def check(self, objective: Any, ranks: int) -> None:
         """Refuse an objective without a differentiable loss."""
@@ -123,7 +125,7 @@ class Optimizer(pg.GradientOptimizer):
                 f"update {state.update}: the gradient of an agent is not finite (its critics or "
                 "the learned loss exploded); lower optimizer.learning_rate or objective.inner_rate"
             )
-        rate = self._rate(state.update)
+        rate = self.rate_at(state.update)
         state = state.along(mean.unsqueeze(0).to(state.theta.dtype), rate, self.adam_eps)
         return replace(state, update=state.update + 1, agents=agents, saved=None), means
 

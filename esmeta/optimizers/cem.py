@@ -13,15 +13,7 @@ import math
 from torch import Tensor
 
 from esmeta.errors import UserError, finite_positive
-from esmeta.evolution.replicated import (
-    Replicated,
-    Sampled,
-    Tensors,
-    diagonal,
-    held,
-    mean_sigma,
-    spread_out,
-)
+from esmeta.evolution.replicated import Replicated, Sampled, Tensors, held
 from esmeta.evolution.search import Rule
 from esmeta.evolution.shaping import rank_weighted
 from esmeta.options import options_class
@@ -62,8 +54,7 @@ class Optimizer(Replicated):
     def rule(self) -> Rule:
         """EvoTorch's CEM."""
         # Utilities only tell whether there is information.
-        first = spread_out(self.sigma)
-        return self.replicated(first, diagonal, "centered", self._update, mean_sigma)
+        return self.diagonal("centered", self._update)
 
     def _update(self, tensors: Tensors, sampled: Sampled, utilities: Tensor) -> Tensors:
         members, parents, count = sampled.members, self._parents, self.popsize

@@ -10,20 +10,13 @@ divides zero by zero.
 
 from __future__ import annotations
 
+import functools
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from esmeta.evolution.replicated import (
-    Replicated,
-    Sampled,
-    Tensors,
-    diagonal,
-    held,
-    mean_sigma,
-    spread_out,
-)
+from esmeta.evolution.replicated import Replicated, Sampled, Tensors, held
 from esmeta.evolution.search import Rule
 from esmeta.optimizers.pgpe import Options
 from esmeta.options import options_class
@@ -35,17 +28,10 @@ class Optimizer(Options, Replicated):
 
     mirrored: ClassVar[bool] = True
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check_rates()
-
     def rule(self) -> Rule:
         """EvoTorch's PGPE."""
-
-        def first(center: Tensor) -> Tensors:
-            return spread_out(self.sigma)(center) | zeros(self.optimizer, center)
-
-        return self.replicated(first, diagonal, self.shaping, self._update, mean_sigma)
+        moments = functools.partial(zeros, self.optimizer)
+        return self.diagonal(self.shaping, self._update, moments)
 
     def _update(self, tensors: Tensors, sampled: Sampled, utilities: Tensor) -> Tensors:
         weights = utilities.float()

@@ -10,14 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from esmeta.evolution.replicated import (
-    Replicated,
-    Sampled,
-    Tensors,
-    diagonal,
-    mean_sigma,
-    spread_out,
-)
+from esmeta.evolution.replicated import Replicated, Sampled, Tensors
 from esmeta.evolution.search import Rule
 from esmeta.optimizers.snes import Options
 from esmeta.options import options_class
@@ -27,14 +20,9 @@ from esmeta.options import options_class
 class Optimizer(Options, Replicated):
     """SNES."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check_rate()
-
     def rule(self) -> Rule:
         """EvoTorch's SNES."""
-        first = spread_out(self.sigma)
-        return self.replicated(first, diagonal, self.shaping, self._update, mean_sigma)
+        return self.diagonal(self.shaping, self._update)
 
     def _update(self, tensors: Tensors, sampled: Sampled, utilities: Tensor) -> Tensors:
         weights = utilities.float()

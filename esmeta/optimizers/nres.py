@@ -16,11 +16,13 @@ what a resumed run does.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from esmeta.errors import UserError, one_of, positive_int
-from esmeta.evolution.search import Rule, Sliced
+from esmeta.evolution.search import Rule
 from esmeta.evolution.shaping import Failed, Shaping
 from esmeta.evolution.windows import Windows, in_windows
-from esmeta.optimizers.openes import OpenES
+from esmeta.optimizers import openes
 from esmeta.options import options_class
 
 # Of these one value is all that windows allow: lives of several generations cannot be added to
@@ -29,8 +31,8 @@ ONLY = {"aggregate": "mean", "tasks": "shared", "interactions": 0, "popsize_max"
 
 
 @options_class
-class InWindows:
-    """Options of nres and pes besides those of ``openes``.
+class Optimizer(openes.Optimizer):
+    """NRES, with the options of ``openes`` too.
 
     Attributes:
         window: steps per window, K, in the units of the objective's lives (environment steps of a
@@ -43,12 +45,14 @@ class InWindows:
             ends with their group's); ``raise`` ends the run.
     """
 
+    fresh: ClassVar[bool] = False
+    """Whether noise is drawn anew for every window, and accumulated."""
+
     window: int | None = None
     shaping: Shaping = "zscore"
     failed: Failed = "drop_pair"
 
-    def check_windows(self) -> None:
-        """Refuse bad values, and all that whole evaluations alone can do."""
+    def __post_init__(self) -> None:
         if self.window is not None:
             positive_int("window", self.window, example=25)
         one_of("shaping", self.shaping, ("zscore", "raw"))
@@ -59,19 +63,9 @@ class InWindows:
                     f"{name} = {getattr(self, name)!r}: searches from windows of lives take "
                     f"{only!r} only; write {name} = {only!r}"
                 )
-
-
-@options_class
-class Optimizer(InWindows, OpenES, Sliced):
-    """NRES."""
-
-    def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_ascent()
-        self.check_windows()
 
     def rule(self) -> Rule:
-        """OpenAI-ES from windows; noise is drawn once per life."""
-        whole = self.sliced(self.first, self.spread, self.shaping, self.update, self.noise)
-        windows = Windows(self.window, False, self.sigma_at, self.failed)
-        return in_windows(whole, windows, self.shaping)
+        """OpenAI-ES from windows."""
+        windows = Windows(self.window, self.fresh, self.sigma_at, self.failed)
+        return in_windows(super().rule(), windows, self.shaping)

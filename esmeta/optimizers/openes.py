@@ -22,15 +22,15 @@ from esmeta.evolution.population import Generation
 from esmeta.evolution.search import Rule, Sliced
 from esmeta.evolution.shaping import SHAPINGS, Shaping
 from esmeta.evolution.state import Arrays, SearchState
+from esmeta.optimizers._schedule import scheduled
 from esmeta.options import options_class
 
 
 @options_class
-class OpenES:
-    """Options and update of OpenAI-ES, which nres and pes have as well.
+class Optimizer(Sliced):
+    """OpenAI-ES, with the options of every sliced search too.
 
     Attributes:
-        sigma: standard deviation of the perturbations at the start.
         learning_rate: step size of the ascent.
         optimizer: the ascent: ``adam``, ``clipup`` or ``sgd``.
         weight_decay: pull towards zero, subtracted from g (not decoupled), in units of search. The
@@ -49,7 +49,6 @@ class OpenES:
         noise: ``full``, or ``lowrank:r``: matrices are perturbed by matrices of rank r.
     """
 
-    sigma: float = 0.05
     learning_rate: float = 0.02
     optimizer: ascent.Kind = "adam"
     weight_decay: float = 0.0
@@ -64,8 +63,9 @@ class OpenES:
     learning_rate_generations: int = 0
     noise: str = "full"
 
-    def check_ascent(self) -> None:
-        """Refuse bad values of these options, but for sigma and shaping."""
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_of("shaping", self.shaping, SHAPINGS)
         finite_positive("learning_rate", self.learning_rate, example=0.02)
         one_of("optimizer", self.optimizer, ascent.KINDS)
         finite_positive("eps", self.eps, example=1e-8)
@@ -88,23 +88,23 @@ class OpenES:
 
     def rate_at(self, generation: int) -> float:
         """Learning rate."""
-        low, rate = self.learning_rate_min, self.learning_rate
-        if self.learning_rate_generations:
-            rate -= (rate - low) * min(1.0, generation / self.learning_rate_generations)
+        low, length = self.learning_rate_min, self.learning_rate_generations
+        rate = scheduled("linear", generation, length, self.learning_rate, low)
         return max(low, rate * self.learning_rate_decay**generation)
 
-    def first(self, unit: np.ndarray) -> Arrays:
-        """Moments of the ascent before its first step."""
-        return ascent.zeros(self.optimizer, len(unit))
+    def rule(self) -> Rule:
+        """The equation of this module."""
+        return self.sliced(
+            first=lambda unit: ascent.zeros(self.optimizer, len(unit)),
+            spread=lambda state: self.sigma_at(state.generation) * state.unit,
+            shaping=self.shaping,
+            update=self._update,
+            noise=self.noise,
+        )
 
-    def spread(self, state: SearchState) -> np.ndarray:
-        """Standard deviations, float64 ``[D]``."""
-        return self.sigma_at(state.generation) * state.unit
-
-    def update(
+    def _update(
         self, state: SearchState, utilities: np.ndarray, generation: Generation
     ) -> tuple[np.ndarray, Arrays]:
-        """The equation of this module."""
         total, _ = generation.drawn.sums(utilities[0::2] - utilities[1::2])
         gradient = total / (len(utilities) * self.sigma_at(state.generation))
         theta = state.theta.astype(np.float64)
@@ -114,17 +114,3 @@ class OpenES:
             self.optimizer, state.arrays, gradient, beta1=self.beta1, beta2=self.beta2, eps=self.eps
         )
         return theta + self.rate_at(state.generation) * state.unit * step, moments
-
-
-@options_class
-class Optimizer(OpenES, Sliced):
-    """OpenAI-ES."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check_ascent()
-        one_of("shaping", self.shaping, SHAPINGS)
-
-    def rule(self) -> Rule:
-        """Utilities of the generation, and the update above."""
-        return self.sliced(self.first, self.spread, self.shaping, self.update, self.noise)

@@ -14,24 +14,14 @@ is multiplied by all the noise since its life began. All else is as in
 
 from __future__ import annotations
 
-from esmeta.evolution.search import Rule, Sliced
-from esmeta.evolution.windows import Windows, in_windows
-from esmeta.optimizers.nres import InWindows
-from esmeta.optimizers.openes import OpenES
+from typing import ClassVar
+
+from esmeta.optimizers import nres
 from esmeta.options import options_class
 
 
 @options_class
-class Optimizer(InWindows, OpenES, Sliced):
-    """PES."""
+class Optimizer(nres.Optimizer):
+    """PES: noise is drawn anew for every window, and accumulated."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check_ascent()
-        self.check_windows()
-
-    def rule(self) -> Rule:
-        """OpenAI-ES from windows; noise is drawn anew for every window, and accumulated."""
-        whole = self.sliced(self.first, self.spread, self.shaping, self.update, self.noise)
-        windows = Windows(self.window, True, self.sigma_at, self.failed)
-        return in_windows(whole, windows, self.shaping)
+    fresh: ClassVar[bool] = True

@@ -20,14 +20,14 @@ import numpy as np
 from esmeta.errors import UserError, finite_positive, non_negative, one_of
 from esmeta.evolution import ascent
 from esmeta.evolution.population import Generation
-from esmeta.evolution.search import Rule, Sliced
+from esmeta.evolution.search import Rule, Search, Sliced
 from esmeta.evolution.shaping import SHAPINGS, Shaping
 from esmeta.evolution.state import Arrays, SearchState
 from esmeta.options import options_class
 
 
 @options_class
-class Options:
+class Options(Search):
     """Options of PGPE, which ``evotorch_pgpe`` has as well, besides those of every search.
 
     Attributes:
@@ -44,8 +44,8 @@ class Options:
     optimizer: ascent.Kind = "adam"
     shaping: Shaping = "centered"
 
-    def check_rates(self) -> None:
-        """Refuse bad values."""
+    def __post_init__(self) -> None:
+        super().__post_init__()
         finite_positive("learning_rate", self.learning_rate, example=0.02)
         non_negative("stdev_learning_rate", self.stdev_learning_rate, example=0.1)
         finite_positive("stdev_max_change", self.stdev_max_change, example=0.2)
@@ -70,7 +70,6 @@ class Optimizer(Options, Sliced):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_rates()
         non_negative("weight_decay", self.weight_decay)
 
     def rule(self) -> Rule:

@@ -18,14 +18,14 @@ import numpy as np
 
 from esmeta.errors import finite_positive, one_of
 from esmeta.evolution.population import Generation
-from esmeta.evolution.search import Rule, Sliced
+from esmeta.evolution.search import Rule, Search, Sliced
 from esmeta.evolution.shaping import SHAPINGS, Shaping
 from esmeta.evolution.state import Arrays, SearchState
 from esmeta.options import options_class
 
 
 @options_class
-class Options:
+class Options(Search):
     """Options of natural evolution strategies, besides those of every search.
 
     The centre moves with learning rate 1.
@@ -39,8 +39,8 @@ class Options:
     learning_rate: float | None = None
     shaping: Shaping = "nes"
 
-    def check_rate(self) -> None:
-        """Refuse bad values."""
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if self.learning_rate is not None:
             finite_positive("learning_rate", self.learning_rate, example=0.1)
         one_of("shaping", self.shaping, SHAPINGS)
@@ -55,10 +55,6 @@ class Optimizer(Options, Sliced):
     """SNES."""
 
     mirrored: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check_rate()
 
     def rule(self) -> Rule:
         """The equations above."""

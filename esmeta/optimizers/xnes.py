@@ -24,10 +24,6 @@ from esmeta.options import options_class
 class Optimizer(Options, Replicated):
     """XNES."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check_rate()
-
     def rule(self) -> Rule:
         """EvoTorch's XNES; ``sigma [D, D]`` is a root of the covariance matrix."""
         return self.replicated(self._first, _sample, self.shaping, self._update, _mean_sigma)
