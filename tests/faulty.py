@@ -20,7 +20,7 @@ from torch import Tensor
 
 from esmeta.objectives.return_ import ReturnObjective
 from esmeta.policy import Policy
-from esmeta.ranks.launched import comm
+from esmeta.ranks import comm
 from esmeta.types import Fitness, Params, Reference, Task
 
 _raised: set[int] = set()

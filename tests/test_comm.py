@@ -16,8 +16,8 @@ import torch
 from tiny_runs import overrides, write_preset
 
 from esmeta.errors import UserError
+from esmeta.ranks import comm as comm_module
 from esmeta.ranks.comm import SelfComm, make_comm
-from esmeta.ranks.launched import comm as comm_module
 from esmeta.ranks.launched import launched_ranks, local_rank, speaks
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -184,9 +184,9 @@ KEYS: dict[str, tuple[str, str, str, tuple[str, ...]]] = {
     "run.tensorboard": ("true", "false", "events", ()),
     "run.evaluate_as_trained": ("true", "false", "score", TWINS),
 }
-# Of several ranks, or of a GPU: tests of these are in test_faults.py, test_env_remote.py and
-# test_bad_input.py.
-ELSEWHERE = {"run.rank_timeout", "run.remote_envs", "run.device"}
+# Of several ranks, of a GPU, or of long runs: tests of these are in test_faults.py,
+# test_env_remote.py, test_bad_input.py and test_outer_loop.py.
+ELSEWHERE = {"run.metrics_per_second", "run.rank_timeout", "run.remote_envs", "run.device"}
 
 
 @pytest.mark.parametrize("key", KEYS)

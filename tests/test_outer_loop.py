@@ -258,6 +258,32 @@ def test_counters_of_before_the_validation_split_forget_what_was_best() -> None:
 # --- idle ranks ---------------------------------------------------------------------------------
 
 
+def test_a_pace_is_kept_on_average() -> None:
+    now = 0.0
+    pace = watch.Pace(5.0, clock=lambda: now)
+    assert sum(pace.lets() for _ in range(5000)) == 1000
+    counts = []
+    for _ in range(20):  # seconds of 100 steps
+        now += 1.0
+        counts.append(sum(pace.lets() for _ in range(100)))
+    assert counts == [5] * 20
+    now += 1e6
+    assert sum(pace.lets() for _ in range(5000)) == 1000
+    assert all(watch.Pace(0.0, clock=lambda: now).lets() for _ in range(5000))
+
+
+def test_fast_steps_are_thinned_but_scores_and_the_last_step_are_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watch.Pace, "BURST", 2.0)
+    more = ("run.metrics_per_second=1e-6", "run.evaluate_every=4", "budget.generations=9")
+    few = Ended(tmp_path / "few", resolved(*more))
+    assert [line["step"] for line in read_metrics(few.out)] == [0, 1, 2, 4, 8, 9]
+    whole = Ended(tmp_path / "all", resolved(*more, "run.metrics_per_second=0"))
+    assert [line["step"] for line in read_metrics(whole.out)] == list(range(10))
+    assert few.hashes[-1] == whole.hashes[-1]
+
+
 def test_shares_of_idle_time_by_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = SimpleNamespace(now=0.0)
     monkeypatch.setattr(watch, "time", SimpleNamespace(monotonic=lambda: clock.now))

@@ -39,6 +39,7 @@ NOT_IN_DIGEST = {
     "checkpoint_every",
     "tensorboard",
     "metrics_every",
+    "metrics_per_second",
     "rank_timeout",
     "remote_envs",
 }
@@ -104,6 +105,9 @@ class Run:
     learns, and all ranks of that machine simulate its environments; else every rank learns. Those
     that serve wait for 600 s at least, as the learner may work alone for long.
 
+    Of the steps that ``metrics_every`` chooses, at most ``metrics_per_second`` are written down on
+    average, after the first thousand (0: all of them); scores and the last step always are.
+
     ``evaluate_trials`` tasks of the validation split score theta; what is selected (``budget``'s
     target and plateau, ``best.safetensors``) is selected on them. They are tasks as published,
     without training aids (:func:`esmeta.tasks.aid`), unless ``evaluate_as_trained`` is set.
@@ -117,6 +121,7 @@ class Run:
     evaluate_trials: int = 64
     evaluate_as_trained: bool = False
     metrics_every: int = 1
+    metrics_per_second: float = 5.0
     tensorboard: bool = True
     rank_timeout: float = 0.0
     remote_envs: bool = False
@@ -126,6 +131,7 @@ class Run:
         for name in ("checkpoint_every", "evaluate_every"):
             errors.non_negative_int(name, getattr(self, name), example=20)
         errors.non_negative("rank_timeout", self.rank_timeout, example=120)
+        errors.non_negative("metrics_per_second", self.metrics_per_second, example=5)
         for name in ("threads", "evaluate_trials", "metrics_every"):
             errors.positive_int(name, getattr(self, name))
         if not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):

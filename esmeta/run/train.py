@@ -50,7 +50,7 @@ class Trainer:
     def __init__(
         self, parts: Parts, comm: SelfComm | MPIComm, run: RunDir | NullRun, stop: Stop
     ) -> None:
-        from esmeta.run.watch import Idle, TimeLimit
+        from esmeta.run.watch import Idle, Pace, TimeLimit
 
         self.parts = parts
         self.comm = comm
@@ -59,6 +59,7 @@ class Trainer:
         self.stop = stop
         self.limit = TimeLimit(parts.config.run.rank_timeout)
         self.idle = Idle(comm)
+        self.pace = Pace(parts.config.run.metrics_per_second)
         self.rng = parts.rng
         self.state = self._first_state()
         if self.count.restarts:
@@ -99,7 +100,8 @@ class Trainer:
                 reason = "" if again else reason
                 if run.evaluate_every and not scores and reason not in ("", "signal"):
                     scores = self._scores()
-                if scores or self._due(run.metrics_every):
+                last = reason and run.metrics_every
+                if scores or last or (self._due(run.metrics_every) and self.pace.lets()):
                     self._log(metrics | scores)
                 bar.update(self.count.step, self._fraction(), **self._shown(metrics))
                 if again:

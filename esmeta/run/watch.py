@@ -1,4 +1,4 @@
-"""What the outer loop keeps an eye on: signals to stop, time limits of ranks, ranks that idle."""
+"""What the outer loop keeps an eye on: signals, time limits, ranks that idle, growth of files."""
 
 from __future__ import annotations
 
@@ -81,6 +81,32 @@ class TimeLimit:
     def between_steps(self) -> float:
         """The limit where rank 0 alone scores held-out tasks and writes files, perhaps slowly."""
         return self._fixed if self._fixed > 0.0 else max(START_S, self.in_step())
+
+
+class Pace:
+    """Lets through ``per_second`` on average, and the first thousand however fast they come.
+
+    Small tasks make hundreds of steps a second, and a line of metrics of each, a kilobyte, would
+    fill disks. ``per_second`` 0 lets all through.
+    """
+
+    BURST = 1000.0
+
+    def __init__(self, per_second: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._per_second, self._clock = per_second, clock
+        self._left, self._last = self.BURST, clock()
+
+    def lets(self) -> bool:
+        """Whether there is room for one more now, which it then takes."""
+        if not self._per_second:
+            return True
+        now = self._clock()
+        self._left = min(self.BURST, self._left + (now - self._last) * self._per_second)
+        self._last = now
+        if self._left < 1.0:
+            return False
+        self._left -= 1.0
+        return True
 
 
 class Idle:

@@ -39,8 +39,8 @@ def measure(members: int, trials: int, parameters: int, repeats: int, *, message
     """Time the collectives; runs on every rank, rank 0 prints one JSON object."""
     import torch
 
+    from esmeta.ranks import transport
     from esmeta.ranks.comm import install_excepthook, make_comm
-    from esmeta.ranks.launched import transport
 
     if messages:
         transport.SharedMemory = transport.Messages  # type: ignore[misc, assignment]

@@ -8,6 +8,7 @@ that autograd is asked to keep counts once, inputs included. Autograd goes throu
 in torch operations, not through the naive loop.
 """
 
+import argparse
 from math import ceil
 
 import torch
@@ -47,6 +48,7 @@ def saved_bytes(path: str, P: int, B: int, n: int, S: int, T: int) -> int:
 
 def main() -> None:
     """Print the table."""
+    argparse.ArgumentParser(description=__doc__).parse_args()
     print(f"{'T':>5} {'n':>4} {'S':>2} {'scan MB':>9} {'formula':>9} {'autograd':>9} {'ratio':>6}")
     P, B = 1, 16
     for T, n, S in (

@@ -154,7 +154,8 @@ class NaiveMemory:
 
 def in_torch(bound: Bound) -> Bound:
     """The same with all layers in torch operations."""
-    layers = {k: getattr(bound, k)._replace(compiled=None) for k in ("embed", "head", "value")}
+    found = {k: getattr(bound, k) for k in ("embed", "head", "value")}
+    layers = {k: v._replace(compiled=None) for k, v in found.items() if v is not None}
     return bound._replace(**layers)
 
 
@@ -342,7 +343,8 @@ def vectorised_problem(bench: Bench, chunk: int) -> Callable[[], Fitness]:
         def _observe(self) -> Tensor:
             # Past the horizon, VecGymNE asks once more and then stops.
             now = noise[min(self._t, len(noise) - 1)].expand(self.num_envs, -1, -1)
-            return torch.cat([*policy.inputs(self._ts, self._t, like), now], -1).flatten(1)
+            parts = policy.inputs.parts(self._ts, self._t, policy.spec.horizon)
+            return torch.cat([*(part.to(like.dtype) for part in parts), now], -1).flatten(1)
 
         def reset(self, **_: Any) -> tuple[Tensor, dict]:
             self._t = 0

@@ -11,8 +11,9 @@ import time
 
 import torch
 
+from esmeta.ranks import transport
 from esmeta.ranks.comm import MPIComm, install_excepthook, make_comm
-from esmeta.ranks.launched import local_rank, transport
+from esmeta.ranks.launched import local_rank
 from esmeta.ranks.wire import share
 
 

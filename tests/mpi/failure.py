@@ -10,8 +10,8 @@ import time
 import torch
 
 from esmeta.errors import UserError
+from esmeta.ranks import transport
 from esmeta.ranks.comm import install_excepthook, make_comm
-from esmeta.ranks.launched import transport
 
 mode, timeout_s = sys.argv[1], float(sys.argv[2])
 if sys.argv[3:] == ["Messages"]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from esmeta.ranks.launched import comm as comm_module
+from esmeta.ranks import comm as comm_module
 from esmeta.ranks.transport import Messages
 from esmeta.run import train
 
