@@ -103,7 +103,9 @@ class RankComm:
         return torch.stack(self._all(value)).sum(dim=0)
 
     def sum_ordered(self, value: Tensor) -> Tensor:
-        return functools.reduce(torch.add, [v.clone() for v in self._all(value)])
+        values = [v.clone() for v in self._all(value)]
+        assert all(v.shape == value.shape and v.dtype == value.dtype for v in values)
+        return functools.reduce(torch.add, values)
 
     def barrier(self) -> None:
         self._all(None)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-import threading
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from searches import on_ranks
 from torch import Tensor
 
 from esmeta import rollout as loop
@@ -81,51 +80,6 @@ class Point:
 
     def metrics(self, state: _PointState) -> dict[str, Tensor]:
         return {"distance": (state.x - state.goal).abs()}
-
-
-# --- ranks as threads ----------------------------------------------------------------------
-
-
-class ThreadComm:
-    """One rank of several threads, with the semantics of the sums that gradients use."""
-
-    def __init__(self, rank: int, slots: list[Any], barrier: threading.Barrier) -> None:
-        self.rank, self.size, self.slots, self.barrier = rank, len(slots), slots, barrier
-
-    def sum_ordered(self, value: Tensor) -> Tensor:
-        self.slots[self.rank] = value
-        self.barrier.wait(60)
-        values = list(self.slots)
-        self.barrier.wait(60)
-        assert all(v.shape == value.shape and v.dtype == value.dtype for v in values)
-        total = values[0].clone()
-        for other in values[1:]:
-            total += other
-        return total
-
-
-def on_ranks(size: int, work: Callable[[Any], Any]) -> list[Any]:
-    """Results of ``work(comm)`` on every rank; the first exception is raised."""
-    slots: list[Any] = [None] * size
-    barrier = threading.Barrier(size)
-    results: list[Any] = [None] * size
-    failures: list[BaseException] = []
-
-    def main(rank: int) -> None:
-        try:
-            results[rank] = work(ThreadComm(rank, slots, barrier))
-        except BaseException as error:
-            failures.append(error)
-            barrier.abort()
-
-    threads = [threading.Thread(target=main, args=(rank,)) for rank in range(size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if failures:
-        raise min(failures, key=lambda e: isinstance(e, threading.BrokenBarrierError))
-    return results
 
 
 # --- fixtures of all tests -------------------------------------------------------------------
