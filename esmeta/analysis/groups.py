@@ -11,11 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from esmeta import older
 from esmeta.analysis.series import Series, common_end, from_rows, over_seeds
 from esmeta.errors import UserError
 from esmeta.run import config as configs
 from esmeta.run.scoring import scored_config, variant
+from esmeta.summary import summary
 from esmeta.types import Reference
 
 _NUMBERED = re.compile(r"(.+)_(\d+)")
@@ -215,28 +218,19 @@ def group_runs(paths: Sequence[Path]) -> list[Group]:
 
 def mean_se(values: Sequence[float]) -> tuple[float, float]:
     """Mean and standard error of the values that are not NaN; NaN where there are too few."""
-    kept = [value for value in values if not math.isnan(value)]
-    if not kept:
-        return _NO_SCORE
-    mean = math.fsum(kept) / len(kept)
-    if len(kept) < 2:
-        return mean, math.nan
-    spread = math.fsum((value - mean) ** 2 for value in kept) / (len(kept) - 1)
-    return mean, math.sqrt(spread / len(kept))
-
-
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Ends of the 95 % confidence interval of the mean of a few independent values, Student's t."""
-    mean, error = mean_se(values)
-    count = sum(not math.isnan(value) for value in values)
-    wide = error * _student(count - 1) if count > 1 else math.nan
-    return mean - wide, mean + wide
+    found = summary(torch.tensor(values, dtype=torch.float64, device="cpu"))
+    return found.mean, found.se
 
 
 def interval_text(group: Group) -> str:
-    """The 95 % interval of a group's return over its seeds, ``1.23 to 1.45``; a dash for one."""
-    low, high = interval([_number(run.scores(group.split).get("return")) for run in group.runs])
-    return "-" if math.isnan(low) else f"{low:.3f} to {high:.3f}"
+    """Student's 95 % interval of a group's return over its seeds, ``1.23 to 1.45``, or a dash."""
+    values = [_number(run.scores(group.split).get("return")) for run in group.runs]
+    count = sum(not math.isnan(value) for value in values)
+    if count < 2:
+        return "-"
+    mean, error = mean_se(values)
+    wide = error * _student(count - 1)
+    return f"{mean - wide:.3f} to {mean + wide:.3f}"
 
 
 def _student(freedom: int) -> float:

@@ -71,7 +71,7 @@ def life_curves(objective: EpgObjective, eta: Params) -> dict[str, dict[str, Lif
 
 def draw_life_curves(curves: Mapping[str, Mapping[str, LifeCurve]], best: float, out: Path) -> Path:
     """One panel per split; ``best`` is the best possible reward per step."""
-    figure, panels = new_figure(len(curves))
+    figure, (panels,) = new_figure(len(curves))
     titles = {"train": "tasks of meta-training", "test": "tasks of the test"}
     for axes, (split, found) in zip(panels, curves.items(), strict=True):
         for (name, curve), colour in zip(found.items(), COLOURS, strict=False):

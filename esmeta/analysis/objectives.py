@@ -114,7 +114,7 @@ def figures(
 
 def draw_gallery(objective: MetaGenRLObjective, alpha: Params, out: Path) -> Path:
     """The loss of a step against both actions, where it went worse, as expected, and better."""
-    figure, panels = new_figure(3)
+    figure, (panels,) = new_figure(3)
     for axes, value in zip(panels, (-2.0, 0.0, 2.0), strict=True):
         surface: Any = loss_surface(objective, alpha, value, 0.0).numpy()
         most = max(float(np.abs(surface).max()), 1e-12)

@@ -19,11 +19,10 @@ from esmeta.envs.trimmed import TrimmedEnv
 from esmeta.policy import Policy
 from esmeta.rng import Rng
 from esmeta.tasks import Drawn, renderer
-from esmeta.types import BatchedEnv, Hosted, Params, PolicyOut, Task, TimeStep
+from esmeta.types import BatchedEnv, Hosted, Params, Task
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-    from torch import Tensor
 
 # As in PopulationEvaluator, which pads so that results do not depend on the batch: the trial that
 # is shown is, bit for bit, the one that was scored.
@@ -48,22 +47,6 @@ class Trial:
     data: dict[str, np.ndarray]
 
 
-class _Trace:
-    """Keeps actions, rewards and activity of trial ``[0, 0]``."""
-
-    def __init__(self) -> None:
-        self.actions: list[np.ndarray] = []
-        self.rewards: list[float] = []
-        self.active: list[bool] = []
-
-    def record(
-        self, ts: TimeStep, out: PolicyOut, action: Tensor, after: TimeStep, active: Tensor
-    ) -> None:
-        self.actions.append(action[0, 0].numpy())
-        self.rewards.append(float(after.reward[0, 0]))
-        self.active.append(bool(active[0, 0]))
-
-
 @torch.no_grad()
 def run_trial(
     policy: Policy, params: Params, task: Task, index: int = 0, split: str = "test", seed: int = 0
@@ -81,14 +64,14 @@ def run_trial(
     if isinstance(env, Hosted):  # one simulator is enough for copies of one trial
         env = TrimmedEnv(env, 1, 1)
     begin = loop.start(policy, members, env, tasks, Rng(seed).fold("trials", split))
-    trace = _Trace()
+    kept = loop.Recorder(begin.state, heads=False)
     states: list[Any] = []
-    loop.rollout(policy, env, begin, trace, watch=states.append)
-    steps = sum(trace.active)
+    path = kept.trajectory(loop.rollout(policy, env, begin, kept, watch=states.append))
+    steps = int(path.active[:, 0, 0].sum())
     return Trial(
         states[: steps + 1],
-        np.stack(trace.actions[:steps]),
-        np.array(trace.rewards[:steps], dtype=np.float64),
+        path.action[:steps, 0, 0].numpy(),
+        path.reward[:steps, 0, 0].double().numpy(),
         {name: leaf[0, 0].numpy() for name, leaf in tasks.data.items()},
     )
 

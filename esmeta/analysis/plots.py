@@ -17,7 +17,6 @@ from esmeta.analysis.series import (
     common_end,
     from_rows,
     over_seeds,
-    read,
     thinned,
 )
 from esmeta.types import Reference
@@ -29,7 +28,8 @@ if TYPE_CHECKING:
 # Okabe and Ito's palette: told apart with every common kind of colour vision.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 GREY = "#666666"
-DPI = 110
+_DPI = 110
+_Rows = list[dict[str, Any]]
 _X_LABELS = {
     "env_steps": "environment steps",
     "seconds": "wall time (s)",
@@ -40,13 +40,16 @@ _NUMBERED = re.compile(r"validation_(.+)_(\d+)")
 _LOG_RATIO = 20.0
 
 
-def new_figure(columns: int, *, width: float = 5.2, height: float = 3.7) -> tuple[Figure, Any]:
-    """An empty figure with ``columns`` panels, and the panels as a list; inches each."""
+def new_figure(
+    columns: int, rows: int = 1, *, width: float = 5.2, height: float = 3.7
+) -> tuple[Figure, Any]:
+    """An empty figure, and its panels row by row; inches each."""
     # Not pyplot: it keeps global state and every figure that is not closed.
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width * columns, height), dpi=DPI, layout="constrained")
-    return figure, [figure.add_subplot(1, columns, k + 1) for k in range(columns)]
+    size = (width * columns, height * rows)
+    figure = Figure(figsize=size, dpi=_DPI, layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False)
 
 
 def save(figure: Figure, out: Path) -> Path:
@@ -96,7 +99,7 @@ def _references(axes: Axes, reference: Reference) -> None:
         )
 
 
-def _return_panel(axes: Axes, logs: list[list[dict[str, Any]]], reference: Reference) -> None:
+def _return_panel(axes: Axes, logs: list[_Rows], reference: Reference) -> None:
     for name, label in zip(TRAINING, ("training", "training (population mean)"), strict=True):
         curves = [thinned(from_rows(rows, name, "env_steps")) for rows in logs]
         for k, curve in enumerate(curves):
@@ -119,7 +122,7 @@ def _return_panel(axes: Axes, logs: list[list[dict[str, Any]]], reference: Refer
         axes.text(0.5, 0.5, "nothing logged yet", transform=axes.transAxes, ha="center")
 
 
-def _second_metrics(logs: list[list[dict[str, Any]]]) -> tuple[str, list[str]]:
+def _second_metrics(logs: list[_Rows]) -> tuple[str, list[str]]:
     """Title and names of the metrics for the second panel; no names, no panel."""
     names = {name: None for rows in logs for row in rows for name in row}
     numbered = [match for match in map(_NUMBERED.fullmatch, names) if match]
@@ -132,9 +135,7 @@ def _second_metrics(logs: list[list[dict[str, Any]]]) -> tuple[str, list[str]]:
     return "", []
 
 
-def _metric_panel(
-    axes: Axes, logs: list[list[dict[str, Any]]], title: str, names: list[str]
-) -> None:
+def _metric_panel(axes: Axes, logs: list[_Rows], title: str, names: list[str]) -> None:
     import matplotlib
 
     shades = matplotlib.colormaps["viridis"](np.linspace(0.0, 0.85, len(names)))
@@ -170,19 +171,18 @@ def learning_curve(runs: Sequence[Path], out: Path, reference: Reference) -> Pat
 
     logs = [read_metrics(run) for run in runs]
     title, names = _second_metrics(logs)
-    figure, panels = new_figure(2 if names else 1)
+    figure, (panels,) = new_figure(2 if names else 1)
     _return_panel(panels[0], logs, reference)
     if names:
         _metric_panel(panels[1], logs, title, names)
     return save(figure, out)
 
 
-def _compare_panel(axes: Axes, groups: Mapping[str, Sequence[Path]], x: str, metric: str) -> None:
-    ends = []
-    starts = []
+def _compare_panel(axes: Axes, groups: Mapping[str, list[_Rows]], x: str, metric: str) -> None:
+    ends, starts = [], []
     styles = cycle(["-"] * len(COLOURS) + ["--"] * len(COLOURS))
     for (label, runs), colour, style in zip(groups.items(), cycle(COLOURS), styles, strict=False):
-        curves = [read(run, metric, x) for run in runs]
+        curves = [from_rows(rows, metric, x) for rows in runs]
         mean = over_seeds(curves)
         if not len(mean):
             continue
@@ -212,11 +212,14 @@ def compare(
     (``env_steps``, ``seconds``, ``step``) has its own panel. A dotted line marks where the
     shortest configuration ends. Returns the path of the PNG.
     """
+    from esmeta.run.record import read_metrics
+
     names = [x] if isinstance(x, str) else list(x)
+    logs = {label: [read_metrics(run) for run in runs] for label, runs in groups.items()}
     rows = min(math.ceil(len(groups) / 2), 4)
-    figure, panels = new_figure(len(names), height=3.7 + 0.25 * rows)
+    figure, (panels,) = new_figure(len(names), height=3.7 + 0.25 * rows)
     for axes, name in zip(panels, names, strict=True):
-        _compare_panel(axes, groups, name, metric)
+        _compare_panel(axes, logs, name, metric)
     handles, labels = panels[0].get_legend_handles_labels()
     if handles:
         figure.legend(handles, labels, loc="outside upper center", ncols=2, frameon=False)

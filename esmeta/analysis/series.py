@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -39,13 +38,6 @@ def from_rows(rows: Sequence[dict[str, Any]], metric: str, x: str) -> Series:
     errors = [math.nan if r.get(name) is None else r[name] for r in kept]
     columns = ([r[x] for r in kept], [r[metric] for r in kept], errors)
     return Series(*(np.array(column, dtype=np.float64) for column in columns))
-
-
-def read(run: Path, metric: str, x: str) -> Series:
-    """``metric`` of a run directory against ``x`` (``env_steps``, ``seconds`` or ``step``)."""
-    from esmeta.run.record import read_metrics
-
-    return from_rows(read_metrics(run), metric, x)
 
 
 def over_seeds(curves: Sequence[Series]) -> Series:

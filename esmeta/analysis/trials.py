@@ -12,12 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from esmeta import names
 from esmeta.analysis.pictures import Trial, run_trial
 from esmeta.analysis.plots import COLOURS, GREY, new_figure, save
-from esmeta.errors import UserError
 from esmeta.policy import Policy
-from esmeta.types import Params, Task
+from esmeta.types import Params
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,11 +23,6 @@ if TYPE_CHECKING:
 
 _GOOD, _BAD, _FIXATION, _EMPTY = (178, 212, 240), (250, 211, 180), (214, 214, 214), (252, 252, 252)
 _WALL, _FLOOR = (85, 85, 85), (250, 250, 250)
-
-
-def _check(task: Task, name: str) -> None:
-    if not isinstance(task, names.load("task", name)):
-        raise UserError(f"task {task!r}: this draws trials of {name}; give one of its tasks")
 
 
 # --- Harlow ------------------------------------------------------------------------------------
@@ -111,9 +104,8 @@ def draw_harlow(
     presentation; the dark line is the agent. An agent that learns from one choice always walks
     into blue after its first choice.
     """
-    _check(task, "harlow")
     trials = [run_trial(policy, params, task, index, split, seed) for index in indices]
-    figure, panels = new_figure(len(trials), width=2.1, height=5.4)
+    figure, (panels,) = new_figure(len(trials), width=2.1, height=5.4)
     longest = max(len(trial.rewards) for trial in trials)
     for axes, trial, index in zip(panels, trials, indices, strict=True):
         _space_time(axes, trial, task, index)
@@ -232,13 +224,7 @@ def draw_maze(
     on (dotted: cut off by the end of the trial). Dots are starts and the star is the target, which
     the agent cannot see.
     """
-    _check(task, "maze")
-    from matplotlib.figure import Figure
-
-    from esmeta.analysis.plots import DPI
-
-    figure = Figure(figsize=(2.9 * len(indices), 6.3), dpi=DPI, layout="constrained")
-    panels = figure.subplots(2, len(indices), squeeze=False)
+    figure, panels = new_figure(len(indices), 2, width=2.9, height=3.15)
     for column, index in enumerate(indices):
         trial = run_trial(policy, params, task, index, split, seed)
         _before_and_after(panels[0, column], panels[1, column], trial, index)
