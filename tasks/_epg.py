@@ -11,14 +11,14 @@ from typing import ClassVar
 from torch import Tensor
 
 from esmeta import errors
+from esmeta.envs import locomotion as walk
+from esmeta.envs import random_models
 from esmeta.envs.bodies import Data, Definition, Snapshot
 from esmeta.options import options_class
 from esmeta.rng import Rng
 from esmeta.tasks import check_split, task_numbers
 from esmeta.types import Tasks
 
-from . import _locomotion as walk
-from . import _random_models as random_models
 from . import _standard as standard
 
 
@@ -34,7 +34,7 @@ def definition(healthy: walk.Healthy) -> Definition:
 
 @options_class
 class RandomBody(walk.Simulated):
-    """Options of a body drawn for each trial, beside :class:`esmeta.tasks._locomotion.Simulated`.
+    """Options of a body drawn for each trial, beside :class:`esmeta.envs.locomotion.Simulated`.
 
     Args:
         scale_min: smallest factor on masses, coefficients of friction and radii.
@@ -59,7 +59,7 @@ class RandomBody(walk.Simulated):
         walk.check_range("gravity", self.gravity_min, self.gravity_max)
 
     def draw(self, batch: int | Tensor, split: str, rng: Rng) -> Tasks:
-        """Bodies, see :func:`esmeta.tasks._random_models.epg`; the splits are different draws."""
+        """Bodies, see :func:`esmeta.envs.random_models.epg`; the splits are different draws."""
         check_split(split)
         index = task_numbers(batch)
         scale, gravity = (self.scale_min, self.scale_max), (self.gravity_min, self.gravity_max)

@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 
 from esmeta import errors
+from esmeta.envs import locomotion as walk
 from esmeta.rng import Rng
 from esmeta.tasks import check_split, task_numbers
 from esmeta.types import Tasks
-
-from . import _locomotion as walk
 
 REWARDS = ("dense", "gated")
 MODELS = Path(__file__).parent / "models"

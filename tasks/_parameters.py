@@ -14,20 +14,20 @@ from typing import ClassVar
 from torch import Tensor
 
 from esmeta import errors
+from esmeta.envs import locomotion as walk
+from esmeta.envs import random_models
 from esmeta.envs.bodies import Data, Definition, Snapshot
 from esmeta.options import options_class
 from esmeta.rng import Rng
 from esmeta.tasks import check_split, task_numbers
 from esmeta.types import Tasks
 
-from . import _locomotion as walk
-from . import _random_models as random_models
 from . import _standard as standard
 
 
 @options_class
 class Parameters(walk.Simulated):
-    """Options, beside :class:`esmeta.tasks._locomotion.Simulated`.
+    """Options, beside :class:`esmeta.envs.locomotion.Simulated`.
 
     Args:
         log_scale_limit: largest u; 0 gives the model itself.
@@ -43,7 +43,7 @@ class Parameters(walk.Simulated):
         errors.non_negative("log_scale_limit", self.log_scale_limit, example=3.0)
 
     def draw(self, batch: int | Tensor, split: str, rng: Rng) -> Tasks:
-        """Bodies, see :func:`esmeta.tasks._random_models.parameters`; the splits differ."""
+        """Bodies, see :func:`esmeta.envs.random_models.parameters`; the splits differ."""
         check_split(split)
         index, stream = task_numbers(batch), rng.fold("body", split)
         limit = self.log_scale_limit

@@ -11,26 +11,25 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from esmeta.envs import locomotion as walk
 from esmeta.envs.bodies import Data, Definition, Noise, Snapshot
 from esmeta.options import options_class
 from esmeta.rng import Rng
 from esmeta.types import Tasks
-
-from . import _locomotion as walk
 
 SMALL_NOISE = Noise("uniform", 5e-3, "uniform", 5e-3)
 
 
 @options_class
 class Standard(walk.Simulated):
-    """Options of the standard tasks: :class:`esmeta.tasks._locomotion.Simulated`."""
+    """Options of the standard tasks: :class:`esmeta.envs.locomotion.Simulated`."""
 
     renewable: ClassVar[bool] = False
 
     horizon: int = 1000
 
     def draw(self, batch: int | Tensor, split: str, rng: Rng) -> Tasks:
-        """Starts, see :func:`esmeta.tasks._locomotion.starts`."""
+        """Starts, see :func:`esmeta.envs.locomotion.starts`."""
         return walk.starts(batch, split, rng)
 
 

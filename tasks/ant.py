@@ -6,15 +6,15 @@ import torch
 from torch import Tensor
 
 from esmeta import errors
+from esmeta.envs import ants
+from esmeta.envs import locomotion as walk
 from esmeta.envs.bodies import Body, Data, Definition, Snapshot
 from esmeta.options import options_class
 from esmeta.types import Reference, Spec
 
-from . import _ant as ant
-from . import _locomotion as walk
 from . import _standard as standard
 
-_HEALTHY = walk.upright(0.2, 1.0, ant.HEIGHT)
+_HEALTHY = walk.upright(0.2, 1.0, ants.HEIGHT)
 
 
 @options_class
@@ -34,7 +34,7 @@ class Task(standard.Standard):
 
     def body(self) -> Body:
         """Gymnasium's ant.xml."""
-        return Body(ant.XML, 5, None, self.integrator, self.contact_rule)
+        return Body(ants.XML, 5, None, self.integrator, self.contact_rule)
 
     @property
     def spec(self) -> Spec:
@@ -45,7 +45,7 @@ class Task(standard.Standard):
         """Reward ``v - 0.5 |a|^2 - 0.0005 |clip(f)|^2``, and 1 while its height is 0.2..1 m."""
 
         def observe(now: Snapshot) -> Tensor:
-            forces = walk.flat_forces(now, self.contact, ant.BODIES)
+            forces = walk.flat_forces(now, self.contact, ants.BODIES)
             # Those on the world itself, which come first, are paid for but not shown.
             return torch.cat([now.qpos[..., 2:], now.qvel, forces[..., 6:]], dim=-1)
 

@@ -16,19 +16,18 @@ from __future__ import annotations
 from torch import Tensor
 
 from esmeta import errors
+from esmeta.envs import ants
+from esmeta.envs import locomotion as walk
 from esmeta.envs.bodies import Data, Definition, Snapshot
 from esmeta.options import options_class
 from esmeta.rng import Rng
 from esmeta.tasks import aid
 from esmeta.types import Reference, Tasks
 
-from . import _ant as ant
-from . import _locomotion as walk
-
 
 @options_class
-class Task(ant.Ant):
-    """Walk in an unknown direction. Options: :class:`esmeta.tasks._ant.Ant`.
+class Task(ants.Ant):
+    """Walk in an unknown direction. Options: :class:`esmeta.envs.ants.Ant`.
 
     Args:
         directions: ``"binary"``: along x or against it; ``"circle"``: any.
@@ -44,7 +43,7 @@ class Task(ant.Ant):
         errors.one_of("directions", self.directions, walk.DIRECTIONS)
 
     def draw(self, batch: int | Tensor, split: str, rng: Rng) -> Tasks:
-        """Unit vectors, see :func:`esmeta.tasks._locomotion.directions`."""
+        """Unit vectors, see :func:`esmeta.envs.locomotion.directions`."""
         return walk.directions(
             batch, split, rng, self.directions, mirrored=self.mirrored, count=self.draws()
         )

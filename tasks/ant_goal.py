@@ -12,21 +12,20 @@ import torch
 from torch import Tensor
 
 from esmeta import errors
+from esmeta.envs import ants
+from esmeta.envs import locomotion as walk
 from esmeta.envs.bodies import Data, Definition, Snapshot
 from esmeta.options import options_class
 from esmeta.rng import Rng
 from esmeta.tasks import aid, check_split, task_numbers
 from esmeta.types import Reference, Tasks
 
-from . import _ant as ant
-from . import _locomotion as walk
-
 GOALS = ("disc", "square")
 
 
 @options_class
-class Task(ant.Ant):
-    """Walk to an unknown point. Options: :class:`esmeta.tasks._ant.Ant`.
+class Task(ants.Ant):
+    """Walk to an unknown point. Options: :class:`esmeta.envs.ants.Ant`.
 
     Args:
         goals: ``"disc"``: radius ``reach * sqrt(U)`` at a uniform angle; ``"square"``: both

@@ -15,21 +15,21 @@ import dataclasses
 from torch import Tensor
 
 from esmeta import errors
+from esmeta.envs import ants
 from esmeta.envs.bodies import Body, Data, Definition, Snapshot
 from esmeta.options import options_class
 from esmeta.rng import Rng
 from esmeta.tasks import aid
 from esmeta.types import Reference, Tasks
 
-from . import _ant as ant
 from . import _maesn as maesn
 
 
 @options_class
-class Task(ant.Ant):
+class Task(ants.Ant):
     """Walk to an unknown point.
 
-    Options, beside :class:`esmeta.tasks._ant.Ant`:
+    Options, beside :class:`esmeta.envs.ants.Ant`:
 
     Args:
         reward: ``"dense"`` or ``"gated"``.
@@ -54,7 +54,7 @@ class Task(ant.Ant):
     def body(self) -> Body:
         """Gymnasium's ant.xml with gears of 30."""
         skip = 1 if self.physics == "rllab" else 5
-        return Body(ant.XML, skip, 0.01, self.integrator, self.contact_rule, gear=30.0)
+        return Body(ants.XML, skip, 0.01, self.integrator, self.contact_rule, gear=30.0)
 
     def draw(self, batch: int | Tensor, split: str, rng: Rng) -> Tasks:
         """Goals, see :func:`esmeta.tasks._maesn.half_circle`."""

@@ -9,18 +9,17 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from esmeta.envs import ants
+from esmeta.envs import locomotion as walk
 from esmeta.envs.bodies import Data, Definition, Snapshot
 from esmeta.options import options_class
 from esmeta.rng import Rng
 from esmeta.types import Reference, Tasks
 
-from . import _ant as ant
-from . import _locomotion as walk
-
 
 @options_class
-class Task(ant.Ant):
-    """Walk at an unknown speed. Options: :class:`esmeta.tasks._ant.Ant`.
+class Task(ants.Ant):
+    """Walk at an unknown speed. Options: :class:`esmeta.envs.ants.Ant`.
 
     Args:
         speed_min: slowest target in m/s.
@@ -35,7 +34,7 @@ class Task(ant.Ant):
         walk.check_range("speed", self.speed_min, self.speed_max)
 
     def draw(self, batch: int | Tensor, split: str, rng: Rng) -> Tasks:
-        """Speeds, see :func:`esmeta.tasks._locomotion.speeds`."""
+        """Speeds, see :func:`esmeta.envs.locomotion.speeds`."""
         low, high = self.speed_min, self.speed_max
         return walk.speeds(batch, split, rng, low, high, count=self.draws())
 

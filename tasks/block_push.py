@@ -15,13 +15,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from esmeta.envs import locomotion as walk
 from esmeta.envs.bodies import Body, Data, Definition, Noise, Snapshot
 from esmeta.options import options_class
 from esmeta.rng import Rng
 from esmeta.tasks import aid, check_split, task_numbers
 from esmeta.types import Reference, Spec, Tasks
 
-from . import _locomotion as walk
 from . import _maesn as maesn
 
 BLOCKS = 5
@@ -37,7 +37,7 @@ STILL = Noise("uniform", 0.0, "uniform", 0.0)
 class Task(walk.Simulated):
     """Push an unknown block to an unknown place. Observation 26: qpos and qvel. Three motors.
 
-    Options, beside :class:`esmeta.tasks._locomotion.Simulated`:
+    Options, beside :class:`esmeta.envs.locomotion.Simulated`:
 
     Args:
         reward: ``"dense"`` or ``"gated"``.

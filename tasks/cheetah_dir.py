@@ -9,19 +9,18 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from esmeta.envs import cheetahs
+from esmeta.envs import locomotion as walk
 from esmeta.envs.bodies import Data, Definition, Snapshot
 from esmeta.options import options_class
 from esmeta.rng import Rng
 from esmeta.tasks import aid
 from esmeta.types import Reference, Tasks
 
-from . import _cheetah as cheetah
-from . import _locomotion as walk
-
 
 @options_class
-class Task(cheetah.Cheetah):
-    """Run forwards or backwards. Options: :class:`esmeta.tasks._cheetah.Cheetah`.
+class Task(cheetahs.Cheetah):
+    """Run forwards or backwards. Options: :class:`esmeta.envs.cheetahs.Cheetah`.
 
     Args:
         mirrored: tasks 2k and 2k + 1 are twins: all is alike, noise included, but their directions
@@ -31,7 +30,7 @@ class Task(cheetah.Cheetah):
     mirrored: bool = aid(False)
 
     def draw(self, batch: int | Tensor, split: str, rng: Rng) -> Tasks:
-        """Directions (1, 0) and (-1, 0), see :func:`esmeta.tasks._locomotion.directions`."""
+        """Directions (1, 0) and (-1, 0), see :func:`esmeta.envs.locomotion.directions`."""
         return walk.directions(
             batch, split, rng, "binary", mirrored=self.mirrored, count=self.draws()
         )

@@ -9,18 +9,17 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from esmeta.envs import cheetahs
+from esmeta.envs import locomotion as walk
 from esmeta.envs.bodies import Data, Definition, Snapshot
 from esmeta.options import options_class
 from esmeta.rng import Rng
 from esmeta.types import Reference, Tasks
 
-from . import _cheetah as cheetah
-from . import _locomotion as walk
-
 
 @options_class
-class Task(cheetah.Cheetah):
-    """Run at an unknown speed. Options: :class:`esmeta.tasks._cheetah.Cheetah`.
+class Task(cheetahs.Cheetah):
+    """Run at an unknown speed. Options: :class:`esmeta.envs.cheetahs.Cheetah`.
 
     Args:
         speed_min: slowest target in m/s.
@@ -35,7 +34,7 @@ class Task(cheetah.Cheetah):
         walk.check_range("speed", self.speed_min, self.speed_max)
 
     def draw(self, batch: int | Tensor, split: str, rng: Rng) -> Tasks:
-        """Speeds, see :func:`esmeta.tasks._locomotion.speeds`."""
+        """Speeds, see :func:`esmeta.envs.locomotion.speeds`."""
         low, high = self.speed_min, self.speed_max
         return walk.speeds(batch, split, rng, low, high, count=self.draws())
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from esmeta.envs import locomotion as walk
 from esmeta.envs.bodies import Body, Definition, Snapshot
 from esmeta.options import options_class
 from esmeta.rng import Rng
@@ -17,12 +18,11 @@ from esmeta.tasks import aid
 from esmeta.types import Reference, Spec, Tasks
 
 from . import _epg as epg
-from . import _locomotion as walk
 
 
 @options_class
 class Task(walk.Simulated):
-    """Hop forwards or backwards. Options: :class:`esmeta.tasks._locomotion.Simulated`.
+    """Hop forwards or backwards. Options: :class:`esmeta.envs.locomotion.Simulated`.
 
     Args:
         mirrored: tasks 2k and 2k + 1 have opposite directions, so that the luck of a policy that
@@ -42,7 +42,7 @@ class Task(walk.Simulated):
         return self.trial(11, 3)
 
     def draw(self, batch: int | Tensor, split: str, rng: Rng) -> Tasks:
-        """Directions (1, 0) and (-1, 0), see :func:`esmeta.tasks._locomotion.directions`."""
+        """Directions (1, 0) and (-1, 0), see :func:`esmeta.envs.locomotion.directions`."""
         count = self.draws()
         return walk.directions(batch, split, rng, "binary", mirrored=self.mirrored, count=count)
 

@@ -12,20 +12,19 @@ import torch
 from torch import Tensor
 
 from esmeta import errors
+from esmeta.envs import ants
+from esmeta.envs import locomotion as walk
 from esmeta.envs.bodies import Data, Definition, Snapshot
 from esmeta.options import options_class
 from esmeta.rng import Rng
 from esmeta.tasks import aid, check_split, task_numbers
 from esmeta.types import Reference, Tasks
 
-from . import _ant as ant
-from . import _locomotion as walk
-
 REWARDS = ("distance", "progress")
 
 
 @options_class
-class Task(ant.Ant):
+class Task(ants.Ant):
     """Walk to an unknown point ahead or, in the test, behind. Options: :class:`.ant.Ant`.
 
     Args:

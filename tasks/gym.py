@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from esmeta import errors
-from esmeta.envs._worlds import Interface, interface
 from esmeta.envs.gym import GymEnv
+from esmeta.envs.simulators import Interface, interface
 from esmeta.options import options_class
 from esmeta.rng import Rng
 from esmeta.tasks import SPLITS, check_int, check_split, episode_steps, task_numbers

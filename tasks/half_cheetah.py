@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from esmeta.envs import locomotion as walk
 from esmeta.envs.bodies import Body, Data, Definition, Snapshot
 from esmeta.options import options_class
 from esmeta.types import Reference, Spec
 
-from . import _locomotion as walk
 from . import _standard as standard
 
 

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from esmeta.envs import locomotion as walk
+from esmeta.envs import random_models
 from esmeta.envs.bodies import Body, Definition
 from esmeta.options import options_class
 from esmeta.types import Reference, Spec
 
-from . import _locomotion as walk
 from . import _parameters as parameters
-from . import _random_models as random_models
 
 
 @options_class

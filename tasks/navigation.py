@@ -15,12 +15,11 @@ import torch
 from torch import Tensor
 
 from esmeta import errors
+from esmeta.envs import plane
 from esmeta.options import options_class
 from esmeta.rng import Rng
 from esmeta.tasks import check_split, episode_steps, task_numbers
 from esmeta.types import Continuous, Reference, Spec, Tasks
-
-from . import _plane
 
 REWARDS = ("distance", "squared")
 _HALF_WIDTH, _STEP, _ARRIVAL = 0.5, 0.1, 0.01
@@ -62,7 +61,7 @@ class Task:
 
     @property
     def reference(self) -> Reference:
-        """Means over many goals, see :func:`esmeta.tasks._plane.reference`."""
+        """Means over many goals, see :func:`esmeta.envs.plane.reference`."""
         return _reference(self)
 
     def sample(self, batch: int | Tensor, split: str, rng: Rng) -> Tasks:
@@ -75,9 +74,9 @@ class Task:
         draw = rng.fold("navigation", split).uniform(index, 2)
         return Tasks(index, {"goal": ((2.0 * draw - 1.0) * _HALF_WIDTH).to(torch.float32)})
 
-    def rules(self) -> _plane.Rules:
+    def rules(self) -> plane.Rules:
         """How the point moves, and what pays."""
-        return _plane.Rules(
+        return plane.Rules(
             reward=functools.partial(_reward, self.reward),
             step_size=_STEP,
             steps=episode_steps(self.horizon, self.episodes),
@@ -86,9 +85,9 @@ class Task:
             arrival=_ARRIVAL if self.terminate else 0.0,
         )
 
-    def make_env(self, device: torch.device | str) -> _plane.PlaneEnv:
+    def make_env(self, device: torch.device | str) -> plane.PlaneEnv:
         """The environment; it runs where the tasks given to it lie."""
-        return _plane.PlaneEnv(self.rules())
+        return plane.PlaneEnv(self.rules())
 
 
 def _reward(kind: str, offset: Tensor, goal: Tensor) -> Tensor:
@@ -99,5 +98,5 @@ def _reward(kind: str, offset: Tensor, goal: Tensor) -> Tensor:
 @functools.cache
 def _reference(task: Task) -> Reference:
     rules = task.rules()
-    goals = task.sample(_plane.walks(rules.steps), "test", Rng(0)).data["goal"][0]
-    return _plane.reference(rules, goals)
+    goals = task.sample(plane.walks(rules.steps), "test", Rng(0)).data["goal"][0]
+    return plane.reference(rules, goals)

@@ -21,12 +21,11 @@ import torch
 from torch import Tensor
 
 from esmeta import errors
+from esmeta.envs import plane
 from esmeta.options import options_class
 from esmeta.rng import Rng
 from esmeta.tasks import check_split, episode_steps, task_numbers
 from esmeta.types import Continuous, Reference, Spec, Tasks
-
-from . import _plane
 
 GOALS = ("half_circle", "circle", "square")
 REWARDS = ("dense", "sparse", "gated")
@@ -81,7 +80,7 @@ class Task:
 
     @property
     def reference(self) -> Reference:
-        """Means over many goals, see :func:`esmeta.tasks._plane.reference`."""
+        """Means over many goals, see :func:`esmeta.envs.plane.reference`."""
         return _reference(self)
 
     def sample(self, batch: int | Tensor, split: str, rng: Rng) -> Tasks:
@@ -104,9 +103,9 @@ class Task:
         """Trials with one of ``train_goals`` share it; see :func:`esmeta.tasks.task_groups`."""
         return index % self.train_goals if self.train_goals and split == "train" else index
 
-    def rules(self) -> _plane.Rules:
+    def rules(self) -> plane.Rules:
         """How the point moves, and what pays."""
-        return _plane.Rules(
+        return plane.Rules(
             reward=functools.partial(_reward, self.reward, self.tolerance),
             step_size=self.step_size,
             steps=episode_steps(self.horizon, self.episodes),
@@ -115,9 +114,9 @@ class Task:
             start_width=self.radius if self.start == "square" else 0.0,
         )
 
-    def make_env(self, device: torch.device | str) -> _plane.PlaneEnv:
+    def make_env(self, device: torch.device | str) -> plane.PlaneEnv:
         """The environment; it runs where the tasks given to it lie."""
-        return _plane.PlaneEnv(self.rules())
+        return plane.PlaneEnv(self.rules())
 
 
 def _reward(kind: str, tolerance: float, offset: Tensor, goal: Tensor) -> Tensor:
@@ -133,5 +132,5 @@ def _reward(kind: str, tolerance: float, offset: Tensor, goal: Tensor) -> Tensor
 @functools.cache
 def _reference(task: Task) -> Reference:
     rules = task.rules()
-    goals = task.sample(_plane.walks(rules.steps), "test", Rng(0)).data["goal"][0]
-    return _plane.reference(rules, goals)
+    goals = task.sample(plane.walks(rules.steps), "test", Rng(0)).data["goal"][0]
+    return plane.reference(rules, goals)

@@ -15,14 +15,13 @@ import torch
 from torch import Tensor
 
 from esmeta import errors
+from esmeta.envs import locomotion as walk
+from esmeta.envs import random_models
 from esmeta.envs.bodies import Body, Data, Definition, Noise, Snapshot
 from esmeta.options import options_class
 from esmeta.rng import Rng
 from esmeta.tasks import check_split, task_numbers
 from esmeta.types import Reference, Spec, Tasks
-
-from . import _locomotion as walk
-from . import _random_models as random_models
 
 # Numbers of bodies and geoms in reacher.xml, its lengths in m.
 FINGERTIP, TARGET = 3, 4
@@ -35,7 +34,7 @@ NOISE = Noise("uniform", (0.1, 0.1, 0.0, 0.0), "uniform", (5e-3, 5e-3, 0.0, 0.0)
 
 @options_class
 class Task(walk.Simulated):
-    """Reach for the target. Options: :class:`esmeta.tasks._locomotion.Simulated`.
+    """Reach for the target. Options: :class:`esmeta.envs.locomotion.Simulated`.
 
     Args:
         scale_min: smallest factor on the length of a link.

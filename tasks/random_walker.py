@@ -11,13 +11,13 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from esmeta.envs import locomotion as walk
+from esmeta.envs import random_models
 from esmeta.envs.bodies import Body, Definition, Snapshot
 from esmeta.options import options_class
 from esmeta.types import Reference, Spec
 
 from . import _epg as epg
-from . import _locomotion as walk
-from . import _random_models as random_models
 
 
 @options_class

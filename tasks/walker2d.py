@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from esmeta.envs import locomotion as walk
 from esmeta.envs.bodies import Body, Definition
 from esmeta.options import options_class
 from esmeta.types import Reference, Spec
 
-from . import _locomotion as walk
 from . import _standard as standard
 
 

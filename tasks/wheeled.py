@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from esmeta import errors
+from esmeta.envs import locomotion as walk
 from esmeta.envs.bodies import Body, Data, Definition, Snapshot
 from esmeta.options import options_class
 from esmeta.rng import Rng
 from esmeta.tasks import aid
 from esmeta.types import Reference, Spec, Tasks
 
-from . import _locomotion as walk
 from . import _maesn as maesn
 
 MOTOR = 2.0
@@ -30,7 +30,7 @@ MOTOR = 2.0
 class Task(walk.Simulated):
     """Drive to an unknown point. Observation 12: qpos and qvel. Two motors.
 
-    Options, beside :class:`esmeta.tasks._locomotion.Simulated`:
+    Options, beside :class:`esmeta.envs.locomotion.Simulated`:
 
     Args:
         reward: ``"dense"`` or ``"gated"``.

@@ -20,7 +20,7 @@ from tiny_runs import overrides, run_here, summary
 import esmeta
 from esmeta import errors
 from esmeta.analysis.pictures import run_trial
-from esmeta.envs import _worlds
+from esmeta.envs import simulators
 from esmeta.envs.gymnasium_api import TaskEnv, TaskVectorEnv
 from esmeta.errors import EnvFailure, UserError
 from esmeta.evaluator import PopulationEvaluator
@@ -89,12 +89,12 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     gymnasium.register("Counted-v0", Counted, max_episode_steps=8)
     wrapper = gymnasium.envs.registration.WrapperSpec("M", f"{__name__}:Marked", {"seen": []})
     gymnasium.register("Wrapped-v0", Counted, max_episode_steps=8, additional_wrappers=(wrapper,))
-    _worlds.close_all()
+    simulators.close_all()
     Counted.opened = Counted.closed = Counted.peak = Counted.steps = 0
     Counted.options = []
     yield
     Counted.fails = None
-    _worlds.close_all()
+    simulators.close_all()
     for name in ("Counted-v0", "Wrapped-v0"):
         del gymnasium.registry[name]
 
@@ -108,7 +108,7 @@ def evaluator(trials: int = 12, **options: Any) -> tuple[PopulationEvaluator, An
 def forget() -> None:
     """Count from here on."""
     gc.collect()
-    _worlds.close_all()
+    simulators.close_all()
     Counted.opened = Counted.closed = Counted.peak = 0
 
 
@@ -516,5 +516,5 @@ def test_a_simulator_that_cannot_be_closed_is_told(capsys: Any, monkeypatch: Any
     scores, params = evaluator()
     scores(params)
     monkeypatch.setattr(Counted, "close", close)
-    _worlds.close_all()
+    simulators.close_all()
     assert "close() raised OSError: already gone" in capsys.readouterr().err

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from esmeta import PopulationEvaluator, make_policy
 from esmeta.envs import mujoco
+from esmeta.envs.locomotion import Simulated
 from esmeta.envs.mujoco import MujocoEnv, State
 from esmeta.learners import ppo
 from esmeta.lives import AgentLives, TrialLives
 from esmeta.objectives.epg import Objective
 from esmeta.rng import Rng
 from esmeta.tasks import make_task, single, task_names
-from esmeta.tasks._locomotion import Simulated
 from esmeta.tree import leaves_of
 from esmeta.types import Tasks, TimeStep
 

@@ -17,11 +17,11 @@ from conftest import ROOT
 from torch import Tensor
 
 from esmeta import PopulationEvaluator, make_policy
-from esmeta.envs import _mujoco_engines
-from esmeta.envs._mujoco_engines import make_engine
-from esmeta.envs._mujoco_model import build_model, mujoco_version, slice_of, world_fields
+from esmeta.envs import mujoco_model
 from esmeta.envs.bodies import Body
 from esmeta.envs.mujoco import MujocoEnv, State
+from esmeta.envs.mujoco_cpu import make_engine
+from esmeta.envs.mujoco_model import build_model, mujoco_version, slice_of, world_fields
 from esmeta.errors import UserError
 from esmeta.rng import Rng
 from esmeta.tasks import make_task
@@ -454,13 +454,13 @@ def test_wrong_models_are_refused(
 
 
 def test_the_batch_engine_needs_its_mujoco(monkeypatch) -> None:
-    monkeypatch.setattr(_mujoco_engines, "mujoco_version", lambda: (3, 16))
-    assert _mujoco_engines.choose_engine("auto", ()) == "rows"
+    monkeypatch.setattr(mujoco_model, "mujoco_version", lambda: (3, 16))
+    assert mujoco_model.choose_engine("auto", ()) == "rows"
     with pytest.raises(UserError, match="3.17 or newer.*engine = 'rows'.*pip install"):
         make_task("hopper", engine="batch").make_env("cpu")
-    monkeypatch.setattr(_mujoco_engines, "mujoco_version", lambda: (3, 17))
-    assert _mujoco_engines.choose_engine("auto", ()) == "batch"
-    assert _mujoco_engines.choose_engine("auto", ("xpos", "cfrc_ext")) == "rows"
+    monkeypatch.setattr(mujoco_model, "mujoco_version", lambda: (3, 17))
+    assert mujoco_model.choose_engine("auto", ()) == "batch"
+    assert mujoco_model.choose_engine("auto", ("xpos", "cfrc_ext")) == "rows"
 
 
 def test_euler_is_other_physics() -> None:

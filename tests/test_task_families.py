@@ -14,8 +14,8 @@ from test_mujoco import ENGINES, actions, endless, positions
 from test_task_bodies import stored
 from torch import Tensor
 
-from esmeta.envs._mujoco_model import asset, build_model, motors
 from esmeta.envs.mujoco import MujocoEnv, State
+from esmeta.envs.mujoco_model import asset, build_model, motors
 from esmeta.rng import Rng
 from esmeta.tasks import make_task, task_names
 from esmeta.tasks.random_reacher import links

@@ -13,8 +13,8 @@ from test_task_bodies import stored
 from test_task_families import uniform_in
 from torch import Tensor
 
-from esmeta.envs._mujoco_model import build_model
 from esmeta.envs.mujoco import MujocoEnv
+from esmeta.envs.mujoco_model import build_model
 from esmeta.rng import Rng
 from esmeta.tasks import make_task
 from esmeta.types import Tasks

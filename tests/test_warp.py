@@ -20,9 +20,9 @@ from torch import Tensor
 
 import esmeta
 from esmeta.envs import warp
-from esmeta.envs._mujoco_model import asset, build_model, slice_of
 from esmeta.envs.bodies import Body
 from esmeta.envs.mujoco import MujocoEnv, State
+from esmeta.envs.mujoco_model import asset, build_model, slice_of
 from esmeta.errors import UserError
 from esmeta.rng import Rng
 from esmeta.tasks import make_task

@@ -1,15 +1,18 @@
-"""Where P x B trials on simulated bodies are, for :mod:`esmeta.envs.mujoco`."""
+"""What :mod:`esmeta.envs.mujoco` keeps of P x B trials, and what it asks of a simulator."""
 
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from esmeta.envs.bodies import Data, Definition
+from esmeta.envs.bodies import Data, Definition, Snapshot
+
+HUGE = 1e10  # mjMAXVAL: MuJoCo calls positions and velocities beyond it unstable
 
 
 class State(NamedTuple):
@@ -93,3 +96,55 @@ def phase_table(definition: Definition, horizon: int) -> np.ndarray:
     for phase, (first, last) in enumerate(definition.phases.values()):
         table[first : last + 1, phase] = 1.0
     return table
+
+
+class Worlds(Protocol):
+    """N worlds of one model. Time, positions and velocities come first in the rows of state."""
+
+    changes: Data | None
+    """The tasks' data that :meth:`vary` was last given, for the caller to remember."""
+
+    def load(self, rows: Tensor) -> None:
+        """Put the worlds into the states ``rows [P, B, S]``."""
+        ...
+
+    def saved(self, shape: torch.Size) -> Tensor:
+        """A copy of their states, ``[P, B, S]``."""
+        ...
+
+    def step(self, control: Tensor, going: Going | None) -> Tensor | None:
+        """One control step with ``control [P, B, nu]`` of the worlds of ``going`` (None: all).
+
+        The others keep their states. Returns bool ``[N]``: worlds that are lost, by an error, NaN
+        or huge numbers; None where none is.
+        """
+        ...
+
+    def derive(self, chosen: Tensor) -> None:
+        """Compute what follows from the states of the worlds marked in ``chosen [N]``."""
+        ...
+
+    def restart(self, starts: Tensor, chosen: Tensor) -> None:
+        """Put the worlds marked in ``chosen [N]`` at ``starts [N, nq + nv]``."""
+        ...
+
+    def snapshot(self, shape: torch.Size) -> Snapshot:
+        """Views ``[P, B, ...]`` of what the simulator holds."""
+        ...
+
+    def vary(self, changes: Mapping[str, np.ndarray]) -> None:
+        """Models of their own; see :func:`esmeta.envs.mujoco_model.world_fields`."""
+        ...
+
+    def check(self) -> None:
+        """Raise where results are wrong because the simulator ran out of room."""
+        ...
+
+
+def views_of(
+    qpos: Tensor, qvel: Tensor, outputs: Mapping[str, Tensor], shape: torch.Size
+) -> Snapshot:
+    """Leaves ``[N, ...]`` seen as ``[P, B, ...]``; those that are not there are empty."""
+    empty = qpos.new_empty(len(qpos), 0)
+    derived = (outputs.get(name, empty) for name in Snapshot._fields[2:])
+    return Snapshot(*(leaf.unflatten(0, shape) for leaf in (qpos, qvel, *derived)))

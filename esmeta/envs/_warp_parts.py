@@ -1,7 +1,7 @@
 """What esmeta adds to MuJoCo Warp: a record of how full its buffers were, and one correction.
 
 Importing this module needs ``pip install "esmeta[gpu]"``; see
-:func:`esmeta.envs._mujoco_model.import_warp`.
+:func:`esmeta.envs.mujoco_model.import_warp`.
 """
 # Warp reads the annotations of its functions as they stand, so that they are not postponed here,
 # and what stands in these functions is Warp's language, not Python.

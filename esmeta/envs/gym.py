@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from esmeta.envs._worlds import Pool, World, interface, pool
+from esmeta.envs.simulators import Pool, World, interface, pool
 from esmeta.errors import EnvFailure, warn
 from esmeta.rng import Rng
 from esmeta.sharing import HostedState, MadeAgain, check_newest, one_at_a_time

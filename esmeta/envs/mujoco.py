@@ -12,17 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from esmeta.envs import _mujoco_engines as engines
-from esmeta.envs import _mujoco_model as models
-from esmeta.envs._mujoco_state import Going, Seen, State, phase_table
-from esmeta.envs._mujoco_worlds import CpuWorlds, Worlds
+from esmeta.envs import mujoco_model as models
+from esmeta.envs._mujoco_state import Going, Seen, State, Worlds, phase_table
 from esmeta.envs.bodies import Body, Data, Definition, Snapshot
+from esmeta.envs.mujoco_cpu import CpuWorlds, make_engine
 from esmeta.rng import Rng
 from esmeta.sharing import MadeAgain, one_at_a_time
 from esmeta.tasks import check_int
 from esmeta.types import Tasks, TimeStep
 
-ENGINES = engines.ENGINES
 _CHANGES = (*models.FACTORS, "gravity")
 _LASTING = (*_CHANGES, "start", "pose")  # what all episodes of a trial share
 _KEPT_SIZES = 4  # engines that are kept for batches of other sizes
@@ -45,7 +43,7 @@ class MujocoEnv(MadeAgain):
 
     What the tasks' data hold under ``mass``, ``inertia``, ``friction``, ``damping``, ``gear``,
     ``size`` (factors) or ``gravity`` changes the model of each world; see
-    :func:`esmeta.envs._mujoco_model.world_fields` for these and more, with shapes.
+    :func:`esmeta.envs.mujoco_model.world_fields` for these and more, with shapes.
 
     Other names with a meaning of their own: ``start`` (int64 ``[Q, B]``) addresses the noise at the
     start instead of the tasks' numbers; ``pose`` (float64 ``[Q, B, nq]``, or
@@ -80,7 +78,7 @@ class MujocoEnv(MadeAgain):
     ) -> None:
         check_int("threads", threads, 1, 1024)
         mujoco = models.import_mujoco()
-        self._engine = engines.choose_engine(engine, definition.reads)
+        self._engine = models.choose_engine(engine, definition.reads)
         self.model = model = models.build_model(body)
         self._body, self._definition = body, definition
         self._horizon, self._episodes, self._continual = horizon, episodes, continual
@@ -375,7 +373,7 @@ class MujocoEnv(MadeAgain):
             from esmeta.envs.warp import WarpWorlds
 
             return WarpWorlds(self.model, body, count, reads, changes, self._physics.device)
-        engine = engines.make_engine(self._engine, self.model, count, self._threads, reads)
+        engine = make_engine(self._engine, self.model, count, self._threads, reads)
         return CpuWorlds(self.model, engine, body.frame_skip)
 
     def _some(self, marked: Tensor) -> bool:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from esmeta import errors
-from esmeta.envs import _mujoco_model as models
+from esmeta.envs import mujoco_model as models
 from esmeta.envs.mujoco import MujocoEnv, State
 from esmeta.sharing import MadeAgain, one_at_a_time
 

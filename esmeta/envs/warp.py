@@ -21,9 +21,8 @@ import torch
 from torch import Tensor
 
 from esmeta import errors
-from esmeta.envs import _mujoco_model as models
-from esmeta.envs._mujoco_state import Going
-from esmeta.envs._mujoco_worlds import HUGE, views_of
+from esmeta.envs import mujoco_model as models
+from esmeta.envs._mujoco_state import HUGE, Going, views_of
 from esmeta.envs.bodies import Body, Data, Snapshot
 
 DETERMINISTIC = True
@@ -37,7 +36,7 @@ _BOUNDS = ("geom_aabb", "geom_rbound")
 
 
 class WarpWorlds:
-    """N worlds of MuJoCo Warp; see :class:`esmeta.envs._mujoco_worlds.Worlds`.
+    """N worlds of MuJoCo Warp; see :class:`esmeta.envs._mujoco_state.Worlds`.
 
     A row of state is time, qpos, qvel, act and the warm start of the solver.
 

@@ -147,7 +147,7 @@ def _keep_freed_memory() -> None:
 
 def close_simulators() -> None:
     """Close what was opened of Gymnasium's environments; nothing where none was ever used."""
-    worlds = sys.modules.get("esmeta.envs._worlds")
+    worlds = sys.modules.get("esmeta.envs.simulators")
     if worlds is not None:
         worlds.close_all()
 

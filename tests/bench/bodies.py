@@ -58,8 +58,8 @@ prepare_process()
 
 import esmeta  # noqa: E402
 from esmeta.agent import heads  # noqa: E402
-from esmeta.envs._mujoco_model import build_model, log_warnings, slice_of  # noqa: E402
 from esmeta.envs.mujoco import MujocoEnv  # noqa: E402
+from esmeta.envs.mujoco_model import build_model, log_warnings, slice_of  # noqa: E402
 from esmeta.rng import Rng  # noqa: E402
 from esmeta.tasks import make_task  # noqa: E402
 

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from esmeta import errors
-from esmeta.envs import _mujoco_model as models
+from esmeta.envs import mujoco_model as models
 from esmeta.envs.bodies import Body, Definition, Noise, Snapshot
-from esmeta.envs.mujoco import ENGINES, MujocoEnv
+from esmeta.envs.mujoco import MujocoEnv
 from esmeta.envs.scenes import Scene
 from esmeta.options import options_class
 from esmeta.rng import Rng
@@ -99,7 +99,7 @@ class Simulated(ABC):
         episode_steps(self.horizon, self.episodes)
         check_int("episode_steps", self.episode_steps, 0, 100_000)
         check_int("threads", self.threads, 1, 1024)
-        errors.one_of("engine", self.engine, ENGINES)
+        errors.one_of("engine", self.engine, models.ENGINES)
         self.body()  # checks what is left
         self._check_changes()
 

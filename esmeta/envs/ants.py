@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 
 from esmeta import errors
+from esmeta.envs import locomotion as walk
 from esmeta.envs.bodies import Body, Snapshot
 from esmeta.options import options_class
 from esmeta.tasks import aid
 from esmeta.types import Spec
-
-from . import _locomotion as walk
 
 XML = "ant.xml"
 BODIES = 14
@@ -28,7 +27,7 @@ HIDDEN = 2  # coordinates that "gym" and "compact" leave out where a task has no
 
 @options_class
 class Ant(walk.Simulated):
-    """Options of the ant tasks, beside :class:`esmeta.tasks._locomotion.Simulated`.
+    """Options of the ant tasks, beside :class:`esmeta.envs.locomotion.Simulated`.
 
     Args:
         obs_set: ``"rllab"`` (125): qpos, qvel, clipped forces, rotation matrix and position of

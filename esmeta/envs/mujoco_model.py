@@ -1,4 +1,4 @@
-"""MuJoCo models: files, contact rule, and what may differ between worlds."""
+"""MuJoCo: what is installed, models and their files, and what may differ between worlds."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ import numpy as np
 from esmeta import errors
 from esmeta.envs.bodies import Body
 
+ENGINES = ("auto", "batch", "rows", "warp")
 _LOG = logging.getLogger("esmeta.mujoco")
+_BATCH_SINCE = (3, 17)
 _MARGINS_ADD_UP = (3, 5)
 """The first MuJoCo that adds the margins of two geoms; before, the larger one counted."""
 # What a world may change, the model's array that holds it, and the number of the array's last axes
@@ -72,6 +74,32 @@ def mujoco_version() -> tuple[int, int]:
     """(major, minor) of the installed MuJoCo."""
     major, minor = import_mujoco().__version__.split(".")[:2]
     return int(major), int(minor)
+
+
+def choose_engine(engine: str, outputs: tuple[str, ...]) -> str:
+    """``"batch"``, ``"rows"`` or ``"warp"``, for what was asked and what is installed.
+
+    On the CPU, contact forces as gymnasium has them (``cfrc_ext`` after the step) only the row loop
+    can give.
+    """
+    errors.one_of("engine", engine, ENGINES)
+    if engine == "warp":
+        import_warp()
+        return engine
+    there = mujoco_version() >= _BATCH_SINCE
+    if engine == "auto":
+        return "batch" if there and "cfrc_ext" not in outputs else "rows"
+    if engine == "batch" and not there:
+        version = import_mujoco().__version__
+        raise errors.UserError(
+            f"engine = 'batch' needs MuJoCo 3.17 or newer, this is {version}; write "
+            "engine = 'rows', which gives the same numbers, or: pip install 'mujoco>=3.17,<4'"
+        )
+    if engine == "batch" and "cfrc_ext" in outputs:
+        raise errors.UserError(
+            "engine = 'batch' has no contact forces; write engine = 'rows', or contact = 'zero'"
+        )
+    return engine
 
 
 def asset(xml: str) -> Path:

@@ -1,8 +1,15 @@
-"""Two ways to step many worlds of one model: ``mujoco.batch`` (3.17 or newer) and a row loop.
+"""MuJoCo on the CPU, in float64: many worlds of one model, by ``mujoco.batch`` or row by row.
 
 A world is a row of MuJoCo's integration state and nothing else. A step loads the row into one of a
 few ``MjData`` (one per thread), which stay in the cache, and writes it back; both engines give the
 bits of one ``MjData`` per world.
+
+An engine has ``rows`` float64 ``[N, S]``, the states, to be read and written between calls, and
+``outputs``, arrays ``[N, ...]`` by the names of derived fields, which every call renews for the
+worlds it touches. After a step they are one substep behind the state, as in ``MjData``. ``vary``
+gives worlds their own values of the model's arrays, ``[N, ...]``; ``step`` advances worlds (sorted
+numbers; None: all) and returns those MuJoCo gave up on; ``forward`` computes all that follows from
+their rows, as after a reset.
 """
 
 from __future__ import annotations
@@ -10,72 +17,104 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from esmeta import errors
-from esmeta.envs._mujoco_model import import_mujoco, import_warp, mujoco_version
-
-ENGINES = ("auto", "batch", "rows", "warp")
-_BATCH_SINCE = (3, 17)
-
-
-class Engine(Protocol):
-    """N worlds of one model.
-
-    ``rows`` float64 ``[N, S]`` are the states, to be read and written between calls;
-    ``outputs`` maps the names of derived fields to arrays ``[N, ...]`` that every call renews for
-    the worlds it touches. After a step they are one substep behind the state, as in ``MjData``.
-    """
-
-    rows: np.ndarray
-    outputs: dict[str, np.ndarray]
-
-    def vary(self, fields: Mapping[str, np.ndarray]) -> None:
-        """Give worlds their own values of the model's arrays, ``[N, ...]``."""
-        ...
-
-    def step(self, worlds: np.ndarray | None, substeps: int) -> np.ndarray:
-        """Advance ``worlds`` (sorted numbers; None: all). Returns those MuJoCo gave up on."""
-        ...
-
-    def forward(self, worlds: np.ndarray | None) -> None:
-        """Compute everything that follows from the rows of ``worlds``, as after a reset."""
-        ...
+from esmeta.envs import mujoco_model as models
+from esmeta.envs._mujoco_state import HUGE, Going, views_of
+from esmeta.envs.bodies import Data, Snapshot
+from esmeta.envs.mujoco_model import import_mujoco
 
 
-def choose_engine(engine: str, outputs: tuple[str, ...]) -> str:
-    """``"batch"``, ``"rows"`` or ``"warp"``, for what was asked and what is installed.
+class _Views(NamedTuple):
+    """A simulator's memory as ``[P, B, ...]``."""
 
-    On the CPU, contact forces as gymnasium has them (``cfrc_ext`` after the step) only the row loop
-    can give.
-    """
-    errors.one_of("engine", engine, ENGINES)
-    if engine == "warp":
-        import_warp()
-        return engine
-    there = mujoco_version() >= _BATCH_SINCE
-    if engine == "auto":
-        return "batch" if there and "cfrc_ext" not in outputs else "rows"
-    if engine == "batch" and not there:
-        version = import_mujoco().__version__
-        raise errors.UserError(
-            f"engine = 'batch' needs MuJoCo 3.17 or newer, this is {version}; write "
-            "engine = 'rows', which gives the same numbers, or: pip install 'mujoco>=3.17,<4'"
+    rows: Tensor
+    control: Tensor
+    snapshot: Snapshot
+
+
+class CpuWorlds:
+    """The worlds of :class:`esmeta.envs.mujoco.MujocoEnv` on the CPU: torch views of an engine."""
+
+    def __init__(self, model: Any, engine: BatchEngine | RowsEngine, substeps: int) -> None:
+        mujoco = import_mujoco()
+        part = mujoco.mjtState
+        self._model, self._engine, self._substeps = model, engine, substeps
+        self._rows = torch.from_numpy(engine.rows)
+        qpos, qvel, ctrl = (
+            models.slice_of(model, component)
+            for component in (part.mjSTATE_QPOS, part.mjSTATE_QVEL, part.mjSTATE_CTRL)
         )
-    if engine == "batch" and "cfrc_ext" in outputs:
-        raise errors.UserError(
-            "engine = 'batch' has no contact forces; write engine = 'rows', or contact = 'zero'"
-        )
-    return engine
+        self._qpos, self._qvel, self._ctrl = (self._rows[:, each] for each in (qpos, qvel, ctrl))
+        assert qpos.stop == qvel.start, (qpos, qvel)
+        self._motion = engine.rows[:, qpos.start : qvel.stop]
+        self._flat = engine.rows.reshape(-1)
+        assert np.shares_memory(self._flat, engine.rows)
+        blank = np.empty(self._rows.shape[1])
+        mujoco.mj_getState(model, mujoco.MjData(model), blank, part.mjSTATE_INTEGRATION)
+        self._blank = torch.from_numpy(blank)
+        self._outputs = {name: torch.from_numpy(a) for name, a in engine.outputs.items()}
+        self.changes: Data | None = None
+        self._held: Tensor | None = None
+        self._views: dict[torch.Size, _Views] = {}
+
+    def load(self, rows: Tensor) -> None:
+        if rows is not self._held:
+            self._seen(rows.shape[:2]).rows.copy_(rows)
+        self._held = None
+
+    def saved(self, shape: torch.Size) -> Tensor:
+        self._held = self._seen(shape).rows.clone()
+        return self._held
+
+    def step(self, control: Tensor, going: Going | None) -> Tensor | None:
+        self._seen(control.shape[:2]).control.copy_(control)
+        failed = self._engine.step(None if going is None else going.numbers, self._substeps)
+        # One number for all worlds is cheap, and NaN is not less than anything.
+        if not len(failed) and np.dot(self._flat, self._flat) < HUGE**2:
+            return None
+        lost = ~(np.abs(self._motion).max(axis=-1) < HUGE)
+        lost[failed] = True
+        return torch.from_numpy(lost) if lost.any() else None
+
+    def derive(self, chosen: Tensor) -> None:
+        self._engine.forward(_numbers(chosen))
+
+    def restart(self, starts: Tensor, chosen: Tensor) -> None:
+        self._rows[chosen] = self._blank
+        self._motion[chosen.numpy()] = starts[chosen].numpy()
+        self.derive(chosen)
+
+    def snapshot(self, shape: torch.Size) -> Snapshot:
+        return self._seen(shape).snapshot
+
+    def _seen(self, shape: torch.Size) -> _Views:
+        if shape not in self._views:
+            now = views_of(self._qpos, self._qvel, self._outputs, shape)
+            rows, control = (leaf.unflatten(0, shape) for leaf in (self._rows, self._ctrl))
+            self._views[shape] = _Views(rows, control, now)
+        return self._views[shape]
+
+    def vary(self, changes: Mapping[str, np.ndarray]) -> None:
+        self._engine.vary(models.world_fields(self._model, changes))
+
+    def check(self) -> None:
+        """MuJoCo on the CPU makes room when it needs it."""
+
+
+def _numbers(marked: Tensor) -> np.ndarray:
+    return np.flatnonzero(marked.numpy())
 
 
 def make_engine(
     engine: str, model: Any, worlds: int, threads: int, outputs: tuple[str, ...]
-) -> Engine:
-    """The engine that :func:`choose_engine` names, for ``worlds`` worlds on ``threads`` threads."""
-    cls = BatchEngine if choose_engine(engine, outputs) == "batch" else RowsEngine
+) -> BatchEngine | RowsEngine:
+    """``"batch"`` or ``"rows"`` for ``worlds`` worlds, stepped by ``threads`` threads."""
+    cls = BatchEngine if engine == "batch" else RowsEngine
     return cls(model, worlds, threads, outputs)
 
 

@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 
 from esmeta import errors
+from esmeta.envs import locomotion as walk
 from esmeta.envs.bodies import Body, Snapshot
 from esmeta.options import options_class
 from esmeta.tasks import aid
 from esmeta.types import Spec
-
-from . import _locomotion as walk
 
 XML = "half_cheetah.xml"
 SIZES = {"rllab": 20, "gym": 17, "compact": 17}
@@ -24,7 +23,7 @@ SIZES = {"rllab": 20, "gym": 17, "compact": 17}
 
 @options_class
 class Cheetah(walk.Simulated):
-    """Options of the cheetah tasks, beside :class:`esmeta.tasks._locomotion.Simulated`.
+    """Options of the cheetah tasks, beside :class:`esmeta.envs.locomotion.Simulated`.
 
     Args:
         obs_set: ``"rllab"`` (20): qpos without x, qvel, torso position; ``"gym"`` or
