@@ -25,12 +25,12 @@ OPTIONS = f"""
 --set budget.generations={GENERATIONS} --set run.checkpoint_every=4
 --set run.rank_timeout={100 * LIMIT_S:g} --set run.evaluate_every=0 --set run.tensorboard=false
 """.split()
-# What must stand on stderr, with the rank and the generation.
+# What must stand on stderr, with the generation and, of ranks that are not killed, the rank.
 NAMED = {
     "raise": "esmeta: rank {rank}: exception at generation {generation}\n",
     "hang": "at generation {generation} for rank {rank} (",
     "exit": "esmeta: rank {rank}: sys.exit(0) at generation {generation} ",
-    "kill": "esmeta.launch: rank {rank} ended by Killed (signal 9) at generation {generation};",
+    "kill": " ended by Killed (signal 9) at generation {generation};",
 }
 
 

@@ -17,7 +17,6 @@ from conftest import environment, wait_for
 from tiny_runs import write_preset
 
 from esmeta.run import hosts, launch
-from esmeta.run.hosts import FirstEnd
 
 # Stands for mpirun: notes which of the processes that earlier starts left are still there, leaves
 # two more (one deaf to SIGTERM; one that is done in a moment), and ends as a file says.
@@ -177,34 +176,3 @@ def test_ranks_do_not_outlive_a_launcher_that_is_killed(
     launched("deaf").kill()
     rank = int((tmp_path / "started").read_text())
     wait_for("the end", lambda: gone(rank))
-
-
-# --- which rank ended first ---------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("here", "found"), [((0, 1, 2), [1]), ((0, 1), [])])
-def test_the_rank_that_ends_first_is_known_where_all_are_here(
-    here: tuple[int, ...], found: list[int]
-) -> None:
-    mark = f"ESMETA_LAUNCH=first-{os.getpid()}-{len(here)}"
-    before = watched()
-    base = os.environ | dict([mark.split("=")])
-    ranks = [
-        subprocess.Popen(["sleep", "300"], env=base | {"PMI_RANK": str(rank)}) for rank in here
-    ]
-    first = FirstEnd(mark, 3)
-    first.start()
-    wait_for("all ranks", lambda: len(first._watched) == len(here))
-    ranks[1].kill()
-    first.join()
-    for rank in ranks:
-        rank.kill()
-        rank.wait()
-    assert first.finish() == found
-    assert watched() == before
-
-
-def watched() -> int:
-    """How many processes this one watches."""
-    links = [Path("/proc/self/fd", name) for name in os.listdir("/proc/self/fd")]
-    return sum(link.is_symlink() and "pidfd" in os.readlink(link) for link in links)

@@ -5,12 +5,10 @@ from __future__ import annotations
 import ctypes
 import os
 import re
-import select
 import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -96,70 +94,17 @@ def stop_with_parent() -> None:
         _LIBC.prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGTERM)
 
 
-def _marked(mark: str) -> dict[int, list[bytes]]:
-    """This machine's processes with ``NAME=VALUE`` in their environment: pid to environment."""
-    found = {}
+def _marked(mark: str) -> list[int]:
+    """This machine's processes with ``NAME=VALUE`` in their environment."""
+    found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             environment = (folder / "environ").read_bytes().split(b"\0")
         except OSError:
             continue  # not ours to read, or gone
         if mark.encode() in environment:
-            found[int(folder.name)] = environment
+            found.append(int(folder.name))
     return found
-
-
-class FirstEnd(threading.Thread):
-    """Notices which rank ends first: launchers then kill the others and may report one of those.
-
-    Args:
-        mark: ``NAME=VALUE`` in the environment of the ranks.
-        ranks: how many there are; nothing is claimed unless all of them are on this machine.
-    """
-
-    def __init__(self, mark: str, ranks: int) -> None:
-        super().__init__(daemon=True)
-        self._mark, self._ranks = mark, ranks
-        self._over = threading.Event()
-        self._watched: dict[int, tuple[int, int]] = {}
-        self.found: list[int] = []
-
-    def finish(self) -> list[int]:
-        """The rank, or several that ended at the same moment; empty where that is not known."""
-        self._over.set()
-        self.join()
-        return self.found
-
-    def run(self) -> None:
-        poller = select.poll()
-        pause, scan_at = 0.25, 0.0
-        try:
-            while not self._over.is_set():
-                if time.monotonic() >= scan_at and len(self._watched) < self._ranks:
-                    self._look(poller)
-                    pause = min(2 * pause, 30.0)
-                    scan_at = time.monotonic() + pause
-                ended = {descriptor for descriptor, _ in poller.poll(250)}
-                if ended:
-                    if len(self._watched) == self._ranks:
-                        pairs = self._watched.values()
-                        self.found = sorted(rank for fd, rank in pairs if fd in ended)
-                    return
-        finally:
-            for descriptor, _ in self._watched.values():
-                os.close(descriptor)
-
-    def _look(self, poller: select.poll) -> None:
-        for pid, environment in _marked(self._mark).items():
-            rank = next((e[9:] for e in environment if e.startswith(b"PMI_RANK=")), None)
-            if rank is None or pid in self._watched:
-                continue
-            try:
-                descriptor = os.pidfd_open(pid)
-            except (OSError, AttributeError):
-                continue  # gone, or a kernel or system without it
-            self._watched[pid] = (descriptor, int(rank))
-            poller.register(descriptor, select.POLLIN)
 
 
 def end_marked(mark: str, seconds: float = 10.0) -> None:

@@ -30,7 +30,7 @@ from esmeta.errors import UserError
 from esmeta.ranks.launched import launched_ranks
 from esmeta.run import cli
 from esmeta.run import config as configs
-from esmeta.run.hosts import FirstEnd, Host, answering, end_marked, read_hosts, stop_with_parent
+from esmeta.run.hosts import Host, answering, end_marked, read_hosts, stop_with_parent
 from esmeta.run.terminal import prepare_streams, wishes_to_stop
 
 EXIT_LOST = 3
@@ -219,13 +219,12 @@ class Attempts:
             file = Path(folder) / "hosts"
             file.write_text("".join(f"{host.line}\n" for host in hosts), encoding="utf-8")
             command = _command(job, ranks, file, again=restart > 0)
-            code, first = self._run_ranks(command, ranks, restart)
+            code = self._run_ranks(command, restart)
         end_marked(self.mark)
         # MPICH tells on stdout which process was killed.
-        return code, _cause(code, b"".join(self._tails.values()), first)
+        return code, _cause(code, b"".join(self._tails.values()))
 
-    def _run_ranks(self, command: list[str], ranks: int, start: int) -> tuple[int, list[int]]:
-        """Exit code, and the ranks that ended first where that is known."""
+    def _run_ranks(self, command: list[str], start: int) -> int:
         self._tails = {1: b"", 2: b""}
         # In a session of its own: Ctrl-C must reach the ranks once, through this process.
         self.child = subprocess.Popen(
@@ -241,15 +240,14 @@ class Attempts:
         assert self.child.stdout is not None and self.child.stderr is not None
         pipes = ((self.child.stdout.fileno(), 1), (self.child.stderr.fileno(), 2))
         readers = [threading.Thread(target=self._copy, args=ends, daemon=True) for ends in pipes]
-        first = FirstEnd(self.mark, ranks)
-        for thread in (*readers, first):
-            thread.start()
+        for reader in readers:
+            reader.start()
         if self.signal is not None:
             self._pass_on()
         code = self.child.wait()
         for reader in readers:
             reader.join(5.0)
-        return 128 - code if code < 0 else code, first.finish()
+        return 128 - code if code < 0 else code
 
     def _copy(self, source: int, target: int) -> None:
         while chunk := os.read(source, 1 << 16):
@@ -275,14 +273,13 @@ def _times(restarts: int) -> str:
     return f"{restarts} restart{'s' * (restarts != 1)}"
 
 
-def _cause(code: int, output: bytes, first: list[int]) -> str:
-    """What ended the ranks, with the number of the one that was lost where that is known."""
+def _cause(code: int, output: bytes) -> str:
+    """What ended the ranks; where the launcher says so, on which host and by which signal."""
     lost, killed = _LOST.search(output), _SIGNAL.search(output)
     if lost is None:
         return f"the ranks ended with exit code {code}"
-    which = " or ".join(f"rank {rank}" for rank in first)
     how = killed[1].decode() if killed else f"exit code {code}"
-    return f"{which or f'a rank on {lost[1].decode()}'} ended by {how}"
+    return f"a rank on {lost[1].decode()} ended by {how}"
 
 
 def _where(out: Path) -> str:
