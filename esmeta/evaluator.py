@@ -126,8 +126,8 @@ class PopulationEvaluator(OwnEnv):
         self.trials = trials
         self.device = torch.device(device)
         self.chunk = chunk
-        hosted = isinstance(self.env, Hosted)  # makes it, so that errors come now
-        if capture and hosted:
+        self._hosted = isinstance(self.env, Hosted)  # makes it, so that errors come now
+        if capture and self._hosted:
             raise UserError(
                 f"capture = true: worlds of {type(self.env).__name__} are not stepped on the GPU; "
                 "write objective.capture = false"
@@ -210,11 +210,19 @@ class PopulationEvaluator(OwnEnv):
                 "pass at least one member, and index [B] or [P, B] with at least one number"
             )
 
+        count = index.shape[-1]
+        # One member is filled up to two in any case: each of them does half of the trials.
+        halves = population == 1 and shared and count > _TRIAL_TILE and not self._hosted
+        if halves:
+            tree = {name: leaf.expand(2, *leaf.shape[1:]) for name, leaf in tree.items()}
+            index = torch.cat([index, index[-1:]])[: count + count % 2].reshape(2, -1)
+
         def score(trials: Tensor) -> Fitness:
             return self._trials(tree, index[..., trials], seed, split, act, intervene)
 
         with self.whole_trials():
-            return in_tiles(score, self._tiles(index.shape[-1]), mark_failed)
+            scores = in_tiles(score, self._tiles(index.shape[-1]), mark_failed)
+        return _map(scores, lambda leaf: leaf.reshape(1, -1)[:, :count]) if halves else scores
 
     def _trials(
         self,

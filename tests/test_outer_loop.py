@@ -126,6 +126,19 @@ def test_ranks_take_the_same_steps_and_share_the_trials(
         assert all(len(share) in (8 // ranks, 8 // ranks + 1) for share in shares)
 
 
+def test_ranks_share_the_trials_of_the_test(tmp_path: Path) -> None:
+    few = resolved("budget.generations=2", "run.evaluate_every=0")
+    one, three = (Ended(tmp_path / str(size), few, size) for size in (1, 3))
+    found = []
+    for run in (one, three):
+        run.trainers[0].run = NullRun()  # the folder is closed
+        found.append(
+            on_ranks(len(run.trainers), lambda comm, run=run: run.trainers[comm.rank].test())
+        )
+    assert found[1] == found[0] * 3 and found[0][0]["trials"] == 256
+    assert [shares[-1] for shares in three.shares] == [range(85), range(85, 170), range(170, 256)]
+
+
 def test_fewer_trials_than_ranks_are_scored_by_all(tmp_path: Path) -> None:
     few = resolved("run.evaluate_trials=2", "budget.generations=3", "run.evaluate_every=1")
     one, three = (Ended(tmp_path / str(size), few, size) for size in (1, 3))

@@ -182,6 +182,19 @@ class Trainer:
             self.run.save_best(count.step, theta, count.best)
         return scores
 
+    def test(self) -> Metrics:
+        """Scores on the test split of theta as it is, each rank doing its share of the trials."""
+        parts = self.parts
+        # Where a trial is the whole training of an agent, more of them would take as long as the
+        # run.
+        least = 1 if parts.objective.policy is None else 256
+        trials = max(least, parts.config.run.evaluate_trials)
+        self.comm.timeout_s = self.limit.between_steps()
+        theta = parts.optimizer.theta(self.state)
+        scores = {"trials": trials, **heldout(parts.scored, theta, trials, "test", self.comm)}
+        self.run.add_scores(scores)
+        return scores
+
     def _save(self) -> None:
         from esmeta.types import Spread
 
@@ -245,28 +258,23 @@ def heldout(
     return scores | {f"{split}_se": found[0].se, f"{split}_sd": found[0].sd}
 
 
-def report(parts: Parts, trainer: Trainer, reason: str, out: Path) -> None:
-    """Print what was learned, by the test split, and draw the learning curve."""
+def report(parts: Parts, trainer: Trainer, scores: Metrics, reason: str, out: Path) -> None:
+    """Print what was learned, by ``scores`` on the test split, and draw the learning curve."""
     from esmeta.analysis.plots import learning_curve
     from esmeta.run.scoring import scored_config, variant
 
-    theta = parts.optimizer.theta(trainer.state)
-    # Where a trial is the whole training of an agent, more of them would take as long as the run.
-    trials = max(1 if parts.objective.policy is None else 256, parts.config.run.evaluate_trials)
-    scores = heldout(parts.scored, theta, trials, "test")
-    trainer.run.add_scores({"trials": trials, **scores})
     config, scored = parts.config, scored_config(parts.config)
     reference = scored.objective.instance.reference(scored.task.instance)
     picture = learning_curve([out], out / "curve.png", reference)
-    count = trainer.count
+    count, of = trainer.count, f"{scores['trials']} tasks of the test split"
     print(
         f"\n{parts.config.task.name} by {parts.config.optimizer.name}: stopped by {reason} after "
         f"{count.step} steps, {count.env_steps:,} environment steps, {trainer.run.seconds:.0f} s\n"
         f"test return {scores['test_return']:.3f} ± {scores['test_se']:.3f} (s.e.; s.d. "
-        f"{scores['test_sd']:.3f}; {trials} tasks of the test split{variant(config, scored)}; "
+        f"{scores['test_sd']:.3f}; {of}{variant(config, scored)}; "
         f"{reference.words()})"
     )
-    known = {"test_return", "test_se", "test_sd"}
+    known = {"trials", "test_return", "test_se", "test_sd"}
     rest = {k.removeprefix("test_"): v for k, v in scores.items() if k not in known}
     print("  ".join(f"{name} {value:.3f}" for name, value in rest.items()))
     print(f"run: {out}\ncurve: {picture}", flush=True)
@@ -344,11 +352,13 @@ def _finish(trainer: Trainer, reason: str, folder: RunDir | NullRun, out: Path, 
             idle=idle,
             memory=memory,
         )
-        # To score what trains agents, agents must be trained first.
-        if reason == "signal" and parts.objective.policy is None:
-            print(f"stopped by {reason} after {count.step} steps\nrun: {out}", flush=True)
-        else:
-            report(parts, trainer, reason, out)
+    # To score what trains agents, agents must be trained first: not when there is no time.
+    scored = reason != "signal" or parts.objective.policy is not None
+    scores = trainer.test() if scored else {}
+    if comm.rank == 0 and scored:
+        report(parts, trainer, scores, reason, out)
+    elif comm.rank == 0:
+        print(f"stopped by {reason} after {trainer.count.step} steps\nrun: {out}", flush=True)
     return EXIT_STOPPED if reason == "signal" else 0
 
 

@@ -169,6 +169,7 @@ def start_child(preset: str, folder: Path) -> int:
         return "steps"
 
     train.Trainer.train = met  # type: ignore[method-assign]
+    train.Trainer.test = lambda _: {}  # type: ignore[method-assign]
     train.report = lambda *_: None
     return train.main([preset, "--out", str(folder / "run"), "--set", "run.tensorboard=false"])
 
