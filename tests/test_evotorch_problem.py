@@ -264,43 +264,6 @@ def test_loggers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert saved["mean_eval"] == frame["mean_eval"].iloc[-1]
 
 
-def test_hooks_are_called_in_order_and_see_the_batch() -> None:
-    tape: list[Any] = []
-    problem = make_problem()
-    search = pgpe(problem)
-    search.before_step_hook.append(lambda: tape.append("before step"))
-    problem.before_eval_hook.append(lambda batch: tape.append(f"before {len(batch)}"))
-
-    def after(batch: Any) -> dict[str, float]:
-        tape.append(torch.equal(batch.evals[:, 0].as_subclass(Tensor), problem.scores.fitness))
-        tape.append(tuple(batch.values.shape))
-        return {"spread": float(batch.evals.max() - batch.evals.min())}
-
-    problem.after_eval_hook.append(after)
-    search.after_step_hook.append(
-        lambda: tape.append("after step") or {"twice": 2 * search.step_count}
-    )
-    search.log_hook.append(lambda status: tape.append((status["twice"], status["spread"] > 0)))
-    search.end_of_run_hook.append(lambda status: tape.append("end"))
-    search.run(1)
-    assert tape == ["before step", "before 10", True, (10, 6), "after step", (2, True), "end"]
-
-
-def test_best_and_pop_best() -> None:
-    search = pgpe(make_problem())
-    best: list[float] = []
-    for _ in range(4):
-        search.run(1)
-        values, evals = bits(search)
-        assert search.status["pop_best_eval"] == evals.max()
-        assert torch.equal(
-            search.status["pop_best"].values.as_subclass(Tensor), values[evals[:, 0].argmax()]
-        )
-        best.append(evals.max().item())
-        assert search.status["best_eval"] == max(best)
-        assert search.status["best"].evals[0] == max(best)
-
-
 # --- failures -------------------------------------------------------------------------------
 
 

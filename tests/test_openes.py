@@ -19,11 +19,8 @@ from searches import (
 )
 from torch import Tensor
 
-from esmeta.evolution.noise import Noise, pair_noise
-from esmeta.evolution.population import Draws
-from esmeta.evolution.scores import Stopwatch
+from esmeta.evolution.noise import pair_noise
 from esmeta.optimizers import openes
-from esmeta.ranks.comm import SelfComm
 from esmeta.rng import Rng
 from esmeta.run import config as configs
 
@@ -31,21 +28,6 @@ torch.set_num_threads(1)
 
 
 # --- the gradient ---------------------------------------------------------------------------
-
-
-def fixed_point_gradient(shaped: np.ndarray, noise: np.ndarray, sigma: float) -> np.ndarray:
-    blocks = [np.arange(a, min(a + 8, len(noise))) for a in range(0, len(noise), 8)]
-    draws = Draws(Noise({"a": noise.shape[1:]}), noise, [blocks], SelfComm(), Stopwatch())
-    return draws.sums(shaped[0::2] - shaped[1::2])[0] / (2 * len(noise) * sigma)
-
-
-def test_gradient_matches_the_formula_in_float64() -> None:
-    noise = pair_noise(Rng(1), 0, range(53), 31)
-    shaped = np.random.Generator(np.random.PCG64(0)).uniform(-0.5, 0.5, 106)
-    signed = np.stack([noise, -noise], axis=1).reshape(106, 31).astype(np.float64)
-    want = (shaped[:, None] * signed).sum(axis=0) / (106 * 0.05)
-    got = fixed_point_gradient(shaped, noise, 0.05)
-    assert np.abs(got - want).max() <= 1e-6 * np.abs(want).max()
 
 
 def test_raw_gradient_of_a_linear_function_is_the_closed_form() -> None:
@@ -70,7 +52,7 @@ def test_huge_raw_fitness_does_not_overflow() -> None:
 
 def reference_run(value: Callable[[Tensor], Tensor], theta: np.ndarray, steps: int) -> np.ndarray:
     """The OpenAI formula with Adam and L2, dense, in float64 (no ties occur here)."""
-    popsize, sigma, rate, decay = 64, 0.1, 0.05, 0.005
+    popsize, sigma, rate, decay = 50, 0.1, 0.05, 0.005
     mean = square = np.zeros(len(theta))
     for t in range(steps):
         eps = pair_noise(Rng(0), t, range(popsize // 2), len(theta)).astype(np.float64)
@@ -86,7 +68,7 @@ def reference_run(value: Callable[[Tensor], Tensor], theta: np.ndarray, steps: i
 
 
 def test_ten_generations_match_a_dense_float64_reference() -> None:
-    optimizer = openes.Optimizer(popsize=64, sigma=0.1, learning_rate=0.05, weight_decay=0.005)
+    optimizer = openes.Optimizer(popsize=50, sigma=0.1, learning_rate=0.05, weight_decay=0.005)
     state, _ = run(optimizer, Objective(sphere), start(12, 0.5), 10)
     want = reference_run(sphere, np.full(12, 0.5), 10)
     assert np.abs(flat_theta(optimizer, state).numpy() - want).max() < 2e-6
@@ -160,26 +142,6 @@ def test_schedules_decay_to_their_floors() -> None:
     frozen = openes.Optimizer(popsize=4, learning_rate=0.1, learning_rate_decay=1e-12)
     _, log = run(frozen, Objective(sphere), start(4), 2)
     assert log[0]["update_norm"] > 0.1 > 1e-6 > log[1]["update_norm"]
-
-
-def test_sigma_blocks_scale_noise_and_step_per_leaf() -> None:
-    seen = {}
-
-    def value(x: Tensor) -> Tensor:
-        seen.setdefault("x", x)
-        return sphere(x)
-
-    theta = {"a": torch.tensor([[1.0, 3.0]]), "b": torch.zeros(1, 500), "c": torch.zeros(1, 1)}
-    optimizer = openes.Optimizer(popsize=2, sigma=0.1, sigma_blocks={"b": 10.0})
-    state, _ = run(optimizer, Objective(value), theta, 1)
-    spread = (seen["x"][0] - seen["x"][1]) / 2
-    noise = torch.from_numpy(pair_noise(Rng(0), 0, [0], 503)).double()[0]
-    units = torch.tensor([1.0] * 2 + [10.0] * 500 + [1.0], dtype=torch.float64)
-    assert torch.allclose(spread, 0.1 * units * noise, atol=1e-6)
-    steps = (flat_theta(optimizer, state) - torch.cat([theta["a"][0], torch.zeros(501)])).abs()
-    assert torch.allclose(steps.double(), 0.02 * units, rtol=1e-3)
-    scaled = openes.Optimizer(sigma_blocks="scaled").init(theta, Rng(0))
-    assert (scaled.unit == 1.0).all()  # std of (1, 3) is 1; constant leaves follow
 
 
 # --- ranks, resume, global state ------------------------------------------------------------

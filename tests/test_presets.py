@@ -75,7 +75,7 @@ def test_a_preset_builds_and_its_name_is_true(name: str) -> None:
     parts = train.build(config)
     assert ravel(parts.theta).shape == (1, size_of(parts.objective.shapes))
     if parts.objective.policy is not None:
-        assert parts.objective.policy.has_value == parts.optimizer.gradient
+        assert (parts.objective.policy.value is not None) == parts.optimizer.gradient
     assert torch.equal(ravel(parts.optimizer.theta(parts.state)), ravel(parts.theta))
     minibatches = getattr(parts.optimizer, "minibatches", 1)
     assert minibatches <= config.trials, "one process must be able to run it"

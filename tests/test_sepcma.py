@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from searches import Objective, RankComm, flat_theta, on_ranks, run, sphere
+from searches import Objective, RankComm, on_ranks, sphere
 from torch import Tensor
 
 from esmeta.evolution.noise import pair_noise
@@ -31,19 +30,6 @@ def by_all_orders(fitness: np.ndarray, weights: np.ndarray) -> np.ndarray:
             given[member] = weights[place : place + len(tied)].mean()
         place += len(tied)
     return given
-
-
-def test_the_average_over_all_orders_is_that_of_a_loop() -> None:
-    fitness, weights = np.array([1.0, 3.0, 1.0, 1.0, 3.0]), np.array([8.0, 4.0, 2.0, -1.0, -5.0])
-    orders = [
-        order
-        for order in itertools.permutations(range(5))
-        if all(fitness[a] >= fitness[b] for a, b in itertools.pairwise(order))
-    ]
-    total = np.zeros(5)
-    for order in orders:
-        total[list(order)] += weights
-    assert np.allclose(by_all_orders(fitness, weights), total / len(orders))
 
 
 class Reference:
@@ -154,17 +140,3 @@ def test_updates_are_those_of_the_equations(value: Callable[[Tensor], Tensor], r
     assert value is sphere or reference.split > 3
     assert value is not steep or reference.paused > 0
     assert reference.t > 10
-
-
-def test_members_that_failed_tie_below_all_others() -> None:
-    def fails(x: Tensor) -> Tensor:
-        return sphere(x).masked_fill(x[:, 0] > 0.1, math.nan)
-
-    def low(x: Tensor) -> Tensor:
-        return sphere(x).masked_fill(x[:, 0] > 0.1, -1e9)
-
-    optimizer = sepcma.Optimizer(popsize=POPSIZE, sigma=SIGMA)
-    one, log = run(optimizer, Objective(fails), {"a": torch.zeros(1, SIZE)}, 5)
-    two, _ = run(optimizer, Objective(low), {"a": torch.zeros(1, SIZE)}, 5)
-    assert log[0]["nan_members"] > 0
-    assert torch.equal(flat_theta(optimizer, one), flat_theta(optimizer, two))

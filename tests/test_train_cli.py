@@ -195,7 +195,7 @@ def test_flags_choose_task_optimizer_and_place(
     assert config.trials == 3 and config.task.instance.horizon == 9
     assert config.policy.instance.neurons == 4
     policy, params, _ = esmeta.load(out)
-    assert policy.has_value and "value.0.weight" in params
+    assert policy.value is not None and "value.0.weight" in params
 
 
 @pytest.mark.parametrize(

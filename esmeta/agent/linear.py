@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -29,17 +27,6 @@ def orthogonal(rng: Rng, rows: int, columns: int, gain: float) -> Tensor:
     q, r = torch.linalg.qr(normal)
     q = q * torch.sign(torch.diagonal(r))
     return (gain * (q if rows >= columns else q.T)).to(torch.float32).contiguous()
-
-
-def init_mlp(name: str, sizes: Sequence[int], last_gain: float, rng: Rng) -> Params:
-    """Orthogonal layers (gain sqrt 2, the last one ``last_gain``) with zero biases, without P."""
-    params: Params = {}
-    last = len(sizes) - 2
-    for i, (rows, columns) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
-        gain = last_gain if i == last else math.sqrt(2.0)
-        params[f"{name}.{i}.weight"] = orthogonal(rng.fold(name, i), rows, columns, gain)
-        params[f"{name}.{i}.bias"] = torch.zeros(columns, dtype=torch.float32, device="cpu")
-    return params
 
 
 class Mlp(NamedTuple):
@@ -78,20 +65,13 @@ def apply_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def apply_mlp(mlp: Mlp, *parts: Tensor) -> Tensor:
-    """Apply a network to parts of an input ``[(T,) P, B, K_i]``, K the sum of the K_i.
+    """Apply a network to parts of an input ``[P, M, K_i]``, K the sum of the K_i.
 
-    A row's bits are independent of B, of T and of how the input is parted.
+    A row's bits are independent of M and of how the input is parted.
     """
-    lead = parts[0].shape[:-1]
-    if len(lead) == 3:
-        parts = tuple(x.transpose(0, 1).flatten(1, 2) for x in parts)
     if mlp.compiled is None:
-        x = _apply_layers(mlp, torch.cat(parts, -1))
-    else:
-        x = kernels.dense(mlp.compiled, *parts)
-    if len(lead) == 3:
-        x = x.reshape(lead[1], lead[0], lead[2], -1).transpose(0, 1)
-    return x
+        return _apply_layers(mlp, torch.cat(parts, -1))
+    return kernels.dense(mlp.compiled, *parts)
 
 
 def _apply_layers(mlp: Mlp, x: Tensor) -> Tensor:

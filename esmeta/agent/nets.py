@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm
 
-from esmeta.agent.linear import apply_mlp, bind_mlp, init_mlp
+from esmeta.agent.linear import apply_mlp, bind_mlp, orthogonal
 from esmeta.modes import affine
 from esmeta.rng import Rng
-from esmeta.tree import stack_members
 from esmeta.types import Params
 
 Kind = Literal["orthogonal", "epg", "metagenrl"]
@@ -45,14 +44,15 @@ class Net:
 
     def init(self, rng: Rng, numbers: Tensor) -> Params:
         """First values ``[P, ...]``; those of member ``numbers[p]`` depend on it alone."""
-        if self.kind == "orthogonal":
-            return stack_members(
-                [init_mlp(self.name, self.sizes, self.gain, rng.fold(p)) for p in numbers.tolist()]
-            )
         params: Params = {}
         for i, (rows, columns) in enumerate(zip(self.sizes[:-1], self.sizes[1:], strict=True)):
             last, layer = i == len(self.sizes) - 2, rng.fold(self.name, i)
-            if self.kind == "epg":
+            if self.kind == "orthogonal":
+                gain, draws = self.gain if last else math.sqrt(2.0), map(rng.fold, numbers.tolist())
+                weight = torch.stack(
+                    [orthogonal(draw.fold(self.name, i), rows, columns, gain) for draw in draws]
+                )
+            elif self.kind == "epg":
                 weight = rows_of_norm(layer, numbers, rows, columns, 0.01 if last else 1.0)
             else:
                 weight = glorot(layer, numbers, rows, columns)
@@ -75,15 +75,15 @@ class Net:
     def apply(self, bound: Any, *parts: Tensor) -> Tensor:
         """Its output for parts ``[(T,) P, B, K_i]`` of an input."""
         if len(self.sizes) == 1:
-            return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+            return _joined(parts)
+        *lead, population, batch = parts[0].shape[:-1]
+        if lead:
+            parts = tuple(x.transpose(0, 1).flatten(1, 2) for x in parts)
         if self.kind == "orthogonal":
-            return apply_mlp(bound, *parts)
-        x = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
-        if x.ndim == 3:
-            return self._layers(bound, x)
-        length, population, batch = x.shape[:3]
-        x = self._layers(bound, x.transpose(0, 1).flatten(1, 2))
-        return x.reshape(population, length, batch, -1).transpose(0, 1)
+            x = apply_mlp(bound, *parts)
+        else:
+            x = self._layers(bound, _joined(parts))
+        return x.reshape(population, *lead, batch, -1).transpose(0, 1) if lead else x
 
     def _layers(self, bound: Params, x: Tensor) -> Tensor:
         last = len(self.sizes) - 2
@@ -97,6 +97,10 @@ class Net:
                 x = layer_norm(torch.relu(x), x.shape[-1:])
                 x = x * bound[f"{i}.gain"].unsqueeze(1) + bound[f"{i}.shift"].unsqueeze(1)
         return x
+
+
+def _joined(parts: tuple[Tensor, ...]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
 
 def rows_of_norm(rng: Rng, numbers: Tensor, rows: int, columns: int, norm: float) -> Tensor:

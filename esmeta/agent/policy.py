@@ -195,11 +195,6 @@ class Policy:
         assert self._config is not None, "a published network has no options of its own"
         return self._config
 
-    @property
-    def has_value(self) -> bool:
-        """Whether it says what a state is worth."""
-        return self.value is not None
-
     # --- parameters ----------------------------------------------------------------------------
 
     def init_at(self, rng: Rng, numbers: Tensor) -> Params:

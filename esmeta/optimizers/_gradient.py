@@ -282,11 +282,9 @@ class ActorCritic(GradientOptimizer):
         """The gradient by every parameter, and behind it the logged sums, flat."""
         leaves = {k: v.detach().requires_grad_() for k, v in params.items()}
         loss, sums = self.loss(policy, leaves, data, count, coef)
-        grads = torch.autograd.grad(loss.sum(), list(leaves.values()), allow_unused=True)
-        flat = [
-            (torch.zeros_like(leaf) if grad is None else grad).reshape(-1)
-            for leaf, grad in zip(leaves.values(), grads, strict=True)
-        ]
+        inputs = list(leaves.values())
+        grads = torch.autograd.grad(loss.sum(), inputs, materialize_grads=True)
+        flat = [grad.reshape(-1) for grad in grads]
         return torch.cat([*flat, sums.flatten().to(flat[0].dtype)])
 
 
