@@ -8,8 +8,10 @@ addressed by the number of a life: what happens in it does not depend on its bat
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -36,7 +38,6 @@ from esmeta.types import (
     Fitness,
     Hosted,
     Params,
-    PolicyOut,
     State,
     Task,
     Tasks,
@@ -57,7 +58,22 @@ def check_can_be_left(env: BatchedEnv) -> None:
 # --- storing -------------------------------------------------------------------------------------
 
 
-def rows_of(env_state: Any, wider: Any, rows: int) -> State:
+def stored(end: loop.End, wider: Any) -> State:
+    """Where a rollout was left as leaves ``[P, ...]``; ``wider`` is for :func:`_rows_of`."""
+    saved = {"t": torch.full_like(end.active[:, 0], end.t, dtype=torch.int64)}
+    saved |= {f"ts.{i}": leaf for i, leaf in enumerate([*end.ts, end.active])}
+    saved |= {f"memory.{name}": leaf for name, leaf in end.state.items()}
+    return saved | _rows_of(end.env_state, wider, len(end.active))
+
+
+def restored(saved: State, begun: Any) -> loop.End:
+    """The inverse of :func:`stored`; ``begun`` is the environment's state where trials begin."""
+    *ts, active = numbered(saved, "ts.")
+    t = int(saved["t"].max())
+    return loop.End(named(saved, "memory."), _with_rows(begun, saved), TimeStep(*ts), t, active)
+
+
+def _rows_of(env_state: Any, wider: Any, rows: int) -> State:
     """The leaves ``[rows, ...]`` of an environment's state, by their place.
 
     ``wider`` is a state of one row more: a leaf that is as long there is not the rows' own, but is
@@ -73,8 +89,8 @@ def rows_of(env_state: Any, wider: Any, rows: int) -> State:
     return saved
 
 
-def with_rows(env_state: Any, saved: State) -> Any:
-    """A state that has just begun, as it was when :func:`rows_of` saw it."""
+def _with_rows(env_state: Any, saved: State) -> Any:
+    """A state that has just begun, as it was when :func:`_rows_of` saw it."""
     changed = named(saved, "env.")
     if not changed:  # It was not stored, perhaps as it could not be.
         return env_state
@@ -92,7 +108,7 @@ def named(saved: State, prefix: str) -> State:
     return {k.removeprefix(prefix): v for k, v in saved.items() if k.startswith(prefix)}
 
 
-def the_one(saved: State, name: str) -> int:
+def _the_one(saved: State, name: str) -> int:
     """What ``saved[name]`` says of all lives that are restored together; refused if they differ."""
     found = saved[name].unique().tolist()
     if len(found) != 1:
@@ -109,6 +125,35 @@ def numbered(saved: State, prefix: str) -> list[Tensor]:
     return [found[str(i)] for i in range(len(found))]
 
 
+@dataclass(frozen=True)
+class Lives:
+    """Lives number ``life`` of ``population`` members after ``step`` steps, in batches.
+
+    What a batch in ``parts`` is, and the unit of ``step``, is known to who begins them.
+    """
+
+    life: int
+    step: int
+    population: int
+    parts: tuple[Any, ...] = ()
+
+    def joined(self, saved: Iterable[State], *each: int) -> State:
+        """The batches' leaves as one, ``[P, *each, ...]`` on the CPU, and where the lives are."""
+        batches, count = list(saved), self.population * math.prod(each)
+        whole = {name: torch.cat([b[name] for b in batches])[:count].cpu() for name in batches[0]}
+        shape = (self.population, *each)
+        out = {name: leaf.reshape(*shape, *leaf.shape[1:]) for name, leaf in whole.items()}
+        for name, number in (("life", self.life), ("step", self.step)):
+            out[name] = torch.full(shape[:1], number, dtype=torch.int64, device="cpu")
+        return out
+
+    @classmethod
+    def of(cls, saved: State) -> Lives:
+        """Which lives were :meth:`joined`, as yet without batches."""
+        life, step = (_the_one(saved, name) for name in ("life", "step"))
+        return cls(life, step, len(saved["life"]))
+
+
 # --- trials of members ---------------------------------------------------------------------------
 
 
@@ -118,16 +163,6 @@ class _Part(NamedTuple):
     rows: Tensor
     end: loop.End
     noise: Tensor
-
-
-@dataclass(frozen=True)
-class Lives:
-    """The lives of ``population`` members, all in life number ``life`` after ``t`` steps of it."""
-
-    life: int
-    t: int
-    population: int
-    parts: tuple[_Part, ...]
 
 
 class TrialLives:
@@ -174,7 +209,7 @@ class TrialLives:
         """
         evaluator = self.evaluator
         tree = evaluator.members(params)
-        until = min(lives.t + steps, self.steps)
+        until = min(lives.step + steps, self.steps)
         parts, scores = [], []
         for rows, end, noise in lives.parts:
             part = {name: leaf[rows] for name, leaf in tree.items()}
@@ -184,7 +219,7 @@ class TrialLives:
             parts.append(_Part(rows, end, noise))
             scores.append(Fitness(kept.returns.cpu(), kept.steps.cpu()))
         fitness = join(scores, lives.population, evaluator.trials)
-        return replace(lives, t=until, parts=tuple(parts)), fitness
+        return replace(lives, step=until, parts=tuple(parts)), fitness
 
     def save(self, lives: Lives) -> State:
         """Lives as plain tensors ``[P, ...]``: index them by rows to choose members.
@@ -192,53 +227,32 @@ class TrialLives:
         What the environment derives from the tasks alone (tables, maps) is left out: ``restore``
         makes it again. Saving needs an environment whose state is made of tensors.
         """
-        saved = [self._save_part(part, lives.life) for part in lives.parts]
-        whole = {name: torch.cat([part[name] for part in saved]) for name in saved[0]}
-        chosen = {name: leaf[: lives.population].cpu() for name, leaf in whole.items()}
-        life, t = (
-            torch.full((lives.population,), number, dtype=torch.int64, device="cpu")
-            for number in (lives.life, lives.t)
-        )
-        return {"life": life, "t": t, **chosen}
+        tasks, rng = self._trials(lives.life)
+
+        def save(part: _Part) -> State:
+            wider, _ = self.evaluator.env.reset(tasks, rng, len(part.rows) + 1)
+            return stored(part.end, wider)
+
+        return lives.joined(map(save, lives.parts))
 
     def restore(self, saved: State) -> Lives:
         """The inverse of :meth:`save`; goes on bit for bit as if never stored.
 
         The members must be in the same life and at the same step of it; a ``ValueError`` says so.
         """
-        population, life, t = len(saved["life"]), the_one(saved, "life"), the_one(saved, "t")
-        evaluator, (tasks, rng) = self.evaluator, self._trials(life)
+        lives, evaluator = Lives.of(saved), self.evaluator
+        tasks, rng = self._trials(lives.life)
         noise = loop.action_noise(evaluator.policy, tasks.index, rng)
-        parts = []
-        for rows in evaluator.batches(population, tasks.index.shape[1]):
-            env_state, _ = evaluator.env.reset(tasks, rng, len(rows))
-            part = {name: leaf.to(noise.device)[rows] for name, leaf in saved.items()}
-            parts.append(_Part(rows, _restored(part, env_state), noise))
-        return Lives(life, t, population, tuple(parts))
+        saved, parts = on_device(saved, noise.device), []
+        for rows in evaluator.batches(lives.population, tasks.index.shape[1]):
+            begun, _ = evaluator.env.reset(tasks, rng, len(rows))
+            part = {name: leaf[rows] for name, leaf in saved.items()}
+            parts.append(_Part(rows, restored(part, begun), noise))
+        return replace(lives, parts=tuple(parts))
 
     def _trials(self, life: int) -> Any:
         index = numbers_at(life, self.evaluator.trials)
         return self.evaluator.trial_set(index, self.seed, "train")
-
-    def _save_part(self, part: _Part, life: int) -> State:
-        rows, end = len(part.rows), part.end
-        tasks, rng = self._trials(life)
-        wider, _ = self.evaluator.env.reset(tasks, rng, rows + 1)
-        steps = torch.full((rows,), end.t, dtype=torch.int64, device="cpu")
-        saved = {"steps": steps, "active": end.active}
-        saved |= {f"memory.{name}": leaf for name, leaf in end.state.items()}
-        saved |= {f"ts.{name}": leaf for name, leaf in end.ts._asdict().items()}
-        return saved | rows_of(end.env_state, wider, rows)
-
-
-def _restored(saved: State, env_state: Any) -> loop.End:
-    return loop.End(
-        state=named(saved, "memory."),
-        env_state=with_rows(env_state, saved),
-        ts=TimeStep(**named(saved, "ts.")),
-        t=int(saved["steps"].max()),
-        active=saved["active"],
-    )
 
 
 # --- agents that learn ---------------------------------------------------------------------------
@@ -283,13 +297,17 @@ class Learner(Protocol):
         ...
 
 
+L = TypeVar("L", bound=Learner)
+
+
 class Life(NamedTuple):
     """P agents somewhere in their lives.
 
     ``state`` is the learner's, ``numbers`` int64 ``[P]`` those of the lives, ``end`` where the
     rollout was left, ``noise [T, P, 1, k]`` that of all actions of the trial (None: it is drawn
     window by window); ``tasks`` leaves ``[P, 1, ...]``; ``env`` is the environment they are in,
-    which some simulators are part of; ``trial`` counts the trials that were begun before.
+    which some simulators are part of; ``trial`` counts the trials that were begun before, ``lived``
+    the steps of all.
     """
 
     state: Any
@@ -299,26 +317,11 @@ class Life(NamedTuple):
     tasks: Tasks
     env: BatchedEnv
     trial: int = 0
-
-
-class EpisodeReturns:
-    """Keeps the return of the first episode of each trial, float64 ``[P, B]``, and all steps."""
-
-    def __init__(self, population: int, batch: int, device: torch.device | str) -> None:
-        self.returns = torch.zeros(population, batch, dtype=torch.float64, device=device)
-        self.steps = torch.zeros(population, batch, dtype=torch.int64, device=device)
-        self._first = torch.ones(population, batch, dtype=torch.bool, device=device)
-
-    def record(
-        self, ts: TimeStep, out: PolicyOut, action: Tensor, after: TimeStep, active: Tensor
-    ) -> None:
-        self.returns += after.reward * self._first
-        self.steps += self._first
-        self._first = self._first & ~(after.new_episode | after.new_trial)
+    lived: int = 0
 
 
 @dataclass(frozen=True)
-class AgentLives(OwnEnv):
+class AgentLives(OwnEnv, Generic[L]):
     """Lives of agents, one environment each, that one learner trains on one task distribution.
 
     A life is one trial; or, where it is ``endless``, as many as are asked for: when the trial of an
@@ -331,7 +334,7 @@ class AgentLives(OwnEnv):
     limit for a terminal state; they learn from rewards times ``reward_scale``.
     """
 
-    learner: Learner
+    learner: L
     task: Task
     seed: int
     device: torch.device
@@ -419,7 +422,6 @@ class AgentLives(OwnEnv):
         learner = self.learner
         over = life.end.t >= self.task.spec.horizon or not bool(life.end.active.all())
         if self.endless and over:
-            life.state.replay.cut()
             trial = life.trial + 1
             end = self._first(life.env, life.tasks, life.state, trial, split)
             life = life._replace(end=end, trial=trial)
@@ -433,13 +435,14 @@ class AgentLives(OwnEnv):
             end = loop.rollout(
                 learner.agent, life.env, begin, recorder, until=until, act=act, ask=False
             )
-        done = life.end.t + learner.period
-        return life._replace(end=end._replace(t=done)), recorder.trajectory(end)
+        done, lived = life.end.t + learner.period, life.lived + learner.period
+        life = life._replace(end=end._replace(t=done), lived=lived)
+        return life, recorder.trajectory(end)
 
     def _drawn(self, life: Life, split: str) -> Tensor:
         """What the actions of a window are drawn with, ``[period, P, 1, k]``."""
         width, period = self.task.spec.action.size, self.learner.period
-        draw = self.rng(split).fold("action", life.state.replay.added)
+        draw = self.rng(split).fold("action", life.lived)
         noise = draw.normal(life.numbers, period * width)
         return noise.reshape(len(life.numbers), period, 1, width).transpose(0, 1)
 
@@ -477,7 +480,7 @@ class AgentLives(OwnEnv):
         steps = min(self.test_steps, self.task.spec.horizon)
         env = single(self.task, steps).make_env(self.device)
         begin = loop.start(agent, acting, env, Tasks(index, data), rng)
-        kept = EpisodeReturns(*begin.ts.reward.shape, device=self.device)
+        kept = loop.EpisodeReturns(*begin.ts.reward.shape, device=self.device)
         act = self.learner.act(life.state)
         loop.rollout(agent, env, begin, kept, until=steps, act=act)
         return kept.returns.mean(dim=1), kept.steps.sum(dim=1)
@@ -497,21 +500,18 @@ class AgentLives(OwnEnv):
 
     def save(self, life: Life, split: str) -> State:
         """All that changes as plain tensors, leaves ``[P, ...]``."""
-        end, rows = life.end, len(life.numbers)
-        saved = {name: torch.full_like(life.numbers, n)
-                 for name, n in (("trial", life.trial), ("t", end.t))}  # fmt: skip
-        saved["index"] = life.numbers
-        leaves = {"state.": self.learner.save(life.state), "ts.": [*end.ts, end.active]}
-        for prefix, found in leaves.items():
-            saved |= {f"{prefix}{i}": leaf for i, leaf in enumerate(found)}
-        saved |= {f"memory.{name}": leaf for name, leaf in end.state.items()}
+        counts = {"trial": life.trial, "lived": life.lived}
+        saved = {name: torch.full_like(life.numbers, n) for name, n in counts.items()}
+        state = self.learner.save(life.state)
+        saved |= {"index": life.numbers} | {f"state.{i}": leaf for i, leaf in enumerate(state)}
+        end, wider = life.end, ()
         try:
             leaves_of(end.env_state)
         except TypeError:  # A simulator that cannot be stored: its agents begin a new trial.
-            saved["t"] = torch.full_like(life.numbers, self.task.spec.horizon)
+            end = end._replace(env_state=(), t=self.task.spec.horizon)
         else:
             wider = self._wider(life, split)
-            saved |= rows_of(end.env_state, wider, rows)
+        saved |= stored(end, wider)
         return {name: leaf.cpu().clone() for name, leaf in saved.items()}
 
     def _wider(self, life: Life, split: str) -> Any:
@@ -523,16 +523,8 @@ class AgentLives(OwnEnv):
     def restore(self, begun: Life, saved: State, split: str) -> Life:
         """Lives that have just :meth:`begin` as they were saved; goes on bit for bit."""
         saved = on_device(saved, self.device)
-        trial = int(saved["trial"][0])
         state = self.learner.restore(begun.state, numbered(saved, "state."))
-        life = begun._replace(state=state, trial=trial)
-        end = self._first(life.env, life.tasks, state, trial, split)
-        *ts, active = numbered(saved, "ts.")
-        end = loop.End(
-            named(saved, "memory."),
-            with_rows(end.env_state, saved),
-            TimeStep(*ts),
-            int(saved["t"].max()),
-            active,
-        )
-        return life._replace(end=end)
+        trial, lived = (int(saved[name][0]) for name in ("trial", "lived"))
+        first = self._first(begun.env, begun.tasks, state, trial, split)
+        end = restored(saved, first.env_state)
+        return begun._replace(state=state, end=end, trial=trial, lived=lived)

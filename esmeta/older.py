@@ -68,11 +68,11 @@ def checkpoint(saved: dict[str, Any]) -> dict[str, Any]:
 def agents(saved: State) -> State:
     """MetaGenRL's agents of one environment, leaves ``[P, ...]``, as they are stored today.
 
-    Their replay once lay in the order of its rows, and had what followed each step beside it; and
-    Adam had moments and steps of each leaf.
+    How long they had lived was once said by their replay alone, which lay in the order of its rows,
+    and had what followed each step beside it; and Adam had moments and steps of each leaf.
     """
     if "count" not in saved:
-        return saved
+        return {"lived": saved["state.0"], **saved}
     import torch
 
     def part(name: str) -> list[Tensor]:
@@ -96,4 +96,5 @@ def agents(saved: State) -> State:
     parts = {"state": state, "ts": part("where"), "scores": part("scores")}
     kept = {name: saved[name] for name in saved
             if name in ("index", "trial", "t", "owed") or name.startswith("env.")}  # fmt: skip
+    kept["lived"] = saved["count"]
     return kept | {f"{name}.{i}": leaf for name in parts for i, leaf in enumerate(parts[name])}

@@ -16,6 +16,7 @@ from esmeta.types import BatchedEnv, Discrete, Params, PolicyOut, State, Tasks, 
 
 # Looking whether all trials have ended costs a synchronisation on a GPU, so it is done rarely.
 _CHECK_EVERY = 4
+_LED_TO = ("reward", "terminated", "truncated")
 
 
 Act = Callable[[PolicyOut, Tensor], Tensor]
@@ -76,6 +77,21 @@ class Returns:
         # Finished trials earn 0 by contract, so the sum needs no mask.
         self.returns += after.reward
         self.steps += active
+
+
+class EpisodeReturns(Returns):
+    """Those of the first episode of each trial alone."""
+
+    def __init__(self, population: int, batch: int, device: torch.device | str) -> None:
+        super().__init__(population, batch, device)
+        self._first = torch.ones(population, batch, dtype=torch.bool, device=device)
+
+    def record(
+        self, ts: TimeStep, out: PolicyOut, action: Tensor, after: TimeStep, active: Tensor
+    ) -> None:
+        first, earned = self._first, after._replace(reward=after.reward * self._first)
+        super().record(ts, out, action, earned, first)
+        self._first = first & ~(after.new_episode | after.new_trial)
 
 
 class Trajectory(NamedTuple):
@@ -153,6 +169,9 @@ class Trajectory(NamedTuple):
             return torch.cat(parts, dim=1).transpose(0, 1)
 
         ts = TimeStep(*(joined(a[:-1], b) for a, b in zip(self.ts, later.ts, strict=True)))
+        # What the last step here has led to is known here: later ones may be of another trial.
+        led = {n: joined(getattr(self.ts, n), getattr(later.ts, n)[1:]) for n in _LED_TO}
+        ts = ts._replace(**led)
         action, active = joined(self.action, later.action), joined(self.active, later.active)
         assert self.out is None and later.out is None
         return Trajectory(self.start, ts, action, active, None, later.end)

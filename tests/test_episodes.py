@@ -53,6 +53,13 @@ def full(ends: Tensor, capacity: int, terminated: bool = False) -> Replay:
     return replay
 
 
+def begun(window: Trajectory) -> Trajectory:
+    """The same as the first steps of a trial."""
+    new_trial = window.ts.new_trial.clone()
+    new_trial[0] = True
+    return window._replace(ts=window.ts._replace(new_trial=new_trial))
+
+
 def drawn(
     replay: Replay, rng: Rng, index: Tensor, count: int, length: int, over: Over
 ) -> tuple[Tensor, Tensor]:
@@ -111,10 +118,9 @@ def test_a_cut_ends_an_episode_and_what_follows_a_trial_is_none() -> None:
     ends = torch.tensor([[False] * 6, [False, False, True, True, True, True]])
     replay = Replay.empty(2, 50, SPEC, "cpu").add(lived(ends))
     assert replay.episodes.added.tolist() == [0, 1]
-    replay.cut()
-    assert replay.episodes.added.tolist() == [1, 1]
+    last = lived(torch.ones(2, 1, dtype=torch.bool), torch.tensor([[True], [False]]))
+    replay = replay.add(begun(last))
     assert replay.episodes.last[:, 0].tolist() == [5, 2]
-    replay = replay.add(lived(torch.ones(2, 1, dtype=torch.bool), torch.tensor([[True], [False]])))
     assert replay.episodes.added.tolist() == [2, 1], "a terminal state ends one of a single step"
 
 
@@ -125,8 +131,8 @@ def test_an_episode_whose_first_steps_are_gone_is_not_whole() -> None:
     assert (replay.episodes.added - replay.episodes.oldest).tolist() == [0, 0]
     again = replay.add(lived(ends[:, :10]))
     assert (again.episodes.added - again.episodes.oldest).tolist() == [1, 0]
-    replay.cut()
-    assert (replay.episodes.added - replay.episodes.oldest).tolist() == [2, 1]
+    again = again.add(begun(lived(ends[:, :1])))
+    assert (again.episodes.added - again.episodes.oldest).tolist() == [2, 1]
 
 
 @pytest.mark.parametrize("capacity", [200, 40])

@@ -124,10 +124,10 @@ def test_a_life_is_worth_its_trial(task_name: str) -> None:
         # Rewards are small multiples of 0.1: their sums differ in the last bit at most.
         torch.testing.assert_close(total(scores).returns, whole.returns, rtol=0, atol=1e-12)
         assert torch.equal(total(scores).steps, whole.steps)
-        assert lives.t == objective.life_steps
+        assert lives.step == objective.life_steps
         _, after = objective.advance(lives, params, 5)
         assert not after.returns.any() and not after.steps.any(), "nothing follows the end"
-    assert begun.t == 0, "advance leaves what it was given as it was"
+    assert begun.step == 0, "advance leaves what it was given as it was"
 
 
 @pytest.mark.parametrize("policy_name", ["metods", "rl2", "mlp"])
@@ -182,10 +182,10 @@ def test_what_is_stored_is_what_lives() -> None:
     # The tables of all transitions are made from the tasks again; three leaves of the state live.
     assert {k for k in saved if k.startswith("env.")} == {"env.0", "env.1", "env.2"}
     assert saved["memory.W"].shape == (POPULATION, 8, 6, 6)
-    assert saved["life"].tolist() == [2] * POPULATION and saved["t"].tolist() == [9] * POPULATION
+    assert saved["life"].tolist() == [2] * POPULATION and saved["step"].tolist() == [9] * POPULATION
     mixed = {name: torch.cat([leaf, leaf]) for name, leaf in saved.items()}
-    mixed["t"] = mixed["t"] + torch.arange(2 * POPULATION)
-    with pytest.raises(ValueError, match="restored together must have one t"):
+    mixed["step"] = mixed["step"] + torch.arange(2 * POPULATION)
+    with pytest.raises(ValueError, match="restored together must have one step"):
         objective.restore(mixed)
 
 

@@ -89,11 +89,8 @@ def begun(runner: AgentLives, agents: int) -> tuple[Life, Scores]:
 
 def act(runner: AgentLives, life: Life, scores: Scores, windows: int) -> tuple[Life, Scores]:
     for _ in range(windows):
-        trial = life.trial
         life, new = runner.act(life, "train")
-        scores = (scores if life.trial == trial else scores.cut()).then(new)
-        replay = life.state.replay.add(new)
-        life = life._replace(state=life.state._replace(replay=replay))
+        life, scores = life._replace(state=runner.learner.keep(life.state, new)), scores.then(new)
     return life, scores
 
 

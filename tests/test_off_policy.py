@@ -248,9 +248,8 @@ def test_episode_returns_of_a_diary() -> None:
         ended = torch.tensor([[False, True, False], [False, False, True]])
         diary.add(window(**steps(2, 3) | {"reward": reward, "ended": ended}))
     one, two = diary.episodes()
-    assert one.end.tolist() == [2, 5] and one.returns.tolist() == [1.0, 9.0]
-    assert one.length.tolist() == [2, 3]
-    assert two.end.tolist() == [3, 6] and two.returns.tolist() == [3.0, 12.0]
+    assert [leaf.tolist() for leaf in one] == [[2, 5], [1.0, 9.0]]
+    assert [leaf.tolist() for leaf in two] == [[3, 6], [3.0, 12.0]]
     assert diary.curve(2).tolist() == [[1.0, 9.0], [3.0, 12.0]]
     assert torch.isnan(diary.curve(6)[0, 0])
 

@@ -10,7 +10,7 @@ never see PPO's.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -20,7 +20,7 @@ from esmeta import errors
 from esmeta.agent.inner import inner_policy
 from esmeta.agent.policy import Need, Policy
 from esmeta.evaluator import even_batches, members_of, numbers_at, on_device, score_agents
-from esmeta.lives import AgentLives, Life, the_one
+from esmeta.lives import AgentLives, Life, Lives
 from esmeta.objectives._loss_network import LossNetwork
 from esmeta.options import options_class
 from esmeta.rl.losses import Loss, Mixture, PolicyGradient
@@ -133,16 +133,6 @@ class Part(NamedTuple):
     rows: Tensor
     life: Life
     score: Tensor
-
-
-@dataclass(frozen=True)
-class EpgLives:
-    """Lives number ``life`` of ``population`` members, after ``updates`` updates."""
-
-    life: int
-    updates: int
-    population: int
-    parts: tuple[Part, ...]
 
 
 class EpgObjective:
@@ -330,7 +320,7 @@ class EpgObjective:
         self.lives.check_left()
         return self.lives.updates
 
-    def begin(self, params: Params | Tensor, life: int) -> EpgLives:
+    def begin(self, params: Params | Tensor, life: int) -> Lives:
         """Members ``[P, ...]`` at the start of life number ``life`` (``trials`` agents each)."""
         members = self._members(params)
         population = len(next(iter(members.values())))
@@ -341,27 +331,24 @@ class EpgObjective:
             started = self.lives.begin(numbers[rows], "train", first)
             score = torch.zeros(len(rows), dtype=torch.float64, device=self.device)
             parts.append(Part(rows, started, score))
-        return EpgLives(life, 0, population, tuple(parts))
+        return Lives(life, 0, population, tuple(parts))
 
     def _numbers(self, population: int, life: int) -> Tensor:
-        index = on_device({"life": numbers_at(life, self.trials)}, self.device)["life"]
-        return index.expand(population, -1).flatten()
+        return numbers_at(life, self.trials).to(self.device).expand(population, -1).flatten()
 
-    def advance(
-        self, lives: EpgLives, params: Params | Tensor, steps: int
-    ) -> tuple[EpgLives, Fitness]:
+    def advance(self, lives: Lives, params: Params | Tensor, steps: int) -> tuple[Lives, Fitness]:
         """The lives after ``steps`` more updates.
 
         The fitness of a window is by how much it raised the score of the policy (from 0 in the
         first), so that the windows of a life add up to the score after it.
         """
         members = self._members(params)
-        until = min(lives.updates + steps, self.lives.updates)
+        until = min(lives.step + steps, self.lives.updates)
         parts, gains, taken = [], [], []
         for rows, life, before in lives.parts:
             eta, _ = self._eta(members, rows // self.trials)
             loss, began = self.loss(eta, self.share(lives.life)), life.end.t
-            for _ in range(until - lives.updates):
+            for _ in range(until - lives.step):
                 life, _ = self.lives.advance(life, loss, "train")
             score, test_steps = self.lives.score(life, "train")
             parts.append(Part(rows, life, score))
@@ -370,33 +357,21 @@ class EpgObjective:
         shape = (lives.population, self.trials)
         count = lives.population * self.trials
         returns, counts = (torch.cat(x)[:count].reshape(shape).cpu() for x in (gains, taken))
-        return replace(lives, updates=until, parts=tuple(parts)), Fitness(returns, counts)
+        return replace(lives, step=until, parts=tuple(parts)), Fitness(returns, counts)
 
-    def save(self, lives: EpgLives) -> State:
+    def save(self, lives: Lives) -> State:
         """Lives as plain tensors, leaves ``[P, trials, ...]``; tasks and noise are drawn again."""
-        saved = [self.lives.save(p.life, "train") | {"score": p.score.cpu()} for p in lives.parts]
-        count = lives.population * self.trials
-        shape = (lives.population, self.trials)
-        where = {"life": lives.life, "updates": lives.updates}
-        out = {
-            name: torch.full((lives.population,), number, dtype=torch.int64, device="cpu")
-            for name, number in where.items()
-        }
-        for name in saved[0]:
-            whole = torch.cat([part[name] for part in saved])[:count]
-            out[name] = whole.reshape(*shape, *whole.shape[1:])
-        return out
+        saved = [self.lives.save(p.life, "train") | {"score": p.score} for p in lives.parts]
+        return lives.joined(saved, self.trials)
 
-    def restore(self, saved: State) -> EpgLives:
+    def restore(self, saved: State) -> Lives:
         """The inverse of :meth:`save`; members must be in one life and at one update of it."""
-        population, number = len(saved["life"]), the_one(saved, "life")
-        flat = {k: v.flatten(0, 1) for k, v in saved.items() if v.ndim > 1}
-        flat = on_device(flat, self.device)
-        numbers = self._numbers(population, number)
+        lives = Lives.of(saved)
+        numbers = self._numbers(lives.population, lives.life)
+        flat = on_device({k: v.flatten(0, 1) for k, v in saved.items() if v.ndim > 1}, self.device)
         parts = []
         for rows in even_batches(len(numbers), self._chunk, self.device):
             begun = self.lives.begin(numbers[rows], "train")
             own = {name: leaf[rows] for name, leaf in flat.items()}
-            life = self.lives.restore(begun, own, "train")
-            parts.append(Part(rows, life, own["score"]))
-        return EpgLives(number, the_one(saved, "updates"), population, tuple(parts))
+            parts.append(Part(rows, self.lives.restore(begun, own, "train"), own["score"]))
+        return replace(lives, parts=tuple(parts))

@@ -232,7 +232,7 @@ class MetaGenRLObjective:
             self.agent_lives(t, seed, number) for number, t in enumerate([task, *more])
         ]
 
-    def agent_lives(self, task: Task, seed: int, number: int = 0) -> AgentLives:
+    def agent_lives(self, task: Task, seed: int, number: int = 0) -> AgentLives[ReplayLearner]:
         """Lives in one environment; ``number`` keeps environments apart."""
         config, learner = self.config, self.config.learner(task, self._policy)
         lives = AgentLives(
@@ -332,11 +332,11 @@ class MetaGenRLObjective:
         for lives, group in zip(self.environments, agents, strict=True):
             high = low + len(group.life.numbers)
             alpha = {name: leaf[low:high] for name, leaf in params.items()}
-            before = group.life.state.replay.added
+            before = group.life.lived
             group = self._live(lives, group, {k: v.detach() for k, v in alpha.items()})
             losses.append(-self._value(lives, group.life.state, alpha))
             groups.append(group)
-            count, scores = group.life.state.replay.added, group.scores
+            count, scores = group.life.lived, group.scores
             taken = torch.full_like(scores.earned, count - before * (count >= before))
             found = {"env_steps": taken, "return": scores.recent.nanmean(dim=1)}
             for name, column in found.items():
@@ -351,41 +351,31 @@ class MetaGenRLObjective:
             return 1.0
         return max(0.0, done / max(1, self.config.anneal))
 
-    def _live(self, lives: AgentLives, group: Group, alpha: Params) -> Group:
+    def _live(self, lives: AgentLives[ReplayLearner], group: Group, alpha: Params) -> Group:
         config, (life, scores, owed) = self.config, group
-        learner: ReplayLearner = lives.learner  # type: ignore[assignment]
-        rng = lives.learning("train")
-        if config.lifetime and owed == 0 and life.state.replay.added >= config.lifetime:
+        learner, rng = lives.learner, lives.learning("train")
+        if config.lifetime and owed == 0 and life.lived >= config.lifetime:
             life, scores, owed = self._begun(lives, life.numbers + config.agents)
-        elif owed == 0 and self._is_due(life.state):
-            draw = rng.fold("policy", life.state.replay.added)
+        elif owed == 0 and self._is_due(life.lived):
+            draw = rng.fold("policy", life.lived)
             life = life._replace(state=learner.with_fresh_policies(life.state, draw))
         while owed == 0:
-            life, new, scores = self._act(lives, life, scores, "train")
-            replay = life.state.replay.add(lives.taught(new))
-            life = life._replace(state=life.state._replace(replay=replay))
-            owed = config.period if replay.added >= config.update_after else 0
-        loss = self.network.loss(alpha, self.share(life.state.replay.added))
+            life, new = lives.act(life, "train")
+            state = learner.keep(life.state, lives.taught(new))
+            life, scores = life._replace(state=state), scores.then(new)
+            owed = config.period if learner.learns(life.state) else 0
+        loss = self.network.loss(alpha, self.share(life.lived))
         state = learner.rounds(life.state, loss, rng, config.delay)
         return Group(life._replace(state=state), scores, owed - config.delay)
 
-    def _act(
-        self, lives: AgentLives, life: Life, scores: Scores, split: str
-    ) -> tuple[Life, Trajectory, Scores]:
-        """One period of acting, and what the agents have earned with it."""
-        trial = life.trial
-        life, new = lives.act(life, split)
-        return life, new, (scores if life.trial == trial else scores.cut()).then(new)
-
-    def _is_due(self, state: OffPolicy) -> bool:
+    def _is_due(self, lived: int) -> bool:
         """Whether policies are as old as they get."""
-        age, count = self.config.policy_lifetime, state.replay.added
-        return age > 0 and count >= self.config.update_after and count % age == 0
+        age = self.config.policy_lifetime
+        return age > 0 and lived >= self.config.update_after and lived % age == 0
 
-    def _value(self, lives: AgentLives, state: OffPolicy, alpha: Params) -> Tensor:
+    def _value(self, lives: AgentLives[ReplayLearner], state: OffPolicy, alpha: Params) -> Tensor:
         """What critics think of the policies after learning: ``[P]``, differentiable in alpha."""
-        config = self.config
-        learner: ReplayLearner = lives.learner  # type: ignore[assignment]
+        config, learner = self.config, lives.learner
         rng = lives.learning("train").fold("meta", int(state.updates[0]))
         count, size = config.inner_steps, config.batch
         drawn = learner.draw(state, rng, count * size + config.extra, config.snippet)
@@ -430,9 +420,8 @@ class MetaGenRLObjective:
         life = lives.begin(index, split)
         scores = Scores.none(len(index), self.config.test_episodes, self.device)
         for _ in range(self.config.steps // self.config.period):
-            life, new, scores = self._act(lives, life, scores, split)
-            rng, taught = lives.learning(split), lives.taught(new)
-            life = life._replace(state=lives.learner.update(life.state, taught, loss, rng))
+            life, new = lives.advance(life, loss, split)
+            scores = scores.then(new)
             yield life, new, scores
 
     @torch.no_grad()
@@ -446,7 +435,7 @@ class MetaGenRLObjective:
             loss = self.network.loss({name: leaf[members] for name, leaf in tree.items()})
             *_, (life, _, scores) = self.trained(loss, numbers, lives, split)
             found = {"return": scores.recent.nanmean(dim=1), "first": scores.first}
-            found["steps"] = torch.full_like(scores.episodes, life.state.replay.added)
+            found["steps"] = torch.full_like(scores.episodes, life.lived)
             found["life"] = scores.total / scores.episodes
             return found
 

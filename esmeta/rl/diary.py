@@ -10,14 +10,6 @@ from torch import Tensor
 from esmeta.rollout import Trajectory
 
 
-class Episodes(NamedTuple):
-    """Finished episodes of one agent: the step each ended with, its return and its length."""
-
-    end: Tensor
-    returns: Tensor
-    length: Tensor
-
-
 class Diary:
     """Keeps rewards and ends of P agents, window by window."""
 
@@ -35,15 +27,15 @@ class Diary:
         """All rewards so far, float64 ``[P, T]``."""
         return torch.cat(self._reward, dim=1)
 
-    def episodes(self) -> list[Episodes]:
-        """The finished episodes of each agent in order."""
+    def episodes(self) -> list[tuple[Tensor, Tensor]]:
+        """Of each agent's finished episodes in order: the steps by which they ended; returns."""
         reward, ended = self.reward, torch.cat(self._ended, dim=1)
         total = torch.nn.functional.pad(reward.cumsum(dim=1), (1, 0))
         found = []
         for row, ends in zip(total, ended, strict=True):
             end = torch.nonzero(ends).flatten() + 1
             start = torch.cat([torch.zeros_like(end[:1]), end[:-1]])
-            found.append(Episodes(end, row[end] - row[start], end - start))
+            found.append((end, row[end] - row[start]))
         return found
 
     def curve(self, parts: int) -> Tensor:
@@ -53,9 +45,9 @@ class Diary:
         """
         steps = self.reward.shape[1]
         rows = []
-        for episodes in self.episodes():
-            part = ((episodes.end - 1) * parts) // steps
-            chosen = [episodes.returns[part == k] for k in range(parts)]
+        for end, returns in self.episodes():
+            part = ((end - 1) * parts) // steps
+            chosen = [returns[part == k] for k in range(parts)]
             rows.append(
                 torch.stack([c.mean() if len(c) else c.new_tensor(torch.nan) for c in chosen])
             )
@@ -83,8 +75,12 @@ class Scores(NamedTuple):
         return cls(zeros, undefined, undefined[:, 0], zeros, zeros.long())
 
     def then(self, new: Trajectory) -> Scores:
-        """After one more window too, B = 1."""
+        """After one more window too, B = 1.
+
+        What an episode had earned that a new trial cut is no return, and not the next one's.
+        """
         earned, recent, first, total, episodes = self
+        earned = torch.where(new.ts.new_trial[0, :, 0], 0.0, earned)
         reward, ended, terminated = (
             leaf[..., 0] for leaf in (new.reward, new.ended, new.terminated)
         )
@@ -100,7 +96,3 @@ class Scores(NamedTuple):
             earned = torch.where(over, 0.0, earned)
             episodes = episodes + over.long()
         return Scores(earned, recent, first, total, episodes)
-
-    def cut(self) -> Scores:
-        """The present episode has no return: its rewards are not the next one's."""
-        return self._replace(earned=torch.zeros_like(self.earned))

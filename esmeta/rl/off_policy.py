@@ -258,10 +258,16 @@ class ReplayLearner:
     @torch.no_grad()
     def update(self, state: OffPolicy, new: Trajectory, loss: Loss, rng: Rng) -> OffPolicy:
         """The agents after one update round per step of ``new``, ``period`` steps of each."""
-        state = state._replace(replay=state.replay.add(new))
-        if state.replay.added < self.options.update_after:
-            return state
-        return self.rounds(state, loss, rng, self.period)
+        state = self.keep(state, new)
+        return self.rounds(state, loss, rng, self.period) if self.learns(state) else state
+
+    def keep(self, state: OffPolicy, new: Trajectory) -> OffPolicy:
+        """The agents with the steps ``new`` in their replays, from which they have yet to learn."""
+        return state._replace(replay=state.replay.add(new))
+
+    def learns(self, state: OffPolicy) -> bool:
+        """Whether there are steps enough to learn from."""
+        return state.replay.added >= self.options.update_after
 
     @torch.no_grad()
     def rounds(self, state: OffPolicy, loss: Loss, rng: Rng, count: int) -> OffPolicy:

@@ -134,8 +134,9 @@ class Replay(NamedTuple):
         return torch.arange(first, last, device=self.time.device) % (self.capacity + 1)
 
     def add(self, new: Trajectory) -> Replay:
-        """With T steps more (B = 1), over the oldest."""
+        """With T steps more (B = 1), over the oldest; the first may be the first of a trial."""
         length, total = len(new.action), self.added + len(new.action)
+        self._cut(new.ts.new_trial[0, :, 0])
         ended, terminated = (leaf[..., 0].T for leaf in (new.ended, new.terminated))
         place = torch.arange(length, device=ended.device)
         since = torch.zeros_like(self.time[:, 0])
@@ -158,15 +159,15 @@ class Replay(NamedTuple):
         self.episodes.add(over, self.added + began, self.added + place, kept)
         return self._replace(added=total)
 
-    def cut(self) -> None:
-        """What comes next does not follow from the newest steps."""
-        if self.added:
+    def _cut(self, where: Tensor) -> None:
+        """What comes next does not follow from the newest step of agents ``where [P]``."""
+        if self.added and bool(where.any()):
             number = torch.tensor([self.added - 1], dtype=torch.int64, device=self.time.device)
             rows = self._row(self.added - 1, self.added)
-            time, open_ = self.time[:, rows], ~self.ended[:, rows]
-            self.ended[:, rows] = True
+            time, cut = self.time[:, rows], ~self.ended[:, rows] & where.unsqueeze(1)
+            self.ended[:, rows] |= cut
             kept = self.added - self.capacity
-            self.episodes.add(open_ & (time > 0), number - time, number, kept)
+            self.episodes.add(cut & (time > 0), number - time, number, kept)
 
     def draw(
         self, rng: Rng, index: Tensor, count: int, length: int, spec: Spec, over: Over = "steps"
