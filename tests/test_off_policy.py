@@ -193,7 +193,8 @@ def test_a_replay_keeps_the_newest_and_snippets_stay_in_order() -> None:
 def test_snippets_are_what_was_lived_through() -> None:
     """What a step led to is what the next one began with, over the edge of the rows too."""
     lived = steps(2, 23, dtype=torch.float32)
-    lived |= {"reward": torch.arange(23.0).expand(2, -1), "ended": torch.zeros(2, 23).bool()}
+    ended = (torch.arange(23) == 16).expand(2, -1)
+    lived |= {"reward": torch.arange(23.0).expand(2, -1), "ended": ended, "terminated": ended}
     replay = Replay.empty(2, 10, SPEC, "cpu")
     for low, high in ((0, 7), (7, 16), (16, 23)):
         part = {k: v[:, low : high + (k == "obs")] for k, v in lived.items()}
@@ -207,7 +208,14 @@ def test_snippets_are_what_was_lived_through() -> None:
             assert torch.equal(data.action[:, p], lived["action"][p][number[:, p]])
             assert torch.equal(data.ts.prev_action[1:, p], data.action[:, p])
         assert data.steps.new_trial[0].all() and not data.steps.new_trial[1:].any()
-        assert not data.ts.prev_action[0].any() and not data.ts.reward[0].any()
+        # The first step shows what led to it too, unless an episode begins there.
+        first = data.ts.reward[0].long()
+        assert torch.equal(data.ts.new_episode[0], number[0] == 17)
+        assert torch.equal(first, torch.where(number[0] == 17, 0, number[0] - 1))
+        assert (number[0] == 17).any() and (number[0] == 13).any()
+        for p in range(2):
+            led = lived["action"][p][first[p]] * (number[0, p] != 17).unsqueeze(-1)
+            assert torch.equal(data.ts.prev_action[0, p], led)
 
 
 def runner(**options: Any) -> AgentLives:

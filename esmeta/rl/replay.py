@@ -178,7 +178,8 @@ class Replay(NamedTuple):
         whole, each as likely, and a place in it from where the snippet ends with it at the latest
         (from the first step of a shorter one). Over ``steps``: any step but the newest
         ``length - 1``, each as likely; so it is for all agents of which no episode is whole yet.
-        Memory begins anew with a snippet, whose first step therefore shows no past.
+        Memory begins anew with a snippet, whose first step shows what led to it, except where an
+        episode begins.
         """
         oldest = self.added - self.size
         share = rng.uniform(index, count)
@@ -188,14 +189,14 @@ class Replay(NamedTuple):
             within = begun + (share * (last - begun + 2 - length).clamp_min(1)).long()
             some = self.episodes.added > self.episodes.oldest
             first = torch.where(some.unsqueeze(1), within, first)
-        place = torch.arange(length + 1, device=index.device) + first.unsqueeze(-1)
-        rows = place % (self.capacity + 1)
+        place = torch.arange(-1, length + 1, device=index.device) + first.unsqueeze(-1)
+        rows = place % (self.capacity + 1)  # of the step before the oldest all but obs is there
         agent = torch.arange(len(index), device=index.device)[:, None, None]
-        action, reward, terminated, ended, time = (
-            leaf[agent, rows[..., :-1]] for leaf in self.rows[1:]
-        )
+        obs = self.obs[agent, rows[..., 1:]]
+        action, reward = (leaf[agent, rows[..., :-1]] for leaf in (self.action, self.reward))
+        terminated, ended, time = (leaf[agent, rows[..., 1:-1]] for leaf in self.rows[3:])
         inside = ended.long().cumsum(dim=-1) - ended.long() == 0
-        snippets = _snippets(self.obs[agent, rows], action, reward, terminated, ended, spec)
+        snippets = _snippets(obs, action, reward, terminated, ended, time[..., :1] == 0, spec)
         constants = {"inside": inside.flatten(1, 2), "time": time.flatten(1, 2)}
         return Data(snippets, constants, length)
 
@@ -205,22 +206,34 @@ def _wide(rows: Tensor, size: int) -> Tensor:
 
 
 def _snippets(
-    obs: Tensor, action: Tensor, reward: Tensor, terminated: Tensor, ended: Tensor, spec: Spec
+    obs: Tensor,
+    action: Tensor,
+    reward: Tensor,
+    terminated: Tensor,
+    ended: Tensor,
+    fresh: Tensor,
+    spec: Spec,
 ) -> Trajectory:
-    """Leaves ``[P, n, L, ...]`` (``obs`` one step longer) as trials that begin with them."""
+    """Leaves ``[P, n, L, ...]`` as trials that begin with them.
 
-    def after(first: bool, leaf: Tensor) -> Tensor:
-        return torch.cat([torch.full_like(leaf[:, :, :1], first), leaf], dim=2)
+    ``obs``, ``action`` and ``reward`` have one step more: what followed, or what went before, which
+    is not shown where an episode is ``fresh [P, n, 1]``.
+    """
 
+    def after(first: Tensor | bool, leaf: Tensor) -> Tensor:
+        first = torch.full_like(leaf[:, :, :1], first) if isinstance(first, bool) else first
+        return torch.cat([first, leaf], dim=2)
+
+    past = torch.cat([~fresh, torch.ones_like(ended)], dim=2)
     ts = TimeStep(
         obs,
-        after(False, heads.encode(action, spec.action, obs.dtype)),
-        after(False, reward),
+        heads.encode(action, spec.action, obs.dtype) * past.unsqueeze(-1),
+        reward * past,
         after(False, terminated),
         after(False, ended & ~terminated),
-        after(True, ended),
+        after(fresh, ended),
         after(True, torch.zeros_like(ended)),
     )
-    active = torch.ones_like(ended)
     ts = TimeStep(*(leaf.movedim(2, 0) for leaf in ts))
-    return Trajectory({}, ts, action.movedim(2, 0), active.movedim(2, 0), None, {})
+    action, active = action[:, :, 1:].movedim(2, 0), torch.ones_like(ended).movedim(2, 0)
+    return Trajectory({}, ts, action, active, None, {})
