@@ -165,7 +165,7 @@ def test_windows_add_up_to_the_life(windows: tuple[int, ...]) -> None:
             before = lives
             lives, fitness = whole.advance(lives, thetas, window)
             again, same = whole.advance(before, thetas, window)  # what is given stays as it is
-            assert torch.equal(same.returns, fitness.returns) and again.updates == lives.updates
+            assert torch.equal(same.returns, fitness.returns) and again.step == lives.step
             total, steps = total + fitness.returns, steps + fitness.steps
         expected = whole.fitness(thetas, number)
         torch.testing.assert_close(total, expected.returns, rtol=0, atol=1e-12)
@@ -183,8 +183,8 @@ def test_stored_lives_go_on_bit_for_bit() -> None:
         chosen = whole.restore({name: leaf[rows] for name, leaf in saved.items()})
         _, found = whole.advance(chosen, thetas[rows], 2)
         assert torch.equal(found.returns, fitness.returns[rows]), rows
-    mixed = {**saved, "updates": saved["updates"] + torch.arange(7)}
-    with pytest.raises(ValueError, match="must have one updates"):
+    mixed = {**saved, "step": saved["step"] + torch.arange(7)}
+    with pytest.raises(ValueError, match="must have one step"):
         whole.restore(mixed)
 
 

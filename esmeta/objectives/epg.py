@@ -10,7 +10,7 @@ never see PPO's.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import KW_ONLY, dataclass, replace
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -27,7 +27,7 @@ from esmeta.rl.losses import Loss, Mixture, PolicyGradient
 from esmeta.rl.on_policy import SegmentLearner, SegmentOptions
 from esmeta.rng import Rng
 from esmeta.summary import linked
-from esmeta.tasks import aid, single, task_groups
+from esmeta.tasks import aid, remarked, single, task_groups
 from esmeta.tree import shapes_of, size_of
 from esmeta.types import Fitness, Params, Reference, State, Task
 
@@ -70,7 +70,7 @@ class Objective(SegmentOptions):
     buffer: int = 512
     reward: bool = True
     memory: bool = False
-    saturation: float = 0.0
+    saturation: float = remarked(0.0, "in the agents' loss")
     evolve_init: bool = False
     ppo_generations: int = 250
     ppo_first: float = 1.0
@@ -124,6 +124,7 @@ class Objective(SegmentOptions):
         device: str | torch.device,
     ) -> EpgObjective:
         """Tie the objective to a task distribution; ``policy`` is what its agents are."""
+        device = torch.device(device)
         return EpgObjective(self, policy, task, trials=trials, seed=seed, device=device)
 
 
@@ -135,41 +136,36 @@ class Part(NamedTuple):
     score: Tensor
 
 
+@dataclass(eq=False)
 class EpgObjective:
-    """What eta is worth; agents of all members are rows of one batch.
+    """What eta is worth; agents of all members are rows of one batch, as ``inner`` describes them.
 
     Step k uses lives k * trials .. (k + 1) * trials - 1 of the run's seed, on all ranks and for all
     members. They can be run in windows of updates: it is a :class:`esmeta.types.Lifetimes`.
     """
 
-    policy = None
+    policy: ClassVar[None] = None
 
-    def __init__(
-        self,
-        config: Objective,
-        policy: Policy | None,
-        task: Task,
-        *,
-        trials: int,
-        seed: int,
-        device: str | torch.device,
-    ) -> None:
-        self.config = config
-        self.task = task
-        self.trials = trials
-        self.seed = seed
-        self.device = torch.device(device)
+    config: Objective
+    inner: Policy | None
+    task: Task
+    _: KW_ONLY
+    trials: int
+    seed: int
+    device: torch.device
+
+    def __post_init__(self) -> None:
+        config, task = self.config, self.task
         self.network = LossNetwork(
             task.spec, config.buffer, config.reward, config.memory, config.saturation
         )
         self._ppo = PolicyGradient(clip=0.2, kl_coef=0.001)
-        self._policy = None if policy is None else policy.config
         agent = self._agent(value=config.ppo_generations > 0)
         self.learner = SegmentLearner(agent, config, config.buffer)
         self.lives = AgentLives(
             self.learner,
             task,
-            seed,
+            self.seed,
             self.device,
             test_episodes=config.test_episodes,
             test_steps=config.test_steps,
@@ -208,7 +204,7 @@ class EpgObjective:
 
     def _agent(self, *, value: bool) -> Policy:
         needs: frozenset[Need] = frozenset({"unit", "value"} if value else {"unit"})
-        hidden, config = self.config.hidden, self._policy
+        hidden, config = self.config.hidden, self.inner and self.inner.config
         return inner_policy(self.task.spec, "epg", hidden, needs, std=1.0, config=config)
 
     def share(self, generation: int) -> float:
@@ -334,7 +330,8 @@ class EpgObjective:
         return Lives(life, 0, population, tuple(parts))
 
     def _numbers(self, population: int, life: int) -> Tensor:
-        return numbers_at(life, self.trials).to(self.device).expand(population, -1).flatten()
+        index = on_device({"life": numbers_at(life, self.trials)}, self.device)["life"]
+        return index.expand(population, -1).flatten()
 
     def advance(self, lives: Lives, params: Params | Tensor, steps: int) -> tuple[Lives, Fitness]:
         """The lives after ``steps`` more updates.

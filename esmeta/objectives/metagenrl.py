@@ -15,7 +15,7 @@ update rounds, and the short ends of episodes are masked.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -34,7 +34,7 @@ from esmeta.rl.off_policy import OffPolicy, ReplayLearner, ReplayOptions
 from esmeta.rl.replay import Over
 from esmeta.rng import Rng
 from esmeta.rollout import Trajectory
-from esmeta.tasks import task_groups
+from esmeta.tasks import remarked, task_groups
 from esmeta.tree import size_of
 from esmeta.types import Fitness, Params, Reference, State, Task
 
@@ -92,7 +92,7 @@ class Objective(ReplayOptions):
     inner_rate: float = 1e-3
     inner_reduction: Literal["sum", "mean"] = "sum"
     inner_clip: float = 0.0
-    saturation: float = 0.0
+    saturation: float = remarked(0.0, "in the agents' loss")
     policy_rate: float = 0.0
     clip: float = 1.0
     anneal: int = 10_000
@@ -183,6 +183,7 @@ class Objective(ReplayOptions):
         device: str | torch.device,
     ) -> MetaGenRLObjective:
         """Tie the objective to its tasks; ``policy`` is what its agents are."""
+        device = torch.device(device)
         return MetaGenRLObjective(self, policy, task, trials=trials, seed=seed, device=device)
 
 
@@ -194,31 +195,26 @@ class Group(NamedTuple):
     owed: int
 
 
+@dataclass(eq=False)
 class MetaGenRLObjective:
     """What alpha is worth, and where it should go: it is a :class:`esmeta.types.MetaLoss`.
 
     Agent i lives in training task number i of its environment. Meta-test number k of a seed is a
-    fresh agent in held-out task number k.
+    fresh agent in held-out task number k. ``inner`` is what agents are.
     """
 
-    policy = None
+    policy: ClassVar[None] = None
 
-    def __init__(
-        self,
-        config: Objective,
-        policy: Policy | None,
-        task: Task,
-        *,
-        trials: int,
-        seed: int,
-        device: str | torch.device,
-    ) -> None:
-        self.config = config
-        self._policy = None if policy is None else policy.config
-        self.task = task
-        self.trials = trials
-        self.seed = seed
-        self.device = torch.device(device)
+    config: Objective
+    inner: Policy | None
+    task: Task
+    _: KW_ONLY
+    trials: int
+    seed: int
+    device: torch.device
+
+    def __post_init__(self) -> None:
+        config = self.config
         self.network = ObjectiveNetwork(
             config.snippet, config.time, config.values, config.bound, config.saturation
         )
@@ -229,12 +225,13 @@ class MetaGenRLObjective:
             for table in config.more_tasks
         ]
         self.environments = [
-            self.agent_lives(t, seed, number) for number, t in enumerate([task, *more])
+            self.agent_lives(task, self.seed, number)
+            for number, task in enumerate([self.task, *more])
         ]
 
     def agent_lives(self, task: Task, seed: int, number: int = 0) -> AgentLives[ReplayLearner]:
         """Lives in one environment; ``number`` keeps environments apart."""
-        config, learner = self.config, self.config.learner(task, self._policy)
+        config, learner = self.config, self.config.learner(task, self.inner and self.inner.config)
         lives = AgentLives(
             learner,
             task,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import traceback
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import torch
@@ -52,39 +53,36 @@ class Objective:
                 "policy.name = 'none': objective 'return' scores a policy; write for example "
                 'policy.name = "metods"'
             )
+        device = torch.device(device)
         return ReturnObjective(
             policy, task, trials=trials, seed=seed, device=device, capture=self.capture
         )
 
 
+@dataclass(eq=False)
 class ReturnObjective(OwnEnv):
     """Sum of rewards over a trial; every step has its own ``trials`` training tasks.
 
     Its trials can be run in windows: it is a :class:`esmeta.types.Lifetimes`.
 
     Step k of a run uses training tasks k * trials .. (k + 1) * trials - 1 of the run's seed, on
-    all ranks and for all members.
+    all ranks and for all members. ``capture`` is that of :class:`Objective`.
     """
 
-    def __init__(
-        self,
-        policy: Policy,
-        task: Task,
-        *,
-        trials: int,
-        seed: int,
-        device: str | torch.device,
-        capture: bool = False,
-    ) -> None:
-        self.policy = policy
-        self.task = task
-        self.trials = trials
-        self.seed = seed
-        self.device = torch.device(device)
+    policy: Policy
+    task: Task
+    _: KW_ONLY
+    trials: int
+    seed: int
+    device: torch.device
+    capture: bool = False
+
+    def __post_init__(self) -> None:
+        self.device = torch.device(self.device)
         self.evaluator = PopulationEvaluator(
-            policy, task, trials=trials, device=device, capture=capture
+            self.policy, self.task, self.trials, self.device, capture=self.capture
         )
-        self._lives = TrialLives(self.evaluator, seed)
+        self._lives = TrialLives(self.evaluator, self.seed)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:

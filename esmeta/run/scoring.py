@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from esmeta.run.config import Config
-from esmeta.tasks import aids, published
+from esmeta.tasks import aids, published, remarks
 
 
 def training_aids(config: Config) -> dict[str, tuple[Any, Any]]:
@@ -39,8 +39,6 @@ def variant(trained: Config, scored: Config) -> str:
     used, left = training_aids(trained), training_aids(scored)
     dropped = [f"{name} = {value!r}" for name, (value, _) in used.items() if name not in left]
     kept = [f"{name} = {value!r}" for name, (value, _) in left.items()]
-    penalty = getattr(scored.objective.instance, "saturation", 0.0)
-    if penalty > 0:  # written by hand: agents do not learn by the learned loss alone
-        kept.append(f"objective.saturation = {penalty!r} in the agents' loss")
+    kept += [f"objective.{words}" for words in remarks(scored.objective.instance)]
     words = (("without", dropped), ("with", kept))
     return "".join(f", {word} {', '.join(names)}" for word, names in words if names)

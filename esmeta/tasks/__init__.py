@@ -70,6 +70,7 @@ class Published(Protocol):
 
 T = TypeVar("T")
 _AID = "esmeta.aid"
+_REMARK = "esmeta.remark"
 
 
 def aid(default: T, *, published: T | None = None, only: T | None = None) -> T:
@@ -94,6 +95,19 @@ def aids(options: Any) -> dict[str, tuple[Any, Any]]:  # noqa: ANN401 - any data
             if value != published and only in (None, value):
                 found[field.name] = (value, published)
     return found
+
+
+def remarked(default: T, words: str) -> T:
+    """A field of an objective that is no aid, but that scores tell of where it is in use."""
+    return dataclasses.field(default=default, metadata={_REMARK: words})
+
+
+def remarks(options: Any) -> list[str]:  # noqa: ANN401 - any dataclass
+    """What scores tell of: fields that are :func:`remarked`, with their values and words."""
+    fields = [field for field in dataclasses.fields(options) if _REMARK in field.metadata]
+    values = [(field, getattr(options, field.name)) for field in fields]
+    return [f"{field.name} = {value!r} {field.metadata[_REMARK]}" for field, value in values
+            if value != field.default]  # fmt: skip
 
 
 def published(options: T, keep: Collection[str] = ()) -> T:
