@@ -45,6 +45,14 @@ class EnvFailure(EnvError):
     """
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an allocator could not give what was asked for: Python's, numpy's or torch's."""
+    told = ("not enough memory", "can't allocate memory", "out of memory")
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in told)
+    )
+
+
 _told = 0
 
 

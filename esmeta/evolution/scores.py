@@ -18,14 +18,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from esmeta.errors import EnvFailure, UserError
+from esmeta.errors import EnvFailure, UserError, out_of_memory
 from esmeta.evolution.shaping import Failed, aggregated
 from esmeta.types import Comm, Fitness, Metrics
 
 MAX_RAISED = 0.1
 """Share of a generation whose evaluation may raise an exception."""
 
-NOT_A_MEMBERS_FAULT = (UserError, TimeoutError, MemoryError)
+NOT_A_MEMBERS_FAULT = (UserError, TimeoutError)
 """Exceptions that say nothing about a member, and end the run; but see :class:`EnvFailure`."""
 
 _RAISED, _ENV_FAILED = -1.0, -2.0  # instead of the steps of a member
@@ -132,7 +132,8 @@ def _check_fault(error: Exception) -> None:
 
     Those hold simulators, which members that are run again need.
     """
-    if isinstance(error, NOT_A_MEMBERS_FAULT) and not isinstance(error, EnvFailure):
+    fault = isinstance(error, NOT_A_MEMBERS_FAULT) and not isinstance(error, EnvFailure)
+    if fault or out_of_memory(error):
         raise error
     traceback.clear_frames(error.__traceback__)
 

@@ -308,14 +308,21 @@ def learn(
     config: configs.Config, out: Path, resume: bool, comm: Any, stop: Stop, node: Node | None = None
 ) -> int:
     """Train on the ranks of ``comm``; returns the exit code."""
-    parts = build(config, comm.size, node)
-    from esmeta.run.record import NullRun, RunDir
-
-    folder = RunDir.create(out, config, resume=resume) if comm.rank == 0 else NullRun()
     try:
-        return _learn(parts, out, folder, comm, stop, node)
-    finally:
-        folder.close()  # others may go on with it, whatever ended it here
+        parts = build(config, comm.size, node)
+        from esmeta.run.record import NullRun, RunDir
+
+        folder = RunDir.create(out, config, resume=resume) if comm.rank == 0 else NullRun()
+        try:
+            return _learn(parts, out, folder, comm, stop, node)
+        finally:
+            folder.close()  # others may go on with it, whatever ended it here
+    except (MemoryError, RuntimeError) as error:
+        if not errors.out_of_memory(error):
+            raise
+        from esmeta.run.room import too_large
+
+        raise too_large(error, config, comm.label) from error
 
 
 def _learn(
