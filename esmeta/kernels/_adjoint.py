@@ -103,9 +103,11 @@ Back = Callable[[Segment, Carried], tuple[Adjoints, Carried]]
 def sweep(
     back: Back, rule: Rule, plan: Plan, saved: Saved, grad_y: Tensor, grad_w: Tensor
 ) -> Sequence[Tensor | None]:
-    """``Code.backward`` by segments, from the last to the first; ``grad_w`` is overwritten."""
+    """``Code.backward`` by segments, from the last to the first."""
     w_t, x, start_t, (checkpoints, kept) = saved
+    assert checkpoints is not None and kept is not None, "a forward pass that keeps gives both"
     every, depth, k = plan.every, rule.depth, constants(rule)
+    grad_w = grad_w.clone(memory_format=torch.contiguous_format)  # ``back`` may overwrite it
     zeros = torch.zeros_like(grad_w)
     carried = Carried(grad_w, zeros, zeros.clone(), grad_w.new_zeros(grad_w.shape[:2]))
     totals = [None if tensor is None else torch.zeros_like(tensor) for tensor in rule.tensors]
@@ -114,7 +116,7 @@ def sweep(
         low, high = number * every, min((number + 1) * every, len(x))
         steps = range(low, high)
         masks = [plan.mask[t] if plan.mask is not None and plan.resets[t] else None for t in steps]
-        reads = [torch.cat(kept[low * depth + s : high * depth : depth], 1) for s in range(depth)]
+        reads = [kept[low:high, s].transpose(0, 1).flatten(1, 2) for s in range(depth)]
         rows, queries = _rebuild(k, x[low:high], reads)
         segment = Segment(rule, k, rows, first, start_t, masks, grad_y[low:high])
         adjoints, carried = back(segment, carried)

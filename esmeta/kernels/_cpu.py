@@ -1,7 +1,7 @@
-"""The plastic recurrence on a CPU in float32: one compiled function for steps and scans.
+"""The plastic recurrence on a CPU in float32: a compiled function for steps and scans, one back.
 
-Four trials are run together through all their steps, so that their fast weights stay in the cache
-and every product with a matrix that they share (alpha, the write's A) is loaded once for four.
+Four trials are run together through all their steps (two on the way back), so that their fast
+weights stay in the cache and every matrix that they share (alpha, the write's A) is loaded once.
 Rows of matrices are padded to whole vector registers (LANES): no loop has a remainder, no load
 crosses a line of the cache, and what lies in the padding, which may be anything, never reaches a
 real neuron. Every trial is computed by the same instructions in the same order wherever it stands
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 from array import array
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,10 +20,22 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from esmeta.kernels import _cpu_build
-from esmeta.kernels._adjoint import Adjoints, Carried, Segment, sweep
-from esmeta.kernels._cpu_run import CONSTANTS, LANES, TOGETHER, address, blank, plain, run_blocks
-from esmeta.kernels._rule import Code, Kept, Plan, Rule
-from esmeta.kernels._segments import pack
+from esmeta.kernels._cpu_run import (
+    CONSTANTS,
+    LANES,
+    TOGETHER,
+    address,
+    blank,
+    plain,
+    run_blocks,
+    zeros,
+)
+from esmeta.kernels._rule import Code, Kept, Plan, Rule, Saved
+from esmeta.kernels._writes import Tensors
+
+# A backward pass takes so many trials together, and pads rows of matrices to so many columns, on
+# all machines: _compiler/backward.py.
+_TOGETHER_BACK, _WIDE = 2, 16
 
 
 def code(rule: Rule) -> Code:
@@ -34,7 +47,7 @@ def code(rule: Rule) -> Code:
         # What is missing is compiled here rather than in the middle of a timed rollout.
         _function("plastic", rule, rule.neurons)
     forward = _Forward(rule, held, tuple(map(address, held)))
-    return Code(forward, functools.partial(sweep, back))
+    return Code(forward, backward)
 
 
 class _Forward(NamedTuple):
@@ -50,7 +63,7 @@ class _Forward(NamedTuple):
         steps, population, batch, neurons = x.shape
         depth = self.rule.depth
         x, first = plain(x), _padded(w_t)
-        y, last = torch.empty_like(x), first if plan.in_place else _room(x, first.shape)
+        y, last = blank(*x.shape), first if plan.in_place else _room(x, first.shape)
         reads = checkpoints = start = mask = None
         if keep:
             reads = blank(steps, depth, population, batch, neurons)
@@ -65,26 +78,68 @@ class _Forward(NamedTuple):
         work = steps * population * batch * neurons**2 * (2 * depth + 2)
         call = _function("plastic", self.rule, neurons)
         run_blocks(call, table, population * -(-batch // TOGETHER), work)
-        if reads is None or checkpoints is None:
-            return y, last, Kept()
-        return y, last, Kept(checkpoints.unbind(0), reads.flatten(0, 1).unbind(0))
+        return y, last, Kept(checkpoints, reads)
 
 
-def back(segment: Segment, carried: Carried) -> tuple[Adjoints, Carried]:
-    """Go back through a segment, as ``_adjoint.back``."""
-    rule, packed = segment.rule, pack(segment)
-    alpha_t = None if rule.alpha_t is None else plain(rule.alpha_t)
-    alpha = None if alpha_t is None else plain(alpha_t.mT)
-    steps, population, batch, neurons = packed.grad_y.shape
-    write = _block(tuple(t.mT for t in rule.write), neurons) if rule.write else None
-    *read, grad_y, weights, outs = packed
-    table = array("q", map(address, read))
-    parameters = (alpha_t, alpha, plain(rule.kappa), plain(rule.composite), write)
-    table.extend(map(address, (*parameters, grad_y, weights, *carried, *outs)))
-    table.extend((steps, population, batch, packed.starts))
-    work = steps * population * batch * neurons**2 * (4 * rule.depth + 2)
-    run_blocks(_function("backward", rule, neurons), table, population * batch, work)
-    return outs, carried
+def backward(
+    rule: Rule, plan: Plan, saved: Saved, grad_y: Tensor, grad_w: Tensor
+) -> Sequence[Tensor | None]:
+    """``Code.backward`` by one compiled function, which adds up the trials of a block."""
+    w_t, x, start_t, kept = saved
+    steps, population, batch, neurons = x.shape
+    depth, every = rule.depth, min(plan.every, steps)
+    groups, wide = -(-batch // _TOGETHER_BACK), -(-neurons // _WIDE) * _WIDE
+    alpha = alpha_t = mask = start = factor = write = None
+    grad_start = grad_alpha = grad_write = None
+    if rule.alpha_t is not None:
+        alpha_t, alpha = _widened(rule.alpha_t, wide), _widened(rule.alpha_t.mT, wide)
+        grad_alpha = zeros(population, groups, neurons, wide)
+    if rule.write:
+        factor, write = _block(rule.write, wide), _block(tuple(t.mT for t in rule.write), wide)
+        grad_write = zeros(population, groups, factor.shape[1])
+    if start_t is not None and plan.mask is not None and any(plan.resets):
+        start, mask = _padded(start_t), plain(plan.mask[..., 0, 0])
+        grad_start = zeros(population, batch, neurons, wide)
+    given = (plain(x), kept.reads, _padded(w_t), kept.checkpoints, start, mask)
+    parameters = (alpha_t, alpha, plain(rule.kappa), plain(rule.composite), factor, write)
+    grad_x, grad_w, grad_y = blank(*x.shape), _widened(grad_w, wide), plain(grad_y)
+    sums = zeros(population, groups, (depth + 1) * (2 * depth + 1), _WIDE)
+    outs = (grad_y, grad_w, grad_start, grad_alpha, sums, grad_write, grad_x)
+    table = array("q", map(address, (*given, *parameters, *outs)))
+    table.extend((steps, population, batch, 0 if start is None else start.shape[1], every))
+    room = every * _TOGETHER_BACK * wide * (neurons + (3 if rule.write else 2) * depth)
+    work = steps * population * batch * neurons**2 * (6 * depth + 6)
+    run_blocks(_function("backward", rule, neurons), table, population * groups, work, room)
+    if start_t is not None:
+        found = torch.zeros_like(start_t) if grad_start is None else grad_start[..., :neurons]
+        grad_start = found.sum_to_size(start_t.shape)
+    grad_kappa, grad_composite = sums.sum((1, 3)).split((depth * (depth + 1), (depth + 1) ** 2), 1)
+    return (
+        grad_w[..., :neurons],
+        grad_x,
+        grad_start,
+        grad_kappa.view(rule.kappa.shape),
+        grad_composite.view(rule.composite.shape),
+        None if grad_alpha is None else grad_alpha.sum(1)[..., :neurons],
+        *([] if grad_write is None else _parts(rule.write, grad_write.sum(1), wide)),
+    )
+
+
+def _widened(matrix: Tensor, width: int) -> Tensor:
+    """A copy whose rows are padded with 0 to a width."""
+    wide = zeros(*matrix.shape[:-1], width)
+    wide[..., : matrix.shape[-1]] = matrix.detach()
+    return wide
+
+
+def _parts(tensors: Tensors, block: Tensor, width: int) -> list[Tensor]:
+    """The inverse of :func:`_block`, for tensors of these shapes."""
+    rows = [tensor[0].numel() // tensor.shape[-1] for tensor in tensors]
+    parts = block.split([count * width for count in rows], 1)
+    return [
+        part.view(*like.shape[:-1], width)[..., : like.shape[-1]]
+        for part, like in zip(parts, tensors, strict=True)
+    ]
 
 
 def _function(kind: str, rule: Rule, neurons: int) -> _cpu_build.Function:

@@ -46,26 +46,35 @@ def blank(*shape: int) -> Tensor:
     return torch.empty(shape, dtype=torch.float32, device=_CPU)
 
 
+def zeros(*shape: int) -> Tensor:
+    """The same, filled with 0."""
+    return torch.zeros(shape, dtype=torch.float32, device=_CPU)
+
+
 def plain(tensor: Tensor) -> Tensor:
     """Contiguous, without history, in memory as its values are."""
     return tensor.detach().resolve_neg().contiguous()
 
 
 def run_blocks(
-    call: Callable[[int, int, int], None], table: array[int], blocks: int, work: int
+    call: Callable[[int, int, int], None], table: array[int], blocks: int, work: int, room: int = 0
 ) -> None:
     """Run all blocks of a compiled function over ``torch.get_num_threads()`` threads.
 
-    ``work`` is the number of multiply-adds of them all.
+    ``work`` is the number of multiply-adds of them all. A function that needs ``room``, so many
+    numbers that are 0, gets it for every thread; its address then comes first in the table.
     """
-    threads = min(torch.get_num_threads(), blocks, max(1, work // _THREAD_WORK))
-    place = table.buffer_info()[0]
-    if threads <= 1:
-        call(place, 0, blocks)
+    threads = max(1, min(torch.get_num_threads(), blocks, work // _THREAD_WORK))
+    tables = [table] * threads
+    if room:
+        rooms = zeros(threads, room)
+        tables = [array("q", (address(own), *table)) for own in rooms]
+    places = [own.buffer_info()[0] for own in tables]
+    if threads == 1:
+        call(places[0], 0, blocks)
         return
     cuts = [blocks * i // threads for i in range(threads + 1)]
-    part = functools.partial(call, place)
-    for done in _pool(threads, os.getpid()).map(part, cuts[:-1], cuts[1:]):
+    for done in _pool(threads, os.getpid()).map(call, places, cuts[:-1], cuts[1:]):
         assert done is None
 
 

@@ -79,7 +79,12 @@ def run(
         y, w_t, read = advance(k, w_t, v)
         outputs.append(y)
         reads += read if keep else []
-    return torch.stack(outputs), w_t, Kept(tuple(checkpoints), tuple(reads))
+    y = torch.stack(outputs)
+    if not keep:
+        return y, w_t, Kept()
+    # A view of nothing where there is no checkpoint.
+    kept = torch.stack(checkpoints) if checkpoints else w_t.new_empty(0, *w_t.shape)
+    return y, w_t, Kept(kept, torch.stack(reads).unflatten(0, (len(x), -1)))
 
 
 def advance(k: Constants, w_t: Tensor, v: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:

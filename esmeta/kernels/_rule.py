@@ -30,13 +30,14 @@ class Plan(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """What a gradient needs of a forward pass, may be empty where none is asked for.
+    """What a gradient needs of a forward pass; None where none is asked for.
 
-    Every ``plan.every``-th fast weights behind the first, and the T S values of tanh in order.
+    Every ``plan.every``-th fast weights behind the first ``[C, P, B, n, n]``, and the values of
+    tanh ``[T, S, P, B, n]``.
     """
 
-    checkpoints: Tensors = ()
-    reads: Tensors = ()
+    checkpoints: Tensor | None = None
+    reads: Tensor | None = None
 
 
 class Saved(NamedTuple):

@@ -66,7 +66,7 @@ class CheckpointedScan(torch.autograd.Function):
         y, last, (checkpoints, reads) = rule.code.forward(plan, w_t, x, start_t, True)
         ctx.rule, ctx.plan, ctx.inputs = rule, plan, 3 + len(tensors)
         # Torch keeps None as it is; its annotation forgets to say so.
-        kept = cast("tuple[Tensor, ...]", (w_t, x, start_t, *tensors, *checkpoints, *reads))
+        kept = cast("tuple[Tensor, ...]", (w_t, x, start_t, *tensors, checkpoints, reads))
         ctx.save_for_backward(*kept)
         return y, last
 
@@ -79,11 +79,8 @@ class CheckpointedScan(torch.autograd.Function):
             return None, None, *_plainly(ctx, grad_y, grad_w)
         plan, saved = ctx.plan, ctx.saved_tensors
         w_t, x, start_t, *tensors = saved[: ctx.inputs]
-        reads = ctx.inputs + -(-len(x) // plan.every) - 1
-        kept = Kept(saved[ctx.inputs : reads], saved[reads:])
         rule = Rule.of(ctx.rule.name, tensors, ctx.rule.code)
-        inputs = Saved(w_t, x, start_t, kept)
-        grad_w = grad_w.clone(memory_format=torch.contiguous_format)
+        inputs = Saved(w_t, x, start_t, Kept(*saved[ctx.inputs :]))
         return None, None, *rule.code.backward(rule, plan, inputs, grad_y.resolve_neg(), grad_w)
 
 

@@ -266,7 +266,7 @@ def backward(
 ):  # fmt: skip
     """One segment of one trial, from its last step to its first (formulas: ``_adjoint``).
 
-    Arguments as in ``_segments.Packed`` and ``_adjoint.Carried``. The fast weights of the segment
+    Arguments as in ``_gpu._Packed`` and ``_adjoint.Carried``. The fast weights of the segment
     are accumulated again from ``first``, into ``weights``.
     """
     trial = tl.program_id(0).to(tl.int64)

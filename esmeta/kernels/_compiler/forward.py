@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from kernel import TOGETHER, Kernel, Machine, Shape, Size, product, sums, tanh
+from kernel import TOGETHER, Block, Kernel, Machine, Shape, Size, product, sums, tanh
 from llvmlite import ir
 from writer import Index, Piece, Place, Vector, Whole, fma, pieces, tiles
 from writes import WRITES
@@ -23,18 +23,6 @@ SIZES = ("steps", "population", "batch", "starts", "keep", "every")
 shapes as in ``_cpu``, whose ``CONSTANTS`` are the ``constants``.
 """
 _FAR = 4096  # a matrix of more numbers is fetched early: the first cache cannot hold it
-
-
-class Block:
-    """Four trials of a member: ``trials`` their numbers, ``there`` of them real, from ``first``."""
-
-    def __init__(self, number: Whole, batch: Whole) -> None:
-        groups = (batch + (TOGETHER - 1)) // TOGETHER
-        self.p, self.first = number // groups, number % groups * TOGETHER
-        self.there = (batch - self.first).at_most(TOGETHER)
-        start = self.p * batch + self.first
-        # A block that is not full computes its last trial again.
-        self.trials = [start + (self.there - 1).at_most(t) for t in range(TOGETHER)]
 
 
 class Forward(Kernel):

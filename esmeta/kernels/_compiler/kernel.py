@@ -53,6 +53,18 @@ Take = Callable[[int, int, Vector], None]
 """Gets row, column and value of a vector of a product."""
 
 
+class Block:
+    """Some trials of a member: ``trials`` their numbers, ``there`` of them real, from ``first``."""
+
+    def __init__(self, number: Whole, batch: Whole, together: int = TOGETHER) -> None:
+        groups = (batch + (together - 1)) // together
+        self.p, self.first = number // groups, number % groups * together
+        self.there = (batch - self.first).at_most(together)
+        start = self.p * batch + self.first
+        # A block that is not full computes its last trial again.
+        self.trials = [start + (self.there - 1).at_most(t) for t in range(together)]
+
+
 class Kernel:
     """The plastic recurrence for one size: places, counters, and what forward and back share."""
 

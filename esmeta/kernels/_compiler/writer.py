@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any, TypeVar
@@ -70,7 +70,8 @@ Index = int | Whole
 class Vector(_Value):
     """Some float32."""
 
-    __add__, __mul__, __truediv__ = _operator("fadd"), _operator("fmul"), _operator("fdiv")
+    __add__, __sub__ = _operator("fadd"), _operator("fsub")
+    __mul__, __truediv__ = _operator("fmul"), _operator("fdiv")
 
     @property
     def width(self) -> int:
@@ -84,16 +85,34 @@ class Vector(_Value):
 
     def part(self, low: int, width: int) -> Vector:
         """``width`` numbers from ``low`` on."""
-        if (low, width) == (0, self.width):
-            return self
-        mask = [ir.Constant(_I32, low + k) for k in range(width)]
-        places = ir.Constant(ir.VectorType(_I32, width), mask)
-        nothing = ir.Constant(self.value.type, ir.Undefined)
-        return Vector(self.b, self.b.shuffle_vector(self.value, nothing, places))
+        return self if (low, width) == (0, self.width) else _join([self], range(low, low + width))
 
     def first(self, width: int) -> Vector:
         """The first number, in all places of a vector."""
         return _splat(self.b, self.b.extract_element(self.value, _whole(0)), width)
+
+
+def _join(vectors: Sequence[Vector], places: Iterable[int]) -> Vector:
+    """The numbers at some places of one or two vectors side by side."""
+    kind = vectors[0].value.type
+    other = vectors[1].value if len(vectors) > 1 else ir.Constant(kind, ir.Undefined)
+    mask = [ir.Constant(_I32, place) for place in places]
+    where = ir.Constant(ir.VectorType(_I32, len(mask)), mask)
+    return Vector(vectors[0].b, vectors[0].b.shuffle_vector(vectors[0].value, other, where))
+
+
+def across(vectors: list[Vector]) -> Vector:
+    """The sum of every vector, by halves, side by side; a power of two of them."""
+    part = vectors[0].width
+    while part > 1:
+        pairs = [vectors[k : k + 2] for k in range(0, len(vectors), 2)]
+        halves = []
+        for pair in pairs:
+            places = range(len(pair) * pair[0].width)
+            low = _join(pair, [k for k in places if k % part < part // 2])
+            halves.append(low + _join(pair, [k for k in places if k % part >= part // 2]))
+        vectors, part = halves, part // 2
+    return vectors[0]
 
 
 def _splat(b: ir.IRBuilder, number: Any, width: int) -> Vector:
@@ -217,14 +236,17 @@ class Writer:
 
     def fold(
         self,
-        count: int,
+        count: Index,
         values: list[Vector],
         body: Callable[[Index, list[Vector]], list[Vector]],
-        at_once: int,
+        at_once: int = 1,
     ) -> list[Vector]:
-        """``values = body(i, values)`` for i in range(count), ``at_once`` per turn of the loop."""
-        turns = count // at_once
-        if turns > 1:
+        """``values = body(i, values)`` for i in range(count), ``at_once`` per turn of the loop.
+
+        A count that is not known now is at least 1, and one per turn.
+        """
+        turns = count // at_once if isinstance(count, int) else count
+        if not isinstance(turns, int) or turns > 1:
             before, block = self.b.block, self.b.append_basic_block()
             self.b.branch(block)
             self.b.position_at_end(block)
@@ -243,8 +265,9 @@ class Writer:
             after = self.b.append_basic_block()
             self.b.cbranch(self.b.icmp_signed("<", following, _whole(turns)), block, after)
             self.b.position_at_end(after)
-        for i in range(turns * at_once if turns > 1 else 0, count):
-            values = body(i, values)
+        if isinstance(turns, int) and isinstance(count, int):
+            for i in range(turns * at_once if turns > 1 else 0, count):
+                values = body(i, values)
         return values
 
 
