@@ -519,8 +519,12 @@ def test_standard_deviations_of_the_heads() -> None:
     # exp of a nearly zero output: about 1, and not the same for all inputs.
     assert stds["state"].shape == (2, 3, 2) and ((stds["state"] - 1).abs() < 0.1).all()
     assert len(stds["state"].unique()) > 6
-    tiny = {k: v - 50 if k.startswith("head.1") else v for k, v in params.items()}
-    assert float(policy.step(tiny, {}, row(ts, 0))[0].std.min()) == pytest.approx(1e-3)  # type: ignore
+    for std, leaf in (("learned", "head.log_std"), ("state", "head.1.bias")):
+        policy = small("mlp", CONTINUOUS, std=std)
+        params = policy.init(0)
+        params[leaf] -= 50
+        least = policy.step(params, {}, row(recording(CONTINUOUS, 1, 1, 3), 0))[0].std
+        assert least is not None and float(least.min()) == pytest.approx(1e-3)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from esmeta.objectives.return_ import ReturnObjective
 from esmeta.rl.off_policy import ReplayLearner, ReplayOptions
 from esmeta.rng import Rng
 from esmeta.tree import leaves_of
-from esmeta.types import Continuous, Discrete, Params, Spec, State, TimeStep
+from esmeta.types import Discrete, Params, Spec, State, TimeStep
 
 
 def aimed(objective: ReturnObjective, *means: float) -> Params:
@@ -197,36 +197,3 @@ def test_a_rollout_overwrites_nothing_that_others_hold() -> None:
     assert not torch.equal(lesioned, first)
     after = leaves_of([begin.state, left.state, left.ts])
     assert all(torch.equal(a, b) for a, b in zip(after, held, strict=True))
-
-
-# --- floors ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", ["learned", "state"])
-def test_a_spread_of_actions_has_a_floor(kind: str) -> None:
-    spec = Spec(3, Continuous(2), 10)
-    policy = make_policy("mlp", spec, neurons=4, std=kind)
-    params = policy.init(0)
-    if kind == "learned":
-        params["head.log_std"] = torch.tensor([[-60.0, -1.0]])
-    else:
-        last = max(name for name in params if name.startswith("head.") and "bias" in name)
-        params[last] = torch.tensor([[0.0, 0.0, -60.0, -1.0]])
-        weights = [n for n in params if n.startswith("head.") and "weight" in n]
-        params |= {name: torch.zeros_like(params[name]) for name in weights}
-    out, _ = policy.step(params, policy.initial_state(params, 2), inputs(spec, 2, 0))
-    assert out.std is not None
-    expected = torch.tensor([1e-3, torch.tensor(-1.0).exp()])
-    torch.testing.assert_close(out.std.expand(1, 2, 2), expected.expand(1, 2, 2))
-
-
-def test_the_spread_of_agents_has_a_floor() -> None:
-    spec = Spec(3, Continuous(2), 10)
-    agent = inner_policy(spec, "epg", (4,), frozenset(), std=1.0)
-    params = agent.init_at(Rng(0), torch.arange(2))
-    params["log_std"] = torch.tensor([[-60.0, -1.0], [0.0, -60.0]])
-    both = TimeStep(*(leaf.expand(2, *leaf.shape[1:]) for leaf in inputs(spec, 1, 0)))
-    std = agent.step(params, {}, both)[0].std
-    assert std is not None
-    expected = torch.tensor([[1e-3, torch.tensor(-1.0).exp()], [1.0, 1e-3]])
-    torch.testing.assert_close(std[:, 0], expected)
