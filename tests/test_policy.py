@@ -430,13 +430,13 @@ def test_a_memoryless_policy_has_no_state() -> None:
 def test_a_row_does_not_depend_on_its_batch(inputs: int, outputs: int) -> None:
     from esmeta.agent.linear import apply_mlp, bind_mlp
 
-    weight = torch.randn(6, inputs, outputs, generator=generator())
-    bias = torch.randn(6, outputs, generator=generator(1))
+    # Float32 is compiled (test_dense.py).
+    weight = torch.randn(6, inputs, outputs, generator=generator(), dtype=torch.float64)
+    bias = torch.randn(6, outputs, generator=generator(1), dtype=torch.float64)
     layers = bind_mlp({"a.0.weight": weight, "a.0.bias": bias}, "a")
-    x = torch.randn(6, 200, inputs, generator=generator(2))
+    x = torch.randn(6, 200, inputs, generator=generator(2), dtype=torch.float64)
     whole = apply_mlp(layers, x)
-    exact = x.double() @ weight.double() + bias.double().unsqueeze(1)
-    assert torch.allclose(whole.double(), exact, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(whole, x @ weight + bias.unsqueeze(1), rtol=1e-12, atol=1e-12)
     for rows in (1, 2, 7, 15, 16, 17, 24, 50, 199):
         assert torch.equal(apply_mlp(layers, x[:, :rows]), whole[:, :rows]), rows
     for low, high in ((0, 2), (1, 4), (4, 6)):
