@@ -27,31 +27,29 @@ from esmeta.types import Fitness, Metrics, Params
 
 torch.set_num_threads(1)
 
+
+def search(module: Any, **usual: Any) -> Callable[..., Any]:
+    """Make one kind of search, with its usual options or others."""
+    return lambda **options: module.Optimizer(**{"popsize": 50, **usual, **options})
+
+
 # popsize 50 is not a multiple of 3 or 4 ranks; sigma and rates suit a start one unit away.
-SLICED: dict[str, Callable[..., Any]] = {
-    "openes": lambda **o: openes.Optimizer(
-        **{"popsize": 50, "sigma": 0.1, "learning_rate": 0.05} | o
-    ),
-    "lowrank": lambda **o: openes.Optimizer(
-        **{"popsize": 50, "sigma": 0.1, "learning_rate": 0.05, "noise": "lowrank:1"} | o
-    ),
-    "pgpe": lambda **o: pgpe.Optimizer(**{"popsize": 50, "sigma": 0.1, "learning_rate": 0.05} | o),
-    "snes": lambda **o: snes.Optimizer(**{"popsize": 50, "sigma": 0.3} | o),
-    "sepcma": lambda **o: sepcma.Optimizer(**{"popsize": 50, "sigma": 0.3} | o),
+SLICED = {
+    "openes": search(openes, sigma=0.1, learning_rate=0.05),
+    "lowrank": search(openes, sigma=0.1, learning_rate=0.05, noise="lowrank:1"),
+    "pgpe": search(pgpe, sigma=0.1, learning_rate=0.05),
+    "snes": search(snes, sigma=0.3),
+    "sepcma": search(sepcma, sigma=0.3),
 }
 
-EVOTORCH: dict[str, Callable[..., Any]] = {
-    "evotorch_pgpe": lambda **o: evotorch_pgpe.Optimizer(
-        **{"popsize": 50, "sigma": 0.1, "learning_rate": 0.05} | o
-    ),
-    "evotorch_pgpe-clipup": lambda **o: evotorch_pgpe.Optimizer(
-        **{"popsize": 50, "sigma": 0.1, "optimizer": "clipup"} | o
-    ),
-    "evotorch_snes": lambda **o: evotorch_snes.Optimizer(**{"popsize": 50, "sigma": 0.3} | o),
-    "cem": lambda **o: cem.Optimizer(**{"popsize": 50, "sigma": 0.5, "stdev_max_change": 0.05} | o),
-    "xnes": lambda **o: xnes.Optimizer(**{"popsize": 50, "sigma": 0.3} | o),
-    "cmaes": lambda **o: cmaes.Optimizer(**{"popsize": 50, "sigma": 0.3} | o),
-    "sepcmaes": lambda **o: cmaes.Optimizer(**{"popsize": 50, "sigma": 0.3, "separable": True} | o),
+EVOTORCH = {
+    "evotorch_pgpe": search(evotorch_pgpe, sigma=0.1, learning_rate=0.05),
+    "evotorch_pgpe-clipup": search(evotorch_pgpe, sigma=0.1, optimizer="clipup"),
+    "evotorch_snes": search(evotorch_snes, sigma=0.3),
+    "cem": search(cem, sigma=0.5, stdev_max_change=0.05),
+    "xnes": search(xnes, sigma=0.3),
+    "cmaes": search(cmaes, sigma=0.3),
+    "sepcmaes": search(cmaes, sigma=0.3, separable=True),
 }
 
 

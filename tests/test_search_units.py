@@ -8,7 +8,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from searches import EVOTORCH, SLICED, RankComm, flat_theta, on_ranks, run, same_saved, sphere
+from searches import (
+    EVOTORCH,
+    SLICED,
+    RankComm,
+    flat_theta,
+    on_ranks,
+    run,
+    same_saved,
+    search,
+    sphere,
+)
 from torch import Tensor
 
 from esmeta.evolution.noise import Noise
@@ -57,9 +67,9 @@ def leaves(units: dict[str, float]) -> Params:
     return {name: units[name] * (signs + 0.5).reshape(shapes[name]) for name in units}
 
 
-NATIVE: dict[str, Callable[..., Any]] = SLICED | {
-    "nres": lambda **o: nres.Optimizer(popsize=50, sigma=0.1, learning_rate=0.05, window=2, **o),
-    "pes": lambda **o: pes.Optimizer(popsize=50, sigma=0.1, learning_rate=0.05, window=2, **o),
+NATIVE = SLICED | {
+    "nres": search(nres, sigma=0.1, learning_rate=0.05, window=2),
+    "pes": search(pes, sigma=0.1, learning_rate=0.05, window=2),
 }
 DECAYS = ("openes", "lowrank", "pgpe", "nres", "pes")
 CASES = [(name, {}) for name in NATIVE]

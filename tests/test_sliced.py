@@ -78,37 +78,27 @@ def evotorch_centers(optimizer: Any, theirs: Any, theta: Params, steps: int) -> 
     return got, want
 
 
-@pytest.mark.parametrize(
-    ("native", "theirs"),
-    [
-        (pgpe.Optimizer, evotorch_pgpe.Optimizer),
-        (
-            lambda **o: pgpe.Optimizer(optimizer="clipup", **o),
-            lambda **o: evotorch_pgpe.Optimizer(optimizer="clipup", **o),
-        ),
-        (
-            lambda **o: pgpe.Optimizer(optimizer="sgd", shaping="nes", learning_rate=100.0, **o),
-            lambda **o: evotorch_pgpe.Optimizer(
-                optimizer="sgd", shaping="nes", learning_rate=100.0, **o
-            ),
-        ),
-        (
-            lambda **o: pgpe.Optimizer(shaping="raw", stdev_max_change=0.01, **o),
-            lambda **o: evotorch_pgpe.Optimizer(shaping="raw", stdev_max_change=0.01, **o),
-        ),
-        (snes.Optimizer, evotorch_snes.Optimizer),
-        (
-            lambda **o: snes.Optimizer(shaping="centered", learning_rate=0.3, **o),
-            lambda **o: evotorch_snes.Optimizer(shaping="centered", learning_rate=0.3, **o),
-        ),
-        (sepcma.Optimizer, lambda **o: cmaes.Optimizer(separable=True, **o)),
-    ],
-    ids=["pgpe", "pgpe-clipup", "pgpe-sgd-nes", "pgpe-raw", "snes", "snes-centered", "sepcma"],
-)
-def test_ten_updates_agree_with_evotorch(native: Any, theirs: Any) -> None:
-    options = {"popsize": 40, "sigma": 0.2}
+AGREEING: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "pgpe": (pgpe, evotorch_pgpe, {}),
+    "pgpe-clipup": (pgpe, evotorch_pgpe, {"optimizer": "clipup"}),
+    "pgpe-sgd-nes": (
+        pgpe, evotorch_pgpe, {"optimizer": "sgd", "shaping": "nes", "learning_rate": 100.0}
+    ),
+    "pgpe-raw": (pgpe, evotorch_pgpe, {"shaping": "raw", "stdev_max_change": 0.01}),
+    "snes": (snes, evotorch_snes, {}),
+    "snes-centered": (snes, evotorch_snes, {"shaping": "centered", "learning_rate": 0.3}),
+    "sepcma": (sepcma, cmaes, {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", AGREEING)
+def test_ten_updates_agree_with_evotorch(case: str) -> None:
+    native, theirs, more = AGREEING[case]
+    options = {"popsize": 40, "sigma": 0.2} | more
+    diagonal = {"separable": True} if theirs is cmaes else {}
+    searches = native.Optimizer(**options), theirs.Optimizer(**options | diagonal)
     theta = {"a": torch.linspace(-1, 1, 30).unsqueeze(0)}
-    got, want = evotorch_centers(native(**options), theirs(**options), theta, 10)
+    got, want = evotorch_centers(*searches, theta, 10)
     for (center, spread), (their_center, their_spread) in zip(got, want, strict=True):
         assert np.abs(center - their_center).max() <= 1e-5 * np.abs(their_center).max()
         assert np.abs(spread - their_spread).max() <= 1e-5 * np.abs(their_spread).max()
