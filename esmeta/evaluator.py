@@ -111,11 +111,8 @@ class PopulationEvaluator(OwnEnv):
     ) -> None:
         trials, chunk = plain(trials), plain(chunk)
         errors.positive_int("trials", trials, example=16)
-        if chunk is not None and (type(chunk) is not int or chunk < 2):
-            raise ValueError(
-                f"chunk = {chunk!r}: must be at least 2 members (a batch of one rounds otherwise); "
-                "leave it out to have it chosen"
-            )
+        if chunk is not None:
+            check_chunk(chunk)
         if policy.spec != task.spec:
             raise ValueError(
                 f"the policy was made for {policy.spec}, the task has {task.spec}; "
@@ -279,6 +276,15 @@ class PopulationEvaluator(OwnEnv):
         collector = loop.Returns(*begin.ts.reward.shape, device=self.device)
         end = loop.rollout(self.policy, env, begin, collector, **how)
         return collector.returns, collector.steps, env.metrics(end.env_state)
+
+
+def check_chunk(chunk: object) -> None:
+    """Refuse batches of one member or agent."""
+    if type(chunk) is not int or chunk < 2:
+        raise UserError(
+            f"chunk = {chunk!r}: must be at least 2 (a batch of one rounds differently); write for "
+            "example chunk = 64"
+        )
 
 
 def on_device(leaves: Params, device: torch.device) -> Params:

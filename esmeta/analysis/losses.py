@@ -34,13 +34,18 @@ class LifeCurve(NamedTuple):
     se: np.ndarray
 
 
-def life_curve(lives: AgentLives, loss: Loss, split: str, count: int = LIVES) -> LifeCurve:
-    """Let ``count`` agents learn by one loss, each on a task of its own."""
+def life_curve(
+    lives: AgentLives, loss: Loss, split: str, count: int, *, updates: int, width: int = 1
+) -> LifeCurve:
+    """Let ``count`` agents learn by one loss, each on a task of its own.
+
+    Points of the curve are means over ``width`` of their ``updates``.
+    """
     diary, life = Diary(), lives.begin(torch.arange(count, device="cpu"), split)
-    for _ in range(lives.updates):
+    for _ in range(updates // width * width):
         life, new = lives.advance(life, loss, split)
         diary.add(new)
-    period = lives.learner.period
+    period = width * lives.learner.period
     parts = diary.reward.unflatten(1, (-1, period)).mean(dim=2)
     steps = period * (np.arange(parts.shape[1]) + 1)
     spread = parts.std(dim=0) / math.sqrt(count)
@@ -64,7 +69,10 @@ def life_curves(objective: EpgObjective, eta: Params) -> dict[str, dict[str, Lif
         "untrained loss": first,
     }
     return {
-        split: {name: life_curve(lives, loss, split) for name, loss in losses.items()}
+        split: {
+            name: life_curve(lives, loss, split, LIVES, updates=lives.updates)
+            for name, loss in losses.items()
+        }
         for split in ("train", "test")
     }
 

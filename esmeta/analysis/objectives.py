@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,12 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from esmeta.analysis.losses import LifeCurve, draw_life_curves
+from esmeta.analysis.losses import LifeCurve, draw_life_curves, life_curve
 from esmeta.analysis.plots import new_figure, save
-from esmeta.rl.diary import Scores
 from esmeta.rl.losses import Loss
 from esmeta.rl.off_policy import DeterministicGradient
-from esmeta.types import Params, Reference, Task
+from esmeta.types import Params, Reference
 
 if TYPE_CHECKING:
     from esmeta.objectives.metagenrl import MetaGenRLObjective
@@ -26,26 +24,6 @@ AGENTS = 8
 _GRID = 41
 
 
-def life_curve(
-    objective: MetaGenRLObjective, loss: Loss, task: Task, split: str, count: int = AGENTS
-) -> tuple[LifeCurve, Scores]:
-    """Reward per step of agents that learn by one loss, window by window; and their scores."""
-    lives, index = objective.agent_lives(task, objective.seed), torch.arange(count, device="cpu")
-    means, scores = [], None
-    for _, new, latest in objective.trained(loss, index, lives, split):
-        # Not by the scores: they know nothing of an episode that a new trial cut.
-        means.append(new.reward[..., 0].double().mean(dim=0))
-        scores = latest
-    assert scores is not None
-    period, table = lives.learner.period, torch.stack(means, dim=1)
-    # Windows are shorter than episodes: the mean over one is what is paid wherever it is.
-    width = max(1, round(task.spec.horizon / task.spec.episodes_per_trial / period))
-    table = table[:, : table.shape[1] // width * width].unflatten(1, (-1, width)).mean(dim=2)
-    steps = width * period * (np.arange(table.shape[1]) + 1)
-    spread = table.std(dim=0) / math.sqrt(count)
-    return LifeCurve(steps, table.mean(dim=0).numpy(), spread.numpy()), scores
-
-
 def life_curves(
     objective: MetaGenRLObjective, alpha: Params, count: int = AGENTS
 ) -> dict[str, dict[str, LifeCurve]]:
@@ -53,7 +31,11 @@ def life_curves(
 
     All with the same critics, schedule, tasks, first networks and noise.
     """
-    agent, length = objective.environments[0].learner.agent, objective.network.length
+    lives, spec = objective.agent_lives(objective.task, objective.seed), objective.task.spec
+    agent, length = lives.learner.agent, objective.network.length
+    # Windows are shorter than episodes: the mean over one is what is paid wherever it is.
+    width = max(1, round(spec.horizon / spec.episodes_per_trial / lives.learner.period))
+    updates = objective.config.steps // lives.learner.period
     losses: dict[str, Loss] = {
         "learned objective": objective.network.loss(alpha),
         "DDPG (TD3's critics)": DeterministicGradient(1 if agent.stateless else length),
@@ -61,7 +43,7 @@ def life_curves(
     }
     return {
         split: {
-            name: life_curve(objective, loss, objective.task, split, count)[0]
+            name: life_curve(lives, loss, split, count, updates=updates, width=width)
             for name, loss in losses.items()
         }
         for split in ("train", "test")

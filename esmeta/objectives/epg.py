@@ -19,7 +19,14 @@ from torch import Tensor
 from esmeta import errors
 from esmeta.agent.inner import inner_policy
 from esmeta.agent.policy import Need, Policy
-from esmeta.evaluator import even_batches, members_of, numbers_at, on_device, score_agents
+from esmeta.evaluator import (
+    check_chunk,
+    even_batches,
+    members_of,
+    numbers_at,
+    on_device,
+    score_agents,
+)
 from esmeta.lives import AgentLives, Life, Lives
 from esmeta.objectives._loss_network import LossNetwork
 from esmeta.options import options_class
@@ -94,12 +101,7 @@ class Objective(SegmentOptions):
         errors.fraction("life_first", self.life_first)
         errors.finite_positive("life_first", self.life_first, example=0.25)
         errors.non_negative_int("life_generations", self.life_generations, example=100)
-        errors.positive_int("chunk", self.chunk, example=64)
-        if self.chunk < 2:
-            raise errors.UserError(
-                "chunk = 1: must be at least 2 (a batch of one rounds differently); write for "
-                "example chunk = 64"
-            )
+        check_chunk(self.chunk)
         if self.period > self.buffer:
             raise errors.UserError(
                 f"period = {self.period}: must not exceed buffer = {self.buffer}, which holds the "

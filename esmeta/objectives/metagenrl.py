@@ -14,7 +14,6 @@ update rounds, and the short ends of episodes are masked.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -24,7 +23,7 @@ from torch import Tensor
 from esmeta import errors, names, older
 from esmeta.agent.inner import inner_policy
 from esmeta.agent.policy import Need, Policy, PolicyConfig
-from esmeta.evaluator import members_of, numbers_at, on_device, score_agents
+from esmeta.evaluator import check_chunk, members_of, numbers_at, on_device, score_agents
 from esmeta.lives import AgentLives, Life, named, numbered
 from esmeta.objectives._objective_network import ObjectiveNetwork, Time, Values, value_after
 from esmeta.options import options_class
@@ -33,7 +32,6 @@ from esmeta.rl.losses import Loss
 from esmeta.rl.off_policy import OffPolicy, ReplayLearner, ReplayOptions
 from esmeta.rl.replay import Over
 from esmeta.rng import Rng
-from esmeta.rollout import Trajectory
 from esmeta.tasks import remarked, task_groups
 from esmeta.tree import size_of
 from esmeta.types import Fitness, Params, Reference, State, Task
@@ -122,7 +120,7 @@ class Objective(ReplayOptions):
         for name in ("inner_clip", "saturation", "policy_rate", "terminal_bonus"):
             errors.non_negative(name, getattr(self, name), example=1.0)
         errors.one_of("inner_reduction", self.inner_reduction, ("sum", "mean"))
-        errors.positive_int("chunk", self.chunk, example=64)
+        check_chunk(self.chunk)
         self._check_lengths()
 
     def _check_lengths(self) -> None:
@@ -136,10 +134,6 @@ class Objective(ReplayOptions):
                 f"policy_lifetime = {self.policy_lifetime}: must be a multiple of period = "
                 f"{self.period}, as policies are replaced between updates; write policy_lifetime = "
                 f"{max(1, round(self.policy_lifetime / self.period)) * self.period}"
-            )
-        if self.chunk < 2:
-            raise errors.UserError(
-                "chunk = 1: must be at least 2 (one rounds differently); write chunk = 64"
             )
         if self.period % self.delay:
             raise errors.UserError(
@@ -412,14 +406,14 @@ class MetaGenRLObjective:
 
     def trained(
         self, loss: Loss, index: Tensor, lives: AgentLives, split: str
-    ) -> Iterator[tuple[Life, Trajectory, Scores]]:
-        """Fresh agents ``index [P]`` after each window of their training by ``loss``."""
+    ) -> tuple[Life, Scores]:
+        """Fresh agents ``index [P]`` after their training by ``loss``, and what they earned."""
         life = lives.begin(index, split)
         scores = Scores.none(len(index), self.config.test_episodes, self.device)
         for _ in range(self.config.steps // self.config.period):
             life, new = lives.advance(life, loss, split)
             scores = scores.then(new)
-            yield life, new, scores
+        return life, scores
 
     @torch.no_grad()
     def _scores(
@@ -430,7 +424,7 @@ class MetaGenRLObjective:
 
         def score(members: Tensor, numbers: Tensor) -> dict[str, Tensor]:
             loss = self.network.loss({name: leaf[members] for name, leaf in tree.items()})
-            *_, (life, _, scores) = self.trained(loss, numbers, lives, split)
+            life, scores = self.trained(loss, numbers, lives, split)
             found = {"return": scores.recent.nanmean(dim=1), "first": scores.first}
             found["steps"] = torch.full_like(scores.episodes, life.lived)
             found["life"] = scores.total / scores.episodes

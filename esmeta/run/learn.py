@@ -156,20 +156,13 @@ def learn(lives: AgentLives, loss: Loss, agents: int, split: str) -> tuple[Diary
 
 def table(diary: Diary, parts: int) -> list[dict[str, float]]:
     """Mean return of episodes and its standard error over agents, by part of the life."""
-    from esmeta.summary import summary
-
     steps = diary.reward.shape[1]
-    rows = []
-    for k, column in enumerate(diary.curve(parts).unbind(1)):
-        mean, error, _, count, _ = summary(column)
-        rows.append(
-            {"steps": steps * (k + 1) // parts, "return": mean, "se": error, "agents": count}
-        )
-    return rows
+    columns = enumerate(diary.curve(parts).unbind(1), start=1)
+    return [{"steps": steps * k // parts} | over_agents(column) for k, column in columns]
 
 
-def after_life(scores: Tensor) -> dict[str, float]:
-    """Mean of the agents' scores after their lives and its standard error."""
+def over_agents(scores: Tensor) -> dict[str, float]:
+    """Mean of the agents' scores and its standard error."""
     from esmeta.summary import summary
 
     mean, error, _, count, _ = summary(scores)
@@ -191,7 +184,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             began = time.monotonic()
             diary, scores = learn(lives, loss, args.agents, args.split)
             rows = table(diary, args.parts)
-            test = None if scores is None else after_life(scores)
+            test = None if scores is None else over_agents(scores)
             seconds = time.monotonic() - began
             if out is not None:
                 facts = {
