@@ -236,6 +236,8 @@ def test_numbers_and_words_of_the_options_are_checked() -> None:
             kind(snippets="trials")  # type: ignore[arg-type]
         with pytest.raises(UserError, match="critic_batch = -1"):
             kind(critic_batch=-1)
+        with pytest.raises(UserError, match="snippet = 0"):
+            kind(snippet=0)
     learner, _ = td3.Learner(batch=7).make(SPEC, 2000)
     assert learner.options.critic_batch == 7
     learner, _ = td3.Learner(batch=7, critic_batch=11).make(SPEC, 2000)
