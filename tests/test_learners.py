@@ -359,7 +359,7 @@ def test_statistics_see_every_step_once() -> None:
 # --- what may and what may not carry a gradient -------------------------------------------------
 
 
-def test_sizes_of_both_papers() -> None:
+def test_sizes_of_the_paper() -> None:
     hopper = Spec(11, Continuous(3), 8192)
     net = LossNetwork(hopper, 512)
     assert net.features == 55 and net.positions == [102, 50]
@@ -367,9 +367,6 @@ def test_sizes_of_both_papers() -> None:
     by_layer = [size_of({k: v for k, v in net.shapes.items() if f".{name}" in k})
                 for name in ("conv.0", "conv.1", "context", "head.0", "head.1")]  # fmt: skip
     assert by_layer == [5296, 2080, 1056, 1408, 17]
-    needs = frozenset({"critics"})
-    lunar = inner_policy(Spec(8, Continuous(2), 1000), "metagenrl", (350, 350), needs, std=0.1)
-    assert lunar.size == 385_004
 
 
 def test_first_parameters() -> None:

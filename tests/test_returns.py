@@ -60,16 +60,6 @@ def test_a_trial_of_two_episodes_is_one_sum() -> None:
     assert horizon.tolist() == [0.625 + 7 / 16, 1.25 + 7 / 8, 0.5 + 7 / 4, 1 + 7 / 2]
 
 
-def test_limits_of_lambda_and_gamma() -> None:
-    none = NONE
-    delta = gae(R, V, NEXT, none, none, gamma=0.5, lambda_=0.0)
-    assert delta.tolist() == [1, -3, -6]
-    assert gae(R, V, NEXT, none, none, gamma=0.0, lambda_=1.0).tolist() == [-9, -18, -26]
-    # lambda = 1: the discounted sum (3, 4, 4) less the value.
-    full = gae(R, V, NEXT, LAST, none, gamma=0.5, lambda_=1.0)
-    assert full.tolist() == [3 - 10, 4 - 20, 4 - 30]
-
-
 def by_definition(
     d: dict[str, Any], gamma: float, lambda_: float, at: tuple[int, ...]
 ) -> list[float]:
@@ -87,7 +77,7 @@ def by_definition(
     return result
 
 
-@pytest.mark.parametrize(("gamma", "lambda_"), [(0.9, 1.0), (0.99, 0.95), (1.0, 0.3)])
+@pytest.mark.parametrize(("gamma", "lambda_"), [(0.9, 1.0), (0.99, 0.95), (0.5, 0.0), (0.0, 1.0)])
 def test_against_the_definition(gamma: float, lambda_: float) -> None:
     draw = torch.Generator().manual_seed(0)
     shape = (25, 2, 4)
