@@ -600,9 +600,10 @@ def test_what_cannot_be_trained_is_refused() -> None:
         on_ranks(4, lambda comm: run(a2c.Optimizer(), objective, theta, 1, comm))
     with pytest.raises(UserError, match="minibatches = 4.*3 trials.*write at most 3"):
         run(ppo.Optimizer(minibatches=4), objective, theta)
-    without = {k: v for k, v in theta.items() if not k.startswith("value.")}
+    task = make_task("bandit")
+    without = ReturnObjective(make_policy("rl2", task.spec), task, trials=3, seed=0, device="cpu")
     with pytest.raises(UserError, match="no value head.*value=True"):
-        run(a2c.Optimizer(), objective, without)
+        a2c.Optimizer().check(without, 1)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -152,11 +152,15 @@ class ActorCritic(GradientOptimizer):
         return Passes()
 
     def check(self, objective: ReturnObjective, ranks: int) -> None:
-        """Refuse fewer trials per update than ranks, and what is no return of a policy."""
+        """Refuse what is no return of a policy with a value head, and fewer trials than ranks."""
         if not isinstance(objective, ReturnObjective):
             raise errors.UserError(
                 f"{type(objective).__name__} is not the return of one policy, which a2c and ppo "
                 "differentiate; write optimizer.name = 'openes', or objective.name = 'return'"
+            )
+        if objective.policy.value is None:
+            raise errors.UserError(
+                "the policy has no value head, which a2c and ppo need; make it with value=True"
             )
         trials = objective.trials
         if trials < ranks:
@@ -171,7 +175,6 @@ class ActorCritic(GradientOptimizer):
         self, state: GradientState, objective: ReturnObjective, comm: Comm, rng: Rng
     ) -> tuple[GradientState, Metrics]:
         """Record ``trials`` trials, then one step of Adam on each minibatch of each pass."""
-        check_value(state.shapes)
         self.check(objective, comm.size)
         data, metrics = self.collect(state.params(), state.update, objective, comm)
         sums, norms = [], []
@@ -310,11 +313,3 @@ def _metrics(recorded: Trajectory, scores: Metrics, comm: Comm) -> Metrics:
     for name, value, count in zip(names, total[3::2], total[4::2], strict=True):
         metrics[name] = value / count if count else math.nan
     return metrics
-
-
-def check_value(leaves: Iterable[str]) -> None:
-    """Refuse a policy without a value head."""
-    if not any(name.startswith("value.") for name in leaves):
-        raise errors.UserError(
-            "the policy has no value head, which a2c and ppo need; make it with value=True"
-        )
