@@ -18,7 +18,7 @@ from torch import Tensor
 from esmeta import errors
 from esmeta.envs import ants
 from esmeta.envs import locomotion as walk
-from esmeta.envs.bodies import Data, Definition, Snapshot
+from esmeta.envs.bodies import Data, Snapshot
 from esmeta.options import options_class
 from esmeta.rng import Rng
 from esmeta.tasks import aid
@@ -48,22 +48,10 @@ class Task(ants.Ant):
             batch, split, rng, self.directions, mirrored=self.mirrored, count=self.draws()
         )
 
-    def definition(self) -> Definition:
+    def pay(self, now: Snapshot, velocity: Tensor, action: Tensor, data: Data) -> Tensor:
         """Reward ``dir . v - ctrl_cost |a|^2 - contact_cost |clip(f)|^2 + alive_bonus``."""
-
-        def reward(now: Snapshot, velocity: Tensor, action: Tensor, data: Data) -> Tensor:
-            along = (data["direction"] * velocity).sum(-1)
-            return along + self.upkeep(now, action)
-
-        return Definition(
-            self.place,
-            self.observe,
-            reward,
-            self.healthy(),
-            self.noise(),
-            self.reads(),
-            walk.LEARNING,
-        )
+        along = (data["direction"] * velocity).sum(-1)
+        return along + self.upkeep(now, action)
 
     @property
     def reference(self) -> Reference:

@@ -14,7 +14,7 @@ from torch import Tensor
 from esmeta import errors
 from esmeta.envs import ants
 from esmeta.envs import locomotion as walk
-from esmeta.envs.bodies import Data, Definition, Snapshot
+from esmeta.envs.bodies import Data, Snapshot
 from esmeta.options import options_class
 from esmeta.rng import Rng
 from esmeta.tasks import aid, check_split, task_numbers
@@ -66,22 +66,10 @@ class Task(ants.Ant):
             goal = u.sqrt().unsqueeze(-1) * torch.stack([angle.cos(), angle.sin()], dim=-1)
         return Tasks(index, {"goal": self.reach * goal})
 
-    def definition(self) -> Definition:
+    def pay(self, now: Snapshot, velocity: Tensor, action: Tensor, data: Data) -> Tensor:
         """Reward ``bonus - |xy - goal|_1`` minus costs."""
-
-        def reward(now: Snapshot, velocity: Tensor, action: Tensor, data: Data) -> Tensor:
-            distance = (self.place(now) - data["goal"]).abs().sum(-1)
-            return self.bonus - distance + self.upkeep(now, action)
-
-        return Definition(
-            self.place,
-            self.observe,
-            reward,
-            self.healthy(),
-            self.noise(),
-            self.reads(),
-            walk.LEARNING,
-        )
+        distance = (self.place(now) - data["goal"]).abs().sum(-1)
+        return self.bonus - distance + self.upkeep(now, action)
 
     @property
     def reference(self) -> Reference:

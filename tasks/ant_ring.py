@@ -61,20 +61,21 @@ class Task(ants.Ant):
         return maesn.half_circle(batch, split, rng, self.radius, count=self.draws())
 
     def definition(self) -> Definition:
-        """Reward ``bonus - distance`` minus costs."""
-
-        def near(now: Snapshot, data: Data) -> Tensor:
-            return maesn.length(self.place(now) - data["goal"]) < self.tolerance
-
-        def reward(now: Snapshot, velocity: Tensor, action: Tensor, data: Data) -> Tensor:
-            distance = (self.place(now) - data["goal"]).abs().sum(-1)
-            far = maesn.paid_distance(self.reward, distance, near(now, data), data["goal"], norm=1)
-            return self.bonus - far + self.upkeep(now, action)
-
-        plain = Definition(
-            self.place, self.observe, reward, self.healthy(), self.noise(), self.reads()
+        """Also when it is there; rllab computes what is seen of a state anew."""
+        current = self.physics == "rllab"
+        return dataclasses.replace(
+            super().definition(), phases={}, current=current, success=self.near
         )
-        return dataclasses.replace(plain, current=self.physics == "rllab", success=near)
+
+    def near(self, now: Snapshot, data: Data) -> Tensor:
+        """Whether it is there."""
+        return maesn.length(self.place(now) - data["goal"]) < self.tolerance
+
+    def pay(self, now: Snapshot, velocity: Tensor, action: Tensor, data: Data) -> Tensor:
+        """Reward ``bonus - distance`` minus costs."""
+        distance, near = (self.place(now) - data["goal"]).abs().sum(-1), self.near(now, data)
+        far = maesn.paid_distance(self.reward, distance, near, data["goal"], norm=1)
+        return self.bonus - far + self.upkeep(now, action)
 
     @property
     def reference(self) -> Reference:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from esmeta.envs import ants
 from esmeta.envs import locomotion as walk
-from esmeta.envs.bodies import Data, Definition, Snapshot
+from esmeta.envs.bodies import Data, Snapshot
 from esmeta.options import options_class
 from esmeta.rng import Rng
 from esmeta.types import Reference, Tasks
@@ -38,21 +38,9 @@ class Task(ants.Ant):
         low, high = self.speed_min, self.speed_max
         return walk.speeds(batch, split, rng, low, high, count=self.draws())
 
-    def definition(self) -> Definition:
+    def pay(self, now: Snapshot, velocity: Tensor, action: Tensor, data: Data) -> Tensor:
         """Reward ``1 - |v_x - speed|`` minus costs, plus ``alive_bonus``."""
-
-        def reward(now: Snapshot, velocity: Tensor, action: Tensor, data: Data) -> Tensor:
-            return 1.0 - (velocity[..., 0] - data["speed"]).abs() + self.upkeep(now, action)
-
-        return Definition(
-            self.place,
-            self.observe,
-            reward,
-            self.healthy(),
-            self.noise(),
-            self.reads(),
-            walk.LEARNING,
-        )
+        return 1.0 - (velocity[..., 0] - data["speed"]).abs() + self.upkeep(now, action)
 
     @property
     def reference(self) -> Reference:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from esmeta.envs import cheetahs
 from esmeta.envs import locomotion as walk
-from esmeta.envs.bodies import Data, Definition, Snapshot
+from esmeta.envs.bodies import Data, Snapshot
 from esmeta.options import options_class
 from esmeta.rng import Rng
 from esmeta.tasks import aid
@@ -35,21 +35,9 @@ class Task(cheetahs.Cheetah):
             batch, split, rng, "binary", mirrored=self.mirrored, count=self.draws()
         )
 
-    def definition(self) -> Definition:
+    def pay(self, now: Snapshot, velocity: Tensor, action: Tensor, data: Data) -> Tensor:
         """Reward ``dir * v - ctrl_cost |a|^2``."""
-
-        def reward(now: Snapshot, velocity: Tensor, action: Tensor, data: Data) -> Tensor:
-            return data["direction"][..., 0] * velocity[..., 0] - self.effort(action)
-
-        return Definition(
-            self.place,
-            self.observe,
-            reward,
-            None,
-            self.noise(),
-            self.reads(),
-            walk.LEARNING,
-        )
+        return data["direction"][..., 0] * velocity[..., 0] - self.effort(action)
 
     @property
     def reference(self) -> Reference:

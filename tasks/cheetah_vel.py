@@ -11,7 +11,7 @@ from torch import Tensor
 
 from esmeta.envs import cheetahs
 from esmeta.envs import locomotion as walk
-from esmeta.envs.bodies import Data, Definition, Snapshot
+from esmeta.envs.bodies import Data, Snapshot
 from esmeta.options import options_class
 from esmeta.rng import Rng
 from esmeta.types import Reference, Tasks
@@ -38,15 +38,9 @@ class Task(cheetahs.Cheetah):
         low, high = self.speed_min, self.speed_max
         return walk.speeds(batch, split, rng, low, high, count=self.draws())
 
-    def definition(self) -> Definition:
+    def pay(self, now: Snapshot, velocity: Tensor, action: Tensor, data: Data) -> Tensor:
         """Reward ``-|v - speed| - ctrl_cost |a|^2``."""
-
-        def reward(now: Snapshot, velocity: Tensor, action: Tensor, data: Data) -> Tensor:
-            return -(velocity[..., 0] - data["speed"]).abs() - self.effort(action)
-
-        return Definition(
-            self.place, self.observe, reward, None, self.noise(), self.reads(), walk.LEARNING
-        )
+        return -(velocity[..., 0] - data["speed"]).abs() - self.effort(action)
 
     @property
     def reference(self) -> Reference:

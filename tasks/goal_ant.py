@@ -14,7 +14,7 @@ from torch import Tensor
 from esmeta import errors
 from esmeta.envs import ants
 from esmeta.envs import locomotion as walk
-from esmeta.envs.bodies import Data, Definition, Snapshot
+from esmeta.envs.bodies import Data, Snapshot
 from esmeta.options import options_class
 from esmeta.rng import Rng
 from esmeta.tasks import aid, check_split, task_numbers
@@ -74,26 +74,14 @@ class Task(ants.Ant):
         goal = radius.unsqueeze(-1) * torch.stack([ahead * angle.cos(), angle.sin()], dim=-1)
         return Tasks(index, {"goal": goal})
 
-    def definition(self) -> Definition:
+    def pay(self, now: Snapshot, velocity: Tensor, action: Tensor, data: Data) -> Tensor:
         """Reward ``-|xy - goal|_2``, or the speed towards it, minus costs."""
-
-        def reward(now: Snapshot, velocity: Tensor, action: Tensor, data: Data) -> Tensor:
-            offset = data["goal"] - self.place(now)
-            distance = torch.linalg.vector_norm(offset, dim=-1)
-            if self.reward == "distance":
-                return self.upkeep(now, action) - distance
-            before = torch.linalg.vector_norm(offset + velocity * self.seconds(), dim=-1)
-            return self.upkeep(now, action) + (before - distance) / self.seconds()
-
-        return Definition(
-            self.place,
-            self.observe,
-            reward,
-            self.healthy(),
-            self.noise(),
-            self.reads(),
-            walk.LEARNING,
-        )
+        offset = data["goal"] - self.place(now)
+        distance = torch.linalg.vector_norm(offset, dim=-1)
+        if self.reward == "distance":
+            return self.upkeep(now, action) - distance
+        before = torch.linalg.vector_norm(offset + velocity * self.seconds(), dim=-1)
+        return self.upkeep(now, action) + (before - distance) / self.seconds()
 
     def seconds(self) -> float:
         """Length of a control step."""

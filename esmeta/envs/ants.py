@@ -8,12 +8,14 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
+
 import torch
 from torch import Tensor
 
 from esmeta import errors
 from esmeta.envs import locomotion as walk
-from esmeta.envs.bodies import Body, Snapshot
+from esmeta.envs.bodies import Body, Data, Definition, Snapshot
 from esmeta.options import options_class
 from esmeta.tasks import aid
 from esmeta.types import Spec
@@ -114,6 +116,13 @@ class Ant(walk.Simulated):
         effort = self.ctrl_cost * (action * action).sum(-1)
         return self.alive_bonus - effort - self.contact_cost * walk.force_cost(now, self.contact)
 
-    def healthy(self) -> walk.Healthy | None:
-        """The rule that ends an episode."""
-        return walk.upright(self.z_min, self.z_max, HEIGHT) if self.terminate else None
+    @abstractmethod
+    def pay(self, now: Snapshot, velocity: Tensor, action: Tensor, data: Data) -> Tensor:
+        """The reward of a step; see :class:`esmeta.envs.bodies.Definition`."""
+
+    def definition(self) -> Definition:
+        """What is seen and paid; with ``terminate`` the height ends an episode."""
+        healthy = walk.upright(self.z_min, self.z_max, HEIGHT) if self.terminate else None
+        return Definition(
+            self.place, self.observe, self.pay, healthy, self.noise(), self.reads(), walk.LEARNING
+        )

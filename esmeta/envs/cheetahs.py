@@ -7,12 +7,14 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
+
 import torch
 from torch import Tensor
 
 from esmeta import errors
 from esmeta.envs import locomotion as walk
-from esmeta.envs.bodies import Body, Snapshot
+from esmeta.envs.bodies import Body, Data, Definition, Snapshot
 from esmeta.options import options_class
 from esmeta.tasks import aid
 from esmeta.types import Spec
@@ -78,3 +80,13 @@ class Cheetah(walk.Simulated):
     def effort(self, action: Tensor) -> Tensor:
         """Control cost ``[..]``."""
         return self.ctrl_cost * (action * action).sum(-1)
+
+    @abstractmethod
+    def pay(self, now: Snapshot, velocity: Tensor, action: Tensor, data: Data) -> Tensor:
+        """The reward of a step; see :class:`esmeta.envs.bodies.Definition`."""
+
+    def definition(self) -> Definition:
+        """What is seen and paid; nothing but the horizon ends an episode."""
+        return Definition(
+            self.place, self.observe, self.pay, None, self.noise(), self.reads(), walk.LEARNING
+        )
