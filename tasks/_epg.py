@@ -33,7 +33,7 @@ def definition(healthy: walk.Healthy) -> Definition:
 
 
 @options_class
-class RandomBody(walk.Simulated):
+class RandomBody(walk.Plain):
     """Options of a body drawn for each trial, beside :class:`esmeta.envs.locomotion.Simulated`.
 
     Args:
@@ -43,7 +43,7 @@ class RandomBody(walk.Simulated):
         gravity_max: strongest one.
     """
 
-    renewable: ClassVar[bool] = False
+    renewable = False
     counts: ClassVar[random_models.Counts]
 
     horizon: int = 1000

@@ -26,14 +26,14 @@ from . import _standard as standard
 
 
 @options_class
-class Parameters(walk.Simulated):
+class Parameters(walk.Plain):
     """Options, beside :class:`esmeta.envs.locomotion.Simulated`.
 
     Args:
         log_scale_limit: largest u; 0 gives the model itself.
     """
 
-    renewable: ClassVar[bool] = False
+    renewable = False
     counts: ClassVar[random_models.Counts]
 
     log_scale_limit: float = 3.0

@@ -6,8 +6,6 @@ those of MuJoCo before 3.5 (``contact_rule="native"`` gives gymnasium's on the i
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 
@@ -21,10 +19,10 @@ SMALL_NOISE = Noise("uniform", 5e-3, "uniform", 5e-3)
 
 
 @options_class
-class Standard(walk.Simulated):
+class Standard(walk.Plain):
     """Options of the standard tasks: :class:`esmeta.envs.locomotion.Simulated`."""
 
-    renewable: ClassVar[bool] = False
+    renewable = False
 
     horizon: int = 1000
 

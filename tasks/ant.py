@@ -8,9 +8,9 @@ from torch import Tensor
 from esmeta import errors
 from esmeta.envs import ants
 from esmeta.envs import locomotion as walk
-from esmeta.envs.bodies import Body, Data, Definition, Snapshot
+from esmeta.envs.bodies import Data, Definition, Snapshot
 from esmeta.options import options_class
-from esmeta.types import Reference, Spec
+from esmeta.types import Reference
 
 from . import _standard as standard
 
@@ -26,20 +26,15 @@ class Task(standard.Standard):
             78 of the observation and their cost are 0.
     """
 
+    xml = ants.XML
+    frame_skip = 5
+    sizes = (105, 8)
+
     contact: str = "mj"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         errors.one_of("contact", self.contact, walk.CONTACTS)
-
-    def body(self) -> Body:
-        """Gymnasium's ant.xml."""
-        return Body(ants.XML, 5, None, self.integrator, self.contact_rule)
-
-    @property
-    def spec(self) -> Spec:
-        """105 numbers, eight joints."""
-        return self.trial(105, 8)
 
     def definition(self) -> Definition:
         """Reward ``v - 0.5 |a|^2 - 0.0005 |clip(f)|^2``, and 1 while its height is 0.2..1 m."""

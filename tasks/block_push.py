@@ -10,8 +10,6 @@ farther from the goal than 0.2 m. Nothing is random but the task. The gripper is
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 
@@ -45,7 +43,7 @@ class Task(walk.Simulated):
             closer is a success.
     """
 
-    renewable: ClassVar[bool] = False
+    renewable = False
 
     horizon: int = 100
     reward: str = aid("dense", published="gated")

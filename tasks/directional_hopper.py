@@ -11,17 +11,17 @@ from __future__ import annotations
 from torch import Tensor
 
 from esmeta.envs import locomotion as walk
-from esmeta.envs.bodies import Body, Definition, Snapshot
+from esmeta.envs.bodies import Definition, Snapshot
 from esmeta.options import options_class
 from esmeta.rng import Rng
 from esmeta.tasks import aid
-from esmeta.types import Reference, Spec, Tasks
+from esmeta.types import Reference, Tasks
 
 from . import _epg as epg
 
 
 @options_class
-class Task(walk.Simulated):
+class Task(walk.Plain):
     """Hop forwards or backwards. Options: :class:`esmeta.envs.locomotion.Simulated`.
 
     Args:
@@ -29,17 +29,12 @@ class Task(walk.Simulated):
             only hops one way cancels.
     """
 
+    xml = "hopper.xml"
+    frame_skip = 2
+    sizes = (11, 3)
+
     horizon: int = 1000
     mirrored: bool = aid(False)
-
-    def body(self) -> Body:
-        """Gymnasium's hopper.xml."""
-        return Body("hopper.xml", 2, None, self.integrator, self.contact_rule)
-
-    @property
-    def spec(self) -> Spec:
-        """Eleven numbers, three joints."""
-        return self.trial(11, 3)
 
     def draw(self, batch: int | Tensor, split: str, rng: Rng) -> Tasks:
         """Directions (1, 0) and (-1, 0), see :func:`esmeta.envs.locomotion.directions`."""

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from esmeta.envs import locomotion as walk
-from esmeta.envs.bodies import Body, Data, Definition, Snapshot
+from esmeta.envs.bodies import Data, Definition, Snapshot
 from esmeta.options import options_class
-from esmeta.types import Reference, Spec
+from esmeta.types import Reference
 
 from . import _standard as standard
 
@@ -17,14 +17,9 @@ from . import _standard as standard
 class Task(standard.Standard):
     """Run forwards. Observation 17, six joints, five steps of 0.01 s per control step."""
 
-    def body(self) -> Body:
-        """Gymnasium's half_cheetah.xml."""
-        return Body("half_cheetah.xml", 5, None, self.integrator, self.contact_rule)
-
-    @property
-    def spec(self) -> Spec:
-        """Seventeen numbers, six joints."""
-        return self.trial(17, 6)
+    xml = "half_cheetah.xml"
+    frame_skip = 5
+    sizes = (17, 6)
 
     def definition(self) -> Definition:
         """Reward ``v - 0.1 |a|^2``; never terminated."""

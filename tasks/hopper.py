@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from esmeta.envs import locomotion as walk
-from esmeta.envs.bodies import Body, Definition
+from esmeta.envs.bodies import Definition
 from esmeta.options import options_class
-from esmeta.types import Reference, Spec
+from esmeta.types import Reference
 
 from . import _standard as standard
 
@@ -14,14 +14,8 @@ from . import _standard as standard
 class Task(standard.Standard):
     """Hop forwards. Observation 11, three joints, four steps of 0.002 s per control step."""
 
-    def body(self) -> Body:
-        """Gymnasium's hopper.xml."""
-        return Body("hopper.xml", 4, None, self.integrator, self.contact_rule)
-
-    @property
-    def spec(self) -> Spec:
-        """Eleven numbers, three joints."""
-        return self.trial(11, 3)
+    xml = "hopper.xml"
+    sizes = (11, 3)
 
     def definition(self) -> Definition:
         """Ends when it falls below 0.7 m, leans by 0.2 rad, or a number leaves -100..100."""

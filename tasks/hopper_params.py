@@ -5,13 +5,11 @@ An episode ends below 0.7 m, beyond 0.2 rad, or where a number leaves -100..100.
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from esmeta.envs import locomotion as walk
 from esmeta.envs import random_models
-from esmeta.envs.bodies import Body, Definition
+from esmeta.envs.bodies import Definition
 from esmeta.options import options_class
-from esmeta.types import Reference, Spec
+from esmeta.types import Reference
 
 from . import _parameters as parameters
 
@@ -20,16 +18,9 @@ from . import _parameters as parameters
 class Task(parameters.Parameters):
     """Hop forwards. Options: :class:`esmeta.tasks._parameters.Parameters`."""
 
-    counts: ClassVar[random_models.Counts] = random_models.HOPPER
-
-    def body(self) -> Body:
-        """Gymnasium's hopper.xml."""
-        return Body("hopper.xml", 4, None, self.integrator, self.contact_rule)
-
-    @property
-    def spec(self) -> Spec:
-        """Eleven numbers, three joints."""
-        return self.trial(11, 3)
+    xml = "hopper.xml"
+    sizes = (11, 3)
+    counts = random_models.HOPPER
 
     def definition(self) -> Definition:
         """Reward ``v + 1 - 0.001 |a|^2``."""

@@ -19,14 +19,14 @@ from esmeta.envs import plane
 from esmeta.options import options_class
 from esmeta.rng import Rng
 from esmeta.tasks import check_split, episode_steps, task_numbers
-from esmeta.types import Continuous, Reference, Spec, Tasks
+from esmeta.types import Tasks
 
 REWARDS = ("distance", "squared")
 _HALF_WIDTH, _STEP, _ARRIVAL = 0.5, 0.1, 0.01
 
 
 @options_class
-class Task:
+class Task(plane.OnPlane):
     """A point moves from the origin to a hidden goal. Observation ``[2]``: its position.
 
     A step adds 0.1 times the action, clipped to -1 .. 1. The reward is the negative (squared)
@@ -54,16 +54,6 @@ class Task:
             )
         episode_steps(self.horizon, self.episodes)
 
-    @property
-    def spec(self) -> Spec:
-        """The position, two real actions in -1 .. 1."""
-        return Spec(2, Continuous(2), self.horizon, self.episodes)
-
-    @property
-    def reference(self) -> Reference:
-        """Means over many goals, see :func:`esmeta.envs.plane.reference`."""
-        return _reference(self)
-
     def sample(self, batch: int | Tensor, split: str, rng: Rng) -> Tasks:
         """Tasks by number. Data: ``goal`` float32 ``[1, B, 2]``.
 
@@ -85,18 +75,7 @@ class Task:
             arrival=_ARRIVAL if self.terminate else 0.0,
         )
 
-    def make_env(self, device: torch.device | str) -> plane.PlaneEnv:
-        """The environment; it runs where the tasks given to it lie."""
-        return plane.PlaneEnv(self.rules())
-
 
 def _reward(kind: str, offset: Tensor, goal: Tensor) -> Tensor:
     squared = (offset * offset).sum(-1)
     return -squared if kind == "squared" else -squared.sqrt()
-
-
-@functools.cache
-def _reference(task: Task) -> Reference:
-    rules = task.rules()
-    goals = task.sample(plane.walks(rules.steps), "test", Rng(0)).data["goal"][0]
-    return plane.reference(rules, goals)

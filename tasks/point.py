@@ -25,7 +25,7 @@ from esmeta.envs import plane
 from esmeta.options import options_class
 from esmeta.rng import Rng
 from esmeta.tasks import check_split, episode_steps, task_numbers
-from esmeta.types import Continuous, Reference, Spec, Tasks
+from esmeta.types import Tasks
 
 GOALS = ("half_circle", "circle", "square")
 REWARDS = ("dense", "sparse", "gated")
@@ -33,7 +33,7 @@ STARTS = ("origin", "square")
 
 
 @options_class
-class Task:
+class Task(plane.OnPlane):
     """A point moves to a hidden goal g. Observation ``[2]``: its position p.
 
     A step adds ``step_size`` times the action, clipped to -1 .. 1. The reward is that of the place
@@ -73,16 +73,6 @@ class Task:
         errors.non_negative_int("train_goals", self.train_goals, example=100)
         episode_steps(self.horizon, self.episodes)
 
-    @property
-    def spec(self) -> Spec:
-        """The position, two real actions in -1 .. 1."""
-        return Spec(2, Continuous(2), self.horizon, self.episodes)
-
-    @property
-    def reference(self) -> Reference:
-        """Means over many goals, see :func:`esmeta.envs.plane.reference`."""
-        return _reference(self)
-
     def sample(self, batch: int | Tensor, split: str, rng: Rng) -> Tasks:
         """Tasks by number. Data: ``goal`` float32 ``[1, B, 2]``.
 
@@ -114,10 +104,6 @@ class Task:
             start_width=self.radius if self.start == "square" else 0.0,
         )
 
-    def make_env(self, device: torch.device | str) -> plane.PlaneEnv:
-        """The environment; it runs where the tasks given to it lie."""
-        return plane.PlaneEnv(self.rules())
-
 
 def _reward(kind: str, tolerance: float, offset: Tensor, goal: Tensor) -> Tensor:
     distance = torch.linalg.vector_norm(offset, dim=-1)
@@ -127,10 +113,3 @@ def _reward(kind: str, tolerance: float, offset: Tensor, goal: Tensor) -> Tensor
     if kind == "sparse":
         return torch.where(near, 1.0 - distance, 0.0)
     return -torch.where(near, distance, torch.linalg.vector_norm(goal, dim=-1))
-
-
-@functools.cache
-def _reference(task: Task) -> Reference:
-    rules = task.rules()
-    goals = task.sample(plane.walks(rules.steps), "test", Rng(0)).data["goal"][0]
-    return plane.reference(rules, goals)

@@ -9,15 +9,13 @@ and ``directional_hopper`` has the coin.
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from torch import Tensor
 
 from esmeta.envs import locomotion as walk
 from esmeta.envs import random_models
-from esmeta.envs.bodies import Body, Definition, Snapshot
+from esmeta.envs.bodies import Definition, Snapshot
 from esmeta.options import options_class
-from esmeta.types import Reference, Spec
+from esmeta.types import Reference
 
 from . import _epg as epg
 
@@ -26,16 +24,10 @@ from . import _epg as epg
 class Task(epg.RandomBody):
     """Hop forwards on an unknown body. Options: :class:`esmeta.tasks._epg.RandomBody`."""
 
-    counts: ClassVar[random_models.Counts] = random_models.HOPPER
-
-    def body(self) -> Body:
-        """Gymnasium's hopper.xml."""
-        return Body("hopper.xml", 2, None, self.integrator, self.contact_rule)
-
-    @property
-    def spec(self) -> Spec:
-        """Eleven numbers, three joints."""
-        return self.trial(11, 3)
+    xml = "hopper.xml"
+    frame_skip = 2
+    sizes = (11, 3)
+    counts = random_models.HOPPER
 
     def definition(self) -> Definition:
         """Reward: speed."""

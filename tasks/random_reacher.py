@@ -9,7 +9,6 @@ disc of 0.2 m, which a short arm does not cover.
 from __future__ import annotations
 
 import math
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -17,11 +16,11 @@ from torch import Tensor
 from esmeta import errors
 from esmeta.envs import locomotion as walk
 from esmeta.envs import random_models
-from esmeta.envs.bodies import Body, Data, Definition, Noise, Snapshot
+from esmeta.envs.bodies import Data, Definition, Noise, Snapshot
 from esmeta.options import options_class
 from esmeta.rng import Rng
 from esmeta.tasks import check_split, task_numbers
-from esmeta.types import Reference, Spec, Tasks
+from esmeta.types import Reference, Tasks
 
 # Numbers of bodies and geoms in reacher.xml, its lengths in m.
 FINGERTIP, TARGET = 3, 4
@@ -33,7 +32,7 @@ NOISE = Noise("uniform", (0.1, 0.1, 0.0, 0.0), "uniform", (5e-3, 5e-3, 0.0, 0.0)
 
 
 @options_class
-class Task(walk.Simulated):
+class Task(walk.Plain):
     """Reach for the target. Options: :class:`esmeta.envs.locomotion.Simulated`.
 
     Args:
@@ -41,7 +40,10 @@ class Task(walk.Simulated):
         scale_max: largest one.
     """
 
-    renewable: ClassVar[bool] = False
+    xml = "reacher.xml"
+    frame_skip = 2
+    sizes = (10, 2)
+    renewable = False
 
     horizon: int = 50
     scale_min: float = 0.5
@@ -51,15 +53,6 @@ class Task(walk.Simulated):
         super().__post_init__()
         errors.finite_positive("scale_min", self.scale_min, example=0.5)
         walk.check_range("scale", self.scale_min, self.scale_max)
-
-    def body(self) -> Body:
-        """Gymnasium's reacher.xml."""
-        return Body("reacher.xml", 2, None, self.integrator, self.contact_rule)
-
-    @property
-    def spec(self) -> Spec:
-        """Ten numbers, two joints."""
-        return self.trial(10, 2)
 
     def draw(self, batch: int | Tensor, split: str, rng: Rng) -> Tasks:
         """Arms, see :func:`links`; ``pose [1, B, episodes, 4]`` holds the targets."""

@@ -7,15 +7,13 @@ per control step and whose end (height outside 0.8..2 m, beyond 1 rad) are kept.
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from torch import Tensor
 
 from esmeta.envs import locomotion as walk
 from esmeta.envs import random_models
-from esmeta.envs.bodies import Body, Definition, Snapshot
+from esmeta.envs.bodies import Definition, Snapshot
 from esmeta.options import options_class
-from esmeta.types import Reference, Spec
+from esmeta.types import Reference
 
 from . import _epg as epg
 
@@ -24,16 +22,9 @@ from . import _epg as epg
 class Task(epg.RandomBody):
     """Walk forwards on an unknown body. Options: :class:`esmeta.tasks._epg.RandomBody`."""
 
-    counts: ClassVar[random_models.Counts] = random_models.WALKER
-
-    def body(self) -> Body:
-        """Gymnasium's walker2d.xml (the right foot with friction 0.9, the left with 1.9)."""
-        return Body("walker2d.xml", 4, None, self.integrator, self.contact_rule)
-
-    @property
-    def spec(self) -> Spec:
-        """Seventeen numbers, six joints."""
-        return self.trial(17, 6)
+    xml = "walker2d.xml"  # the right foot with friction 0.9, the left with 1.9
+    sizes = (17, 6)
+    counts = random_models.WALKER
 
     def definition(self) -> Definition:
         """Reward: speed."""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from esmeta.envs import locomotion as walk
-from esmeta.envs.bodies import Body, Definition
+from esmeta.envs.bodies import Definition
 from esmeta.options import options_class
-from esmeta.types import Reference, Spec
+from esmeta.types import Reference
 
 from . import _standard as standard
 
@@ -14,14 +14,8 @@ from . import _standard as standard
 class Task(standard.Standard):
     """Walk forwards. Observation 17, six joints, four steps of 0.002 s per control step."""
 
-    def body(self) -> Body:
-        """Gymnasium's walker2d_v5.xml (both feet with friction 1.9)."""
-        return Body("walker2d_v5.xml", 4, None, self.integrator, self.contact_rule)
-
-    @property
-    def spec(self) -> Spec:
-        """Seventeen numbers, six joints."""
-        return self.trial(17, 6)
+    xml = "walker2d_v5.xml"  # both feet with friction 1.9
+    sizes = (17, 6)
 
     def definition(self) -> Definition:
         """Ends when its height leaves 0.8..2 m or it leans by 1 rad."""

@@ -5,13 +5,11 @@ An episode ends when the height leaves 0.8..2 m or it leans by 1 rad.
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from esmeta.envs import locomotion as walk
 from esmeta.envs import random_models
-from esmeta.envs.bodies import Body, Definition
+from esmeta.envs.bodies import Definition
 from esmeta.options import options_class
-from esmeta.types import Reference, Spec
+from esmeta.types import Reference
 
 from . import _parameters as parameters
 
@@ -20,16 +18,9 @@ from . import _parameters as parameters
 class Task(parameters.Parameters):
     """Walk forwards. Options: :class:`esmeta.tasks._parameters.Parameters`."""
 
-    counts: ClassVar[random_models.Counts] = random_models.WALKER
-
-    def body(self) -> Body:
-        """Gymnasium's walker2d.xml (the right foot with friction 0.9, the left with 1.9)."""
-        return Body("walker2d.xml", 4, None, self.integrator, self.contact_rule)
-
-    @property
-    def spec(self) -> Spec:
-        """Seventeen numbers, six joints."""
-        return self.trial(17, 6)
+    xml = "walker2d.xml"  # the right foot with friction 0.9, the left with 1.9
+    sizes = (17, 6)
+    counts = random_models.WALKER
 
     def definition(self) -> Definition:
         """Reward ``v + 1 - 0.001 |a|^2``."""

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from esmeta import errors
 from esmeta.envs import locomotion as walk
-from esmeta.envs.bodies import Body, Data, Definition, Snapshot
+from esmeta.envs.bodies import Data, Definition, Snapshot
 from esmeta.options import options_class
 from esmeta.rng import Rng
 from esmeta.tasks import aid
-from esmeta.types import Reference, Spec, Tasks
+from esmeta.types import Reference, Tasks
 
 from . import _maesn as maesn
 
@@ -27,7 +27,7 @@ MOTOR = 2.0
 
 
 @options_class
-class Task(walk.Simulated):
+class Task(walk.Plain):
     """Drive to an unknown point. Observation 12: qpos and qvel. Two motors.
 
     Options, beside :class:`esmeta.envs.locomotion.Simulated`:
@@ -39,6 +39,10 @@ class Task(walk.Simulated):
         ctrl_cost: times the sum of squares of the controls.
     """
 
+    xml = str(maesn.MODELS / "wheeled.xml")
+    frame_skip = 1
+    sizes = (12, 2)
+
     reward: str = aid("dense", published="gated")
     radius: float = 2.0
     tolerance: float = 0.8
@@ -49,16 +53,6 @@ class Task(walk.Simulated):
         maesn.check(self.reward, self.tolerance)
         errors.finite_positive("radius", self.radius, example=2.0)
         errors.non_negative("ctrl_cost", self.ctrl_cost)
-
-    def body(self) -> Body:
-        """The car."""
-        xml = str(maesn.MODELS / "wheeled.xml")
-        return Body(xml, 1, None, self.integrator, self.contact_rule)
-
-    @property
-    def spec(self) -> Spec:
-        """Twelve numbers, two motors."""
-        return self.trial(12, 2)
 
     def draw(self, batch: int | Tensor, split: str, rng: Rng) -> Tasks:
         """Goals, see :func:`esmeta.tasks._maesn.half_circle`."""

@@ -233,6 +233,27 @@ class Simulated(ABC):
         return Reference(mean, best, f"random: uniform actions, {_RANDOM_TRIALS} trials; {note}")
 
 
+class Plain(Simulated):
+    """A body of a model as it is, in the model's own time steps.
+
+    ``xml`` and ``frame_skip`` are those of :class:`esmeta.envs.bodies.Body`; ``sizes`` are how many
+    numbers are seen and how many joints are moved.
+    """
+
+    xml: ClassVar[str]
+    frame_skip: ClassVar[int] = 4
+    sizes: ClassVar[tuple[int, int]]
+
+    def body(self) -> Body:
+        """The model as it is."""
+        return Body(self.xml, self.frame_skip, None, self.integrator, self.contact_rule)
+
+    @property
+    def spec(self) -> Spec:
+        """Sizes of the observation and the action, and the lengths of a trial."""
+        return self.trial(*self.sizes)
+
+
 @functools.lru_cache(maxsize=64)
 def random_return(task: Simulated) -> float:
     """Mean return of a trial under uniform actions."""

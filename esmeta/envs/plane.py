@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -9,7 +11,7 @@ import torch
 from torch import Tensor
 
 from esmeta.rng import Rng
-from esmeta.types import Reference, Tasks, TimeStep
+from esmeta.types import Continuous, Reference, Spec, Tasks, TimeStep
 
 _WALKS = 16_384
 _WALK_STEPS = 1 << 21  # of all walks together, to bound memory
@@ -137,14 +139,45 @@ class PlaneEnv:
         return result
 
 
-def reference(rules: Rules, goals: Tensor) -> Reference:
-    """Scores of uniform actions and of the straight way, for ``goals [N, 2]`` drawn as in training.
+class OnPlane(ABC):
+    """What tasks of such points share; an option ``horizon`` is shared by ``episodes``."""
+
+    horizon: int
+    episodes: int
+
+    @abstractmethod
+    def rules(self) -> Rules:
+        """How the point moves, and what pays."""
+
+    @abstractmethod
+    def sample(self, batch: int | Tensor, split: str, rng: Rng) -> Tasks:
+        """Tasks by number. Data: ``goal`` float32 ``[1, B, 2]``."""
+
+    @property
+    def spec(self) -> Spec:
+        """The position, two real actions in -1 .. 1."""
+        return Spec(2, Continuous(2), self.horizon, self.episodes)
+
+    @property
+    def reference(self) -> Reference:
+        """Means over many goals."""
+        return _reference(self)
+
+    def make_env(self, device: torch.device | str) -> PlaneEnv:
+        """The environment; it runs where the tasks given to it lie."""
+        return PlaneEnv(self.rules())
+
+
+@functools.cache
+def _reference(task: OnPlane) -> Reference:
+    """Scores of uniform actions and of the straight way, over many goals.
 
     The distances along both axes shrink independently of each other, so that moving each as fast as
     allowed makes every reward as large as it can be at that step.
     """
-    goals = goals.double()
-    count = goals.shape[0]
+    rules = task.rules()
+    count = max(256, min(_WALKS, _WALK_STEPS // rules.steps))
+    goals = task.sample(count, "test", Rng(0)).data["goal"][0].double()
     numbers = torch.arange(count, device="cpu")
     draws = Rng(0).fold("reference").uniform(numbers, 2 * (rules.steps + 1))
     draws = (2.0 * draws - 1.0).unflatten(-1, (rules.steps + 1, 2))
@@ -165,8 +198,3 @@ def reference(rules: Rules, goals: Tensor) -> Reference:
         f"mean over {count} goals; random: uniform actions (s.e. {error:.2g}); best: straight to "
         "the goal, which must be known",
     )
-
-
-def walks(steps: int) -> int:
-    """How many goals :func:`reference` should average over."""
-    return max(256, min(_WALKS, _WALK_STEPS // steps))
