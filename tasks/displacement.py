@@ -16,7 +16,7 @@ from torch import Tensor
 
 from esmeta.options import options_class
 from esmeta.rng import Rng
-from esmeta.tasks import aid, check_int, check_split, task_numbers
+from esmeta.tasks import aid, check_int, check_split, task_numbers, timed_step
 from esmeta.types import Continuous, Reference, Spec, Tasks, TimeStep
 
 Part = Literal["right", "left", "horizontal", "vertical", "axes", "diagonals", "all"]
@@ -188,16 +188,8 @@ class DisplacementEnv:
         reward = task.reward_scale * (move * state.direction).sum(dim=-1)
         again = time % task.episode_steps == 0
         position = torch.where(again, 0.0, state.position + move)
-        over = (time >= task.horizon).expand(reward.shape)
-        step = TimeStep(
-            obs=torch.cat([position, torch.where(again, 0.0, move)], dim=-1),
-            prev_action=action,
-            reward=reward,
-            terminated=torch.zeros_like(over),
-            truncated=(time == task.horizon).expand(reward.shape),
-            new_episode=over | again,
-            new_trial=over,
-        )
+        obs = torch.cat([position, torch.where(again, 0.0, move)], dim=-1)
+        step = timed_step(obs, action, reward, time, task.horizon, task.episode_steps)
         return State(position, state.gained + reward, time, state.direction), step
 
     def metrics(self, state: State) -> dict[str, Tensor]:

@@ -7,7 +7,6 @@ an environment that is unlike a pendulum for a learned objective to meet.
 from __future__ import annotations
 
 import functools
-import math
 from typing import NamedTuple
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from esmeta.options import options_class
 from esmeta.rng import Rng
-from esmeta.tasks import check_int, check_split, task_numbers
+from esmeta.tasks import check_int, check_span, check_split, task_numbers, timed_step
 from esmeta.types import Continuous, Reference, Spec, Tasks, TimeStep
 
 DT, WALL, START = 0.1, 4.0, 2.0
@@ -56,12 +55,7 @@ class Task:
     def __post_init__(self) -> None:
         check_int("horizon", self.horizon, 1, 100_000_000)
         check_int("episode_steps", self.episode_steps, 1, 1_000_000)
-        good = len(self.mass) == 2 and all(math.isfinite(x) and x > 0 for x in self.mass)
-        if not good or self.mass[0] > self.mass[1]:
-            raise ValueError(
-                f"mass is {self.mass!r}; it must be the lowest and the highest value, both above "
-                "0: write mass=(0.5, 1.5)"
-            )
+        check_span("mass", self.mass, (0.5, 1.5))
 
     @property
     def spec(self) -> Spec:
@@ -121,21 +115,13 @@ class DoubleIntegratorEnv:
         velocity = torch.where(moved == position, velocity, 0.0)
         time = state.time + 1
         reward = torch.where(state.time < task.horizon, -cost, 0.0)
-        over = (time >= task.horizon).expand(reward.shape)
-        again = ~over & (time % task.episode_steps == 0)
+        again = (time < task.horizon) & (time % task.episode_steps == 0)
         episode = (time // task.episode_steps).clamp(max=len(state.starts) - 1)
         start = state.starts.index_select(0, episode.reshape(1))[0]
         position = torch.where(again.unsqueeze(-1), start, position)
         velocity = torch.where(again.unsqueeze(-1), 0.0, velocity)
-        step = TimeStep(
-            obs=torch.cat([position, velocity], dim=-1),
-            prev_action=action,
-            reward=reward,
-            terminated=torch.zeros_like(over),
-            truncated=(time == task.horizon).expand(reward.shape),
-            new_episode=over | again,
-            new_trial=over,
-        )
+        obs = torch.cat([position, velocity], dim=-1)
+        step = timed_step(obs, action, reward, time, task.horizon, task.episode_steps)
         return state._replace(position=position, velocity=velocity, time=time), step
 
     def metrics(self, state: State) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from esmeta.options import options_class
 from esmeta.rng import Rng
-from esmeta.tasks import check_int, check_split, task_numbers
+from esmeta.tasks import check_int, check_span, check_split, task_numbers, timed_step
 from esmeta.types import Continuous, Reference, Spec, Tasks, TimeStep
 
 MAX_SPEED, MAX_TORQUE, DT = 8.0, 2.0, 0.05
@@ -64,14 +64,8 @@ class Task:
         check_int("horizon", self.horizon, 1, 100_000_000)
         check_int("episode_steps", self.episode_steps, 1, 1_000_000)
         check_int("repeat", self.repeat, 1, 1_000)
-        for name, usual in (("gravity", (7.0, 13.0)), ("length", (0.7, 1.3))):
-            given = getattr(self, name)
-            good = len(given) == 2 and all(math.isfinite(x) and x > 0 for x in given)
-            if not good or given[0] > given[1]:
-                raise ValueError(
-                    f"{name} is {given!r}; it must be the lowest and the highest value, both "
-                    f"above 0: write {name}={usual}"
-                )
+        check_span("gravity", self.gravity, (7.0, 13.0))
+        check_span("length", self.length, (0.7, 1.3))
 
     @property
     def spec(self) -> Spec:
@@ -144,21 +138,13 @@ class PendulumEnv:
             angle = angle + speed * DT
         time = state.time + 1
         reward = torch.where(state.time < task.horizon, -cost, 0.0)
-        over = (time >= task.horizon).expand(reward.shape)
-        again = ~over & (time % task.episode_steps == 0)
+        again = (time < task.horizon) & (time % task.episode_steps == 0)
         episode = (time // task.episode_steps).clamp(max=len(state.starts) - 1)
         start = state.starts.index_select(0, episode.reshape(1))[0]
         angle = torch.where(again, start[..., 0], angle)
         speed = torch.where(again, start[..., 1], speed)
-        step = TimeStep(
-            obs=_observed(angle, speed),
-            prev_action=action,
-            reward=reward,
-            terminated=torch.zeros_like(over),
-            truncated=(time == task.horizon).expand(reward.shape),
-            new_episode=over | again,
-            new_trial=over,
-        )
+        obs = _observed(angle, speed)
+        step = timed_step(obs, action, reward, time, task.horizon, task.episode_steps)
         return state._replace(angle=angle, speed=speed, time=time), step
 
     def metrics(self, state: State) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import math
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast, runtime_checkable
@@ -20,6 +21,7 @@ from esmeta import names
 from esmeta.errors import UserError
 from esmeta.names import SPLITS
 from esmeta.options import plain
+from esmeta.types import TimeStep
 
 if TYPE_CHECKING:
     from esmeta.types import Task
@@ -182,6 +184,16 @@ def check_int(option: str, value: object, low: int, high: int) -> None:
         )
 
 
+def check_span(option: str, value: Any, usual: tuple[float, float]) -> None:
+    """Raise ``ValueError`` unless ``value`` is a lowest and a highest number above 0."""
+    good = len(value) == 2 and all(math.isfinite(number) and number > 0 for number in value)
+    if not good or value[0] > value[1]:
+        raise ValueError(
+            f"{option} is {value!r}; it must be the lowest and the highest value, both above 0: "
+            f"write {option}={usual}"
+        )
+
+
 def episode_steps(horizon: int, episodes: int) -> int:
     """Steps of each of the ``episodes`` that share the ``horizon`` of a trial evenly."""
     check_int("episodes", episodes, 1, 1000)
@@ -227,3 +239,22 @@ def task_numbers(batch: int | Tensor) -> Tensor:
         return batch.unsqueeze(0)
     check_int("batch", batch, 1, 2**40)
     return torch.arange(batch, dtype=torch.int64, device="cpu").unsqueeze(0)
+
+
+def timed_step(
+    obs: Tensor, action: Tensor, reward: Tensor, time: Tensor, horizon: int, episode_steps: int
+) -> TimeStep:
+    """What all trials show after step ``time`` (int64 ``[]``) where nothing but time ends them.
+
+    Each is truncated by its ``horizon``, and begins an episode anew every ``episode_steps``.
+    """
+    over = (time >= horizon).expand(reward.shape)
+    return TimeStep(
+        obs=obs,
+        prev_action=action,
+        reward=reward,
+        terminated=torch.zeros_like(over),
+        truncated=(time == horizon).expand(reward.shape),
+        new_episode=over | (time % episode_steps == 0),
+        new_trial=over,
+    )
