@@ -209,7 +209,6 @@ def test_the_control_has_the_critics_of_metagenrl() -> None:
         TASK.spec, TASK.spec.horizon
     )
     learner = config.learner(TASK, None)
-    assert learner.options.critic_batch == control.options.critic_batch == 30
     for delay in (9, 2):  # 8 rounds: policies have taken no step, or four each on its own loss
         after = []
         for one, loss in ((learner, network.loss(network.init(Rng(0)))), (control, reinforce)):
@@ -238,7 +237,21 @@ def test_numbers_and_words_of_the_options_are_checked() -> None:
             kind(critic_batch=-1)
         with pytest.raises(UserError, match="snippet = 0"):
             kind(snippet=0)
-    learner, _ = td3.Learner(batch=7).make(SPEC, 2000)
-    assert learner.options.critic_batch == 7
-    learner, _ = td3.Learner(batch=7, critic_batch=11).make(SPEC, 2000)
-    assert learner.options.critic_batch == 11
+
+
+@pytest.mark.parametrize(("given", "count"), [(0, 6 * 5), (12, 12)])
+@pytest.mark.parametrize("over", ["episodes", "steps"])
+def test_critics_see_as_many_transitions_as_policies(
+    over: Any, given: int, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind = offpolicy_reinforce.Learner(batch=6, critic_batch=given, snippets=over, snippet=5)
+    learner, _ = kind.make(SPEC, 2000)
+    drawn, draw = [], ReplayLearner.draw
+
+    def spy(self: Any, state: Any, rng: Rng, snippets: int, length: int) -> Any:
+        drawn.append(snippets * length)
+        return draw(self, state, rng, snippets, length)
+
+    monkeypatch.setattr(ReplayLearner, "draw", spy)
+    learner.critic_step(state_with(learner, 0.0), Rng(0), 5)
+    assert drawn == [-(-count // 5) * 5 if over == "episodes" else count]

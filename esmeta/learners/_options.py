@@ -124,11 +124,7 @@ class OffPolicyOptions(ReplayOptions):
         agent = inner_policy(
             spec, "metagenrl", self.hidden, loss.needs, std=self.exploration, config=policy
         )
-        options = replace(
-            self,
-            capacity=min(self.capacity, horizon),
-            critic_batch=self.critic_batch or self.batch * loss.snippet,
-        )
+        options = replace(self, capacity=min(self.capacity, horizon))
         learner = ReplayLearner(
             agent, options, self.start, self.target_noise, self.target_clip, self.twin
         )

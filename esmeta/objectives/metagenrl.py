@@ -14,7 +14,7 @@ update rounds, and the short ends of episodes are masked.
 
 from __future__ import annotations
 
-from dataclasses import KW_ONLY, dataclass, replace
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -158,10 +158,9 @@ class Objective(ReplayOptions):
         agent = inner_policy(
             task.spec, "metagenrl", self.hidden, needs, std=self.std, config=policy
         )
-        options = replace(self, critic_batch=self.critic_batch or self.batch * self.snippet)
         return ReplayLearner(
             agent,
-            options,
+            self,
             start=self.random,
             policy_rate=self.policy_rate,
             terminal_bonus=self.terminal_bonus,

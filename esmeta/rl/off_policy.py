@@ -318,11 +318,13 @@ class ReplayLearner:
     def critic_step(self, state: OffPolicy, rng: Rng, length: int = 1) -> OffPolicy:
         """One Adam step of the critics towards the targets, on transitions drawn at ``rng``.
 
-        Over episodes they are drawn in snippets of ``length`` steps.
+        As many as a policy sees in snippets of ``length`` steps, if no other number is set; over
+        episodes they are drawn in such snippets.
         """
         options = self.options
+        wanted = options.critic_batch or options.batch * length
         length = length if options.snippets == "episodes" else 1
-        count = -(-(options.critic_batch or options.batch) // length)
+        count = -(-wanted // length)
         data, count = self.draw(state, rng, count, length), count * length
         width = self.agent.spec.action.size
         noise = rng.fold("smoothing").normal(state.numbers, count * width)
