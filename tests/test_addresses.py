@@ -262,8 +262,7 @@ def test_training_has_its_trials_windows_agents_and_splits() -> None:
         life = life._replace(state=life.state._replace(params=still))
         for _ in range(6):
             life, new = runner.act(life, split)
-            replay = life.state.replay.add(new)
-            life = life._replace(state=life.state._replace(replay=replay))
+            life = life._replace(state=learner.keep(life.state, new))
             actions.append(new.action.transpose(0, 1))
         begun += [float(x) for starts in task.starts for x in starts.flatten()]
     assert len(begun) == 3 * 3 * 2 == len(set(begun)), "split, trial, agent"
