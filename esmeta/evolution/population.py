@@ -20,8 +20,7 @@ import torch
 from torch import Tensor
 
 from esmeta.evolution.noise import Noise
-from esmeta.evolution.scores import Scores, Stopwatch, gather, score_members, scores_of, steps_of
-from esmeta.evolution.shaping import Failed
+from esmeta.evolution.scores import Scores, Stopwatch, gather, score_members
 from esmeta.evolution.state import Arrays, SearchState
 from esmeta.rng import Rng
 from esmeta.types import Comm, Metrics, Objective
@@ -37,9 +36,6 @@ _FIXED_POINT = 36
 # 16 MB are taken again and again from the heap; larger arrays are new pages every time.
 _GROUP_FLOATS = 1 << 22
 _GPU_GROUP_FLOATS = 1 << 24
-
-# Numbers of tasks kept apart for a generation that may grow.
-_MANY = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -110,7 +106,7 @@ class Generation(NamedTuple):
 
 
 class Evaluation(Protocol):
-    """How a generation is drawn and scored: :class:`Whole`, or in windows, or on every rank."""
+    """How a generation is drawn and scored: by whole evaluations, in windows, or on every rank."""
 
     def check(self, objective: Objective) -> None:
         """Refuse an objective that cannot be evaluated so."""
@@ -119,68 +115,6 @@ class Evaluation(Protocol):
     def generation(self, stage: Stage, spread: np.ndarray) -> Generation:
         """Draw members around theta with ``spread`` float64 ``[D]``, and score them."""
         ...
-
-
-@dataclass(frozen=True)
-class Whole:
-    """Every member is scored by whole evaluations.
-
-    Attributes:
-        aggregate: fitness of a member from its returns on K tasks.
-        failed: what becomes of members without a finite fitness.
-        per_pair: tasks are shared by mirrored pairs (or single members) instead of by all.
-        interactions: more members are added, ``popsize`` at a time, until the generation has taken
-            so many environment steps; 0 for one round.
-        popsize_max: members at most; 0 for no limit.
-    """
-
-    aggregate: str
-    failed: Failed
-    per_pair: bool
-    interactions: int
-    popsize_max: int
-
-    def check(self, objective: Objective) -> None:
-        """Every objective will do."""
-
-    def generation(self, stage: Stage, spread: np.ndarray) -> Generation:
-        """Draw and score round after round; one, if not told otherwise by ``interactions``."""
-        population, comm = stage.population, stage.comm
-        popsize, most = population.popsize, self.popsize_max or math.inf
-        spread = spread.astype(np.float32)
-        parts, tables, owned = [], [], [[] for _ in range(comm.size)]
-        steps = taken = round_ = 0
-        while not round_ or (
-            taken and steps < self.interactions and (round_ + 1) * popsize <= most
-        ):
-            dealt = population.deal(comm.size, round_)
-            members = [population.members_of(joined(b)) - round_ * popsize for b in dealt]
-            kept, rows = self._drawn_and_scored(stage, spread, joined(dealt[comm.rank]))
-            parts.append(kept)
-            tables.append(gather(rows, members, comm, stage.watch))
-            for blocks, more in zip(owned, dealt, strict=True):
-                blocks.extend(more)
-            taken = steps_of(tables[-1])
-            steps, round_ = steps + taken, round_ + 1
-        # A copy of the noise would double a rank's memory.
-        kept = parts[0] if len(parts) == 1 else np.concatenate(parts)
-        table, number = np.concatenate(tables), stage.state.generation
-        draws = Draws(population.noise, kept, owned, comm, stage.watch)
-        return Generation(draws, scores_of(table, self.aggregate, self.failed, number))
-
-    def _drawn_and_scored(
-        self, stage: Stage, spread: np.ndarray, numbers: np.ndarray
-    ) -> tuple[np.ndarray, Tensor | None]:
-        """What is kept of the given directions, and the rows of scores of their members."""
-        population, theta = stage.population, stage.state.theta
-        kept = np.empty((len(numbers), population.noise.width), dtype=np.float32)
-        rows = []
-        for part in _draw(stage, numbers, kept):
-            members = population.members(theta, spread * population.noise.expand(kept[part]))
-            owners = population.members_of(numbers[part])
-            stride = _MANY if self.interactions else population.directions
-            rows.append(score_on_tasks(stage, members, owners, stride if self.per_pair else 0))
-        return kept, torch.cat(rows) if rows else None
 
 
 def joined(blocks: list[np.ndarray]) -> np.ndarray:
@@ -207,7 +141,7 @@ def score_on_tasks(stage: Stage, members: Tensor, numbers: np.ndarray, stride: i
         )
 
 
-def _draw(stage: Stage, numbers: np.ndarray, kept: np.ndarray) -> Iterator[slice]:
+def draw_in_parts(stage: Stage, numbers: np.ndarray, kept: np.ndarray) -> Iterator[slice]:
     """Draw some directions after the other into ``kept``: as many as members fit into memory.
 
     On a GPU the next noise is drawn while the members of the last one are evaluated there; on a CPU

@@ -27,7 +27,7 @@ from esmeta.errors import UserError, non_negative, one_of
 from esmeta.evolution.population import Generation, Stage, score_on_tasks
 from esmeta.evolution.scores import gather, scores_of
 from esmeta.evolution.search import Rule, Search
-from esmeta.evolution.shaping import Failed, Shaping, utilities
+from esmeta.evolution.shaping import Shaping, utilities
 from esmeta.evolution.state import Arrays, SearchState
 from esmeta.options import options_class
 from esmeta.types import Objective
@@ -51,10 +51,8 @@ class Sampled(NamedTuple):
 class Everywhere:
     """Every rank draws the whole population, and scores a contiguous part of it."""
 
+    options: Search
     sample: Callable[[Tensors, Tensor], Tensor]
-    aggregate: str
-    failed: Failed
-    per_pair: bool
 
     def check(self, objective: Objective) -> None:
         """Every objective will do."""
@@ -68,9 +66,10 @@ class Everywhere:
         mine = owned[comm.rank]
         if len(mine):
             part = members[mine[0] : mine[-1] + 1].clone()
-            rows = score_on_tasks(stage, part, mine, population.directions * self.per_pair)
+            per_pair = self.options.tasks == "per_pair"
+            rows = score_on_tasks(stage, part, mine, population.directions * per_pair)
         table = gather(rows, list(owned), comm, stage.watch)
-        scores = scores_of(table, self.aggregate, self.failed, state.generation)
+        scores = scores_of(table, self.options.aggregate, self.options.failed, state.generation)
         return Generation(Sampled(directions, members, scores.fitness), scores)
 
 
@@ -149,7 +148,7 @@ class Replicated(Search):
             spread=lambda state: sigma(tensors_of(state)).double().numpy(),
             utilities=lambda fitness: utilities(fitness, shaping),
             update=updated,
-            evaluation=Everywhere(sample, self.aggregate, self.failed, self.tasks == "per_pair"),
+            evaluation=Everywhere(self, sample),
             exact=False,
         )
 

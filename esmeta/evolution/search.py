@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
@@ -20,8 +20,17 @@ from torch import Tensor
 from esmeta import older
 from esmeta.errors import UserError, finite_positive, non_negative_int, one_of
 from esmeta.evolution.noise import Noise, noise_rank
-from esmeta.evolution.population import Evaluation, Generation, Population, Stage, Whole
-from esmeta.evolution.scores import Stopwatch
+from esmeta.evolution.population import (
+    Draws,
+    Evaluation,
+    Generation,
+    Population,
+    Stage,
+    draw_in_parts,
+    joined,
+    score_on_tasks,
+)
+from esmeta.evolution.scores import Stopwatch, gather, scores_of, steps_of
 from esmeta.evolution.shaping import FAILED, Failed, Shaping, tail_share, weighed
 from esmeta.evolution.state import Arrays, SearchState
 from esmeta.modes import exact
@@ -29,6 +38,9 @@ from esmeta.options import options_class
 from esmeta.rng import Rng
 from esmeta.tree import ravel, shapes_of, unravel_shapes
 from esmeta.types import Comm, Metrics, Objective, Params
+
+# Numbers of tasks kept apart for a generation that may grow.
+_MANY = 1 << 20
 
 
 class Rule(NamedTuple):
@@ -218,13 +230,6 @@ class Sliced(Search):
         noise: str = "full",
     ) -> Rule:
         """A rule with whole evaluations and utilities of one kind; ``first`` takes the units."""
-        whole = Whole(
-            self.aggregate,
-            self.failed,
-            self.tasks == "per_pair",
-            self.interactions,
-            self.popsize_max,
-        )
         return Rule(
             first=lambda theta, unit: first(unit),
             spread=spread,
@@ -232,10 +237,61 @@ class Sliced(Search):
                 fitness, shaping, drop_pairs=self.failed == "drop_pair"
             ),
             update=update,
-            evaluation=whole,
+            evaluation=Whole(self),
             noise_rank=noise_rank(noise),
             blocks=self.sigma_blocks,
         )
+
+
+@dataclass(frozen=True)
+class Whole:
+    """Every member is scored by whole evaluations, as the options of its search say."""
+
+    options: Sliced
+
+    def check(self, objective: Objective) -> None:
+        """Every objective will do."""
+
+    def generation(self, stage: Stage, spread: np.ndarray) -> Generation:
+        """Draw and score round after round; one, if not told otherwise by ``interactions``."""
+        population, comm, options = stage.population, stage.comm, self.options
+        popsize, most = population.popsize, options.popsize_max or math.inf
+        spread = spread.astype(np.float32)
+        parts, tables, owned = [], [], [[] for _ in range(comm.size)]
+        steps = taken = round_ = 0
+        while not round_ or (
+            taken and steps < options.interactions and (round_ + 1) * popsize <= most
+        ):
+            dealt = population.deal(comm.size, round_)
+            members = [population.members_of(joined(b)) - round_ * popsize for b in dealt]
+            kept, rows = self._drawn_and_scored(stage, spread, joined(dealt[comm.rank]))
+            parts.append(kept)
+            tables.append(gather(rows, members, comm, stage.watch))
+            for blocks, more in zip(owned, dealt, strict=True):
+                blocks.extend(more)
+            taken = steps_of(tables[-1])
+            steps, round_ = steps + taken, round_ + 1
+        # A copy of the noise would double a rank's memory.
+        kept = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        table, number = np.concatenate(tables), stage.state.generation
+        draws = Draws(population.noise, kept, owned, comm, stage.watch)
+        return Generation(draws, scores_of(table, options.aggregate, options.failed, number))
+
+    def _drawn_and_scored(
+        self, stage: Stage, spread: np.ndarray, numbers: np.ndarray
+    ) -> tuple[np.ndarray, Tensor | None]:
+        """What is kept of the given directions, and the rows of scores of their members."""
+        population, theta = stage.population, stage.state.theta
+        kept = np.empty((len(numbers), population.noise.width), dtype=np.float32)
+        stride = _MANY if self.options.interactions else population.directions
+        stride *= self.options.tasks == "per_pair"
+        rows = []
+        for part in draw_in_parts(stage, numbers, kept):
+            members = population.members(theta, spread * population.noise.expand(kept[part]))
+            rows.append(
+                score_on_tasks(stage, members, population.members_of(numbers[part]), stride)
+            )
+        return kept, torch.cat(rows) if rows else None
 
 
 def _brought_together(state: SearchState, rule: Rule, comm: Comm) -> SearchState:
