@@ -136,13 +136,14 @@ def _keep_freed_memory() -> None:
     """Have glibc keep what is freed, a quarter of the time of a rollout on a CPU.
 
     Else the fast weights of every step are given back to the system, and the next step faults each
-    of their pages in again. Other C libraries are left as they are.
+    of their pages in again; so do tensors of any size of an update, for which no threshold is high
+    enough (glibc takes none above 32 MiB). Other C libraries are left as they are.
     """
-    trim_threshold, mmap_threshold = -1, -3
+    trim_threshold, most_mmaps = -1, -4
     with contextlib.suppress(OSError, AttributeError, TypeError):
         libc = ctypes.CDLL(None)
-        libc.mallopt(mmap_threshold, 32 << 20)
-        libc.mallopt(trim_threshold, 48 << 20)
+        libc.mallopt(most_mmaps, 0)
+        libc.mallopt(trim_threshold, 256 << 20)
 
 
 def close_simulators() -> None:
