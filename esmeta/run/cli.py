@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
@@ -169,3 +169,17 @@ def simulators_closed() -> Iterator[None]:
 
 def _leave(number: int, _: object) -> NoReturn:
     sys.exit(128 + number)
+
+
+def guarded(command: Callable[[], int], folder: Path | None = None) -> int:
+    """The exit code of a command: its own, or 2 after the one line of a ``UserError``.
+
+    What an environment raised is kept in ``folder`` (:func:`esmeta.errors.keep_traceback`).
+    """
+    try:
+        with simulators_closed():
+            return command()
+    except errors.UserError as error:
+        errors.keep_traceback(error, folder)
+        print(f"esmeta: error: {error}", file=sys.stderr)
+        return 2

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from esmeta import errors, names
 from esmeta.options import for_json
 from esmeta.run import config as configs
-from esmeta.run.cli import Parser, simulators_closed
+from esmeta.run.cli import Parser, guarded
 from esmeta.run.parts import make_objective
 from esmeta.run.terminal import prepare_streams
 
@@ -199,14 +198,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     prepare_streams()
     args = parser().parse_args(argv)
-    try:
-        with simulators_closed():
-            errors.positive_int("--trials", args.trials, example=1000)
-            scores, reference = _scores(args)
-    except errors.UserError as error:
-        errors.keep_traceback(error, args.run)
-        print(f"esmeta: error: {error}", file=sys.stderr)
-        return 2
+    return guarded(lambda: _show(args), args.run)
+
+
+def _show(args: argparse.Namespace) -> int:
+    errors.positive_int("--trials", args.trials, example=1000)
+    scores, reference = _scores(args)
     if args.json:
         print(json.dumps(for_json(scores), allow_nan=False))
         return 0

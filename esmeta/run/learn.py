@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from esmeta import errors, names
 from esmeta.options import for_json
 from esmeta.run import config as configs
-from esmeta.run.cli import Parser, prepare_process, simulators_closed
+from esmeta.run.cli import Parser, guarded, prepare_process
 from esmeta.run.terminal import prepare_streams
 
 if TYPE_CHECKING:
@@ -177,33 +176,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     import torch
 
     torch.set_num_threads(1)
+    return guarded(lambda: _learn(args))
+
+
+def _learn(args: argparse.Namespace) -> int:
     out = None if args.out is None else args.out.absolute()  # environments may change the folder
-    try:
-        with simulators_closed():
-            lives, loss = build(args)
-            began = time.monotonic()
-            diary, scores = learn(lives, loss, args.agents, args.split)
-            rows = table(diary, args.parts)
-            test = None if scores is None else over_agents(scores)
-            seconds = time.monotonic() - began
-            if out is not None:
-                facts = {
-                    "learner": args.learner,
-                    "task": args.task,
-                    "policy": args.policy,
-                    "set": args.set,
-                    "split": args.split,
-                    "seed": args.seed,
-                }
-                facts |= {"seconds": seconds, "curve": rows, "test": test}
-                out.write_text(json.dumps(for_json(facts), allow_nan=False) + "\n")
-    except errors.UserError as error:
-        errors.keep_traceback(error)
-        print(f"esmeta: error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"esmeta: error: --out {args.out}: {error.strerror or error}", file=sys.stderr)
-        return 2
+    lives, loss = build(args)
+    began = time.monotonic()
+    diary, scores = learn(lives, loss, args.agents, args.split)
+    rows = table(diary, args.parts)
+    test = None if scores is None else over_agents(scores)
+    seconds = time.monotonic() - began
+    if out is not None:
+        told = ("learner", "task", "policy", "set", "split", "seed")
+        facts = {name: getattr(args, name) for name in told}
+        facts |= {"seconds": seconds, "curve": rows, "test": test}
+        try:
+            out.write_text(json.dumps(for_json(facts), allow_nan=False) + "\n")
+        except OSError as error:
+            reason = error.strerror or error
+            raise errors.UserError(f"--out {args.out}: {reason}; give another file") from error
     print(
         f"{args.task} by {args.learner}: {args.agents} agents on tasks of the {args.split} split, "
         f"{seconds:.0f} s; mean ± s.e. over agents"

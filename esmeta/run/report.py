@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from esmeta import names
-from esmeta.errors import UserError, keep_traceback, non_negative_int
-from esmeta.run.cli import Parser, simulators_closed
+from esmeta.errors import UserError, non_negative_int
+from esmeta.run.cli import Parser, guarded
 from esmeta.run.terminal import prepare_streams
 
 if TYPE_CHECKING:
@@ -301,15 +301,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     # Single trials are too small for more threads, which only wait for each other.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    try:
-        with simulators_closed():
-            non_negative_int("--trial", args.trial)
-            if args.film and not args.picture:
-                raise UserError(f"--film {args.film}: draws nothing without --picture; add it")
-            wanted = Pictures(args.trial, args.film) if args.picture else None
-            report(args.runs, args.out, pictures=wanted)
-    except UserError as error:
-        keep_traceback(error)
-        print(f"esmeta: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    def command() -> int:
+        non_negative_int("--trial", args.trial)
+        if args.film and not args.picture:
+            raise UserError(f"--film {args.film}: draws nothing without --picture; add it")
+        wanted = Pictures(args.trial, args.film) if args.picture else None
+        report(args.runs, args.out, pictures=wanted)
+        return 0
+
+    return guarded(command)
