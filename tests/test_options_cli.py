@@ -105,7 +105,8 @@ def learned(folder: Path, args: list[str]) -> dict[str, Any]:
     name, more = ("ppo", args) if not args or args[0].startswith("--") else (args[0], args[1:])
     given = ["--task", "pendulum", "--steps", "64", "--agents", "4", "--parts", "8"]
     given += ["--test-episodes", "3", "--test-steps", "8", "--out", str(folder / "out.json")]
-    small = ["period=16", "hidden=[4]", "minibatch=4", "learning_rate=0.05"]
+    small = ["period=16", "minibatch=4", "learning_rate=0.05"]
+    small += [] if "--policy" in args else ["hidden=[4]"]  # of the published networks
     given += [word for text in small for word in ("--set", f"learner.{text}")]
     assert learn.main([name, *given, "--set", "task.episode_steps=16", *more]) == 0
     found = json.loads((folder / "out.json").read_text())
