@@ -117,8 +117,7 @@ class Trajectory(NamedTuple):
         ``new_trial`` marks those before which memory begins anew: the first, where it is the first
         of the trial, and, only to stay bounded, what follows the end of a trial.
         """
-        stale = torch.cat([self.ts.new_trial[:1], ~self.active[:-1]])
-        return TimeStep(*(leaf[:-1] for leaf in self.ts))._replace(new_trial=stale)
+        return TimeStep(*(leaf[:-1] for leaf in self.all_steps))
 
     @property
     def all_steps(self) -> TimeStep:

@@ -223,21 +223,6 @@ def _rng(of: Any) -> Any:
     return Rng(of.seed).fold("tasks")
 
 
-def test_no_reward_loss_is_blind_to_it() -> None:
-    first, scaled = (
-        objective("objective.reward=false", f"task.reward_scale={scale}").heldout(
-            objective().init(0), 3
-        )
-        for scale in (1.0, 10.0)
-    )
-    torch.testing.assert_close(10 * first.returns, scaled.returns, rtol=1e-5, atol=1e-6)
-    seen, rescaled = (
-        objective(f"task.reward_scale={scale}").heldout(objective().init(0), 3).returns
-        for scale in (1.0, 10.0)
-    )
-    assert not torch.allclose(10 * seen, rescaled, rtol=1e-5, atol=1e-6)
-
-
 def test_a_penalty_on_saturation_is_part_of_every_life() -> None:
     far = ("objective.learning_rate=1.0", "objective.ppo_generations=0")
     free, held = objective(*far), objective(*far, "objective.saturation=10.0")

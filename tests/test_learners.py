@@ -162,32 +162,6 @@ def test_gradients_of_a_batch_are_those_of_separate_agents(
     )
 
 
-@pytest.mark.parametrize("memory", MEMORIES)
-@pytest.mark.parametrize("name", ["ppo", "learned"])
-def test_no_agent_sees_another_agents_data(name: str, memory: str) -> None:
-    agent, params = agents(memory=memory)
-    data, moved = some_data(start=(agent, params)), {k: v + 0.05 for k, v in params.items()}
-    before = gradient(loss_of(name), agent, params, data, moved)
-    other = torch.tensor([2])
-    whole, ts = data.trajectory, data.trajectory.ts
-
-    def moved_by_three(leaf: Tensor) -> Tensor:
-        return leaf.index_add(1, other, torch.full_like(leaf[:, :1], 3.0))
-
-    ts = ts._replace(obs=moved_by_three(ts.obs), reward=moved_by_three(ts.reward))
-    action = moved_by_three(whole.action)
-    strange = {k: v.clone() for k, v in moved.items()}
-    for leaf in strange.values():
-        leaf[other] -= 0.2
-    changed = data._replace(trajectory=whole._replace(ts=ts, action=action))
-    after = gradient(loss_of(name), agent, params, changed, strange)
-    rest = [p for p in range(AGENTS) if p not in other]
-    for leaf, value in after.items():
-        assert torch.equal(value[rest], before[leaf][rest]), leaf
-    some = "policy.0.weight" if memory == "none" else "head.0.weight"
-    assert not torch.equal(after[some][other], before[some][other])
-
-
 # --- oracles -----------------------------------------------------------------------------------
 
 

@@ -525,25 +525,6 @@ def test_agents_of_a_batch_equal_agents_alone() -> None:
     assert not torch.allclose(params["policy.0.weight"][0], params["policy.0.weight"][1])
 
 
-def test_no_agent_sees_anothers_data_or_random_numbers() -> None:
-    alpha = noisy(ObjectiveNetwork(5).init(Rng(1)), 3)
-    expected, gradients = learned(*lived([0, 4, 7]), alpha)
-    runner, agents = lived([0, 4, 7])
-    replay = agents.state.replay
-    replay.reward[1] += 100.0
-    replay.obs[1] *= -3.0
-    runner_changed = learned(runner, agents, alpha)
-    for found in (runner_changed, learned(*lived([0, 5, 7]), alpha)):
-        for name in expected:
-            for p in (0, 2):
-                assert torch.equal(found[0][name][p], expected[name][p]), name
-        for name in gradients:
-            assert torch.equal(found[1][name][[0, 2]], gradients[name][[0, 2]]), name
-        assert not torch.equal(found[0]["q1.0.weight"][1], expected["q1.0.weight"][1])
-    twins, _ = learned(*lived([4, 4, 7]), {k: v[[1, 1, 2]] for k, v in alpha.items()})
-    assert torch.equal(twins["policy.0.weight"][0], twins["policy.0.weight"][1])
-
-
 def test_replays_know_the_time_in_the_episode() -> None:
     runner = training()
     # A trial of 40 steps in episodes of 16, 16 and 8, then 16 of the next one.

@@ -265,14 +265,6 @@ def test_a_run_that_is_told_to_stop_trains_no_more_agents(
     assert_says(capsys.readouterr().out, "stopped by signal", str(tmp_path / "a"))
 
 
-def test_another_size_of_loss_cannot_be_resumed(tmp_path: Path) -> None:
-    args = ["pendulum-metagenrl", *overrides(*SMALL), "--out", tmp_path / "a"]
-    assert run_here(*args) == 0
-    with pytest.raises(UserError) as caught:
-        run_here(*args, "--resume", *overrides("objective.snippet=6", "objective.hidden=[7]"))
-    assert_says(str(caught.value), "objective.snippet = 5 there, 6 here", "objective.hidden")
-
-
 @pytest.mark.mpi
 def test_ranks_have_their_own_agents_and_go_on_as_one(mpirun: Any, tmp_path: Path) -> None:
     words = ["pendulum-metagenrl", *overrides(*SMALL, TWO)]
