@@ -30,11 +30,8 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 GREY = "#666666"
 _DPI = 110
 _Rows = list[dict[str, Any]]
-_X_LABELS = {
-    "env_steps": "environment steps",
-    "seconds": "wall time (s)",
-    "step": "optimizer steps",
-}
+_X_LABELS = {"env_steps": "environment steps", "seconds": "wall time (s)"}
+_EQUAL = {"env_steps": "at equal environment steps", "seconds": "at equal wall time"}
 _NUMBERED = re.compile(r"validation_(.+)_(\d+)")
 # Longer budgets differ by so much only on a logarithmic axis.
 _LOG_RATIO = 20.0
@@ -63,7 +60,7 @@ def _tidy(axes: Axes, x: str, title: str) -> None:
     from matplotlib.ticker import EngFormatter
 
     axes.set_title(title, loc="left", fontsize=11)
-    axes.set_xlabel(_X_LABELS.get(x, x))
+    axes.set_xlabel(_X_LABELS[x])
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
     axes.set_axisbelow(True)
@@ -178,11 +175,11 @@ def learning_curve(runs: Sequence[Path], out: Path, reference: Reference) -> Pat
     return save(figure, out)
 
 
-def _compare_panel(axes: Axes, groups: Mapping[str, list[_Rows]], x: str, metric: str) -> None:
+def _compare_panel(axes: Axes, groups: Mapping[str, list[_Rows]], x: str) -> None:
     ends, starts = [], []
     styles = cycle(["-"] * len(COLOURS) + ["--"] * len(COLOURS))
     for (label, runs), colour, style in zip(groups.items(), cycle(COLOURS), styles, strict=False):
-        curves = [from_rows(rows, metric, x) for rows in runs]
+        curves = [from_rows(rows, "validation_return", x) for rows in runs]
         mean = over_seeds(curves)
         if not len(mean):
             continue
@@ -195,31 +192,24 @@ def _compare_panel(axes: Axes, groups: Mapping[str, list[_Rows]], x: str, metric
         axes.set_xlim(left=min(starts) * 0.8)
     if len(ends) > 1 and max(ends) > 1.05 * min(ends):
         axes.axvline(min(ends), color=GREY, lw=1, ls=":", zorder=1)
-    equal = {"env_steps": "at equal environment steps", "seconds": "at equal wall time"}
-    _tidy(axes, x, equal.get(x, f"against {x}"))
-    axes.set_ylabel(metric.replace("_", " "))
+    _tidy(axes, x, _EQUAL[x])
+    axes.set_ylabel("validation return")
 
 
-def compare(
-    groups: Mapping[str, Sequence[Path]],
-    out: Path,
-    x: str | Sequence[str] = ("env_steps", "seconds"),
-    metric: str = "validation_return",
-) -> Path:
+def compare(groups: Mapping[str, Sequence[Path]], out: Path) -> Path:
     """Draw one curve per configuration, the mean over its runs with a band of one s.e.
 
-    ``groups`` maps labels to runs that differ in their seed only; every name in ``x``
-    (``env_steps``, ``seconds``, ``step``) has its own panel. A dotted line marks where the
-    shortest configuration ends. Returns the path of the PNG.
+    ``groups`` maps labels to runs that differ in their seed only; one panel is against environment
+    steps, one against wall time. A dotted line marks where the shortest configuration ends.
+    Returns the path of the PNG.
     """
     from esmeta.run.record import read_metrics
 
-    names = [x] if isinstance(x, str) else list(x)
     logs = {label: [read_metrics(run) for run in runs] for label, runs in groups.items()}
     rows = min(math.ceil(len(groups) / 2), 4)
-    figure, (panels,) = new_figure(len(names), height=3.7 + 0.25 * rows)
-    for axes, name in zip(panels, names, strict=True):
-        _compare_panel(axes, logs, name, metric)
+    figure, (panels,) = new_figure(len(_EQUAL), height=3.7 + 0.25 * rows)
+    for axes, x in zip(panels, _EQUAL, strict=True):
+        _compare_panel(axes, logs, x)
     handles, labels = panels[0].get_legend_handles_labels()
     if handles:
         figure.legend(handles, labels, loc="outside upper center", ncols=2, frameon=False)
