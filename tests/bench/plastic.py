@@ -8,24 +8,30 @@ Every contender's results are compared with the float64 reference before the clo
 repeat times all contenders in an order that rotates. Rates are environment steps of single trials
 per second, medians over repeats.
 
-* ``esmeta``: prepared steps, in place as a rollout makes them, and ``plastic_scan``.
+* ``esmeta``: prepared steps, in place as a rollout makes them; ``step`` are steps that are not
+  prepared; ``scan`` is ``plastic_scan``.
 * ``torch``: the same shortcut in torch operations (what runs in float64).
 * ``naive``: Algorithm 1 as printed, eager; ``compiled``: the same under ``torch.compile``, which
   needs a C++ compiler; its first call is not timed.
 * ``jax``: the naive recursion under jit, vmap and lax.scan, where jax is installed.
 * ``GRU``: torch's GRU of the same width over the same sequence, which is what RL2 pays.
 
-``gradient`` is forward and backward of 100 steps; bytes kept for it are counted for esmeta and for
-autograd through the naive loop.
+``gradient`` is forward and backward of 100 steps, on a CPU beside its bound: the multiply-adds that
+it cannot do without, at the rate of a loop that does nothing else. With n^2 as the unit, a trial's
+step takes ``2 S + 2 + S (S - 1) / 2`` forward (reads, write, corrections) and three times as many
+back: S + 2 to rebuild W, 2 S + 2 for what goes back through the write, S for the reads, S + 1 to
+pass dJ/dW on, S + 1 for alpha and 3 S (S - 1) / 2 for the corrections. A GRU takes 18.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import functools
 import json
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -57,8 +63,14 @@ class Size(NamedTuple):
     depth: int
 
 
-CPU = (Size(256, 16, 20, 2), Size(1, 128, 20, 4), Size(1, 128, 100, 4), Size(8, 16, 200, 4))
-CPU_GRADIENT = (Size(1, 64, 20, 2), Size(1, 16, 100, 2))
+CPU = (
+    *(Size(256, 16, 20, 2), Size(1, 128, 20, 4), Size(16, 8, 100, 4)),
+    *(Size(1, 128, 100, 4), Size(8, 16, 200, 4)),
+)
+CPU_GRADIENT = (
+    *(Size(1, 64, 20, 2), Size(1, 64, 64, 1), Size(1, 64, 64, 2), Size(1, 64, 128, 1)),
+    *(Size(1, 64, 128, 2), Size(1, 16, 100, 4), Size(1, 20, 200, 1), Size(1, 20, 200, 2)),
+)
 GPU = (Size(1, 16384, 20, 4), Size(1, 8192, 64, 4), Size(1, 4096, 100, 4), Size(1, 2048, 200, 4))
 GPU_GRADIENT = (Size(1, 2048, 20, 4), Size(1, 512, 100, 4), Size(1, 512, 200, 4))
 
@@ -118,35 +130,39 @@ def scan(i: Inputs, count: int) -> tuple[Tensor, Tensor]:
     return kernels.plastic_scan(i.W, i.x[:count], *i[:3])
 
 
-def gru(size: Size, i: Inputs) -> Callable[[int], Any]:
+def gru(net: torch.nn.GRU, i: Inputs) -> Callable[[int], Any]:
     """A GRU of the same width on the same inputs, ``[T, P B, n]``."""
-    net = torch.nn.GRU(size.neurons, size.neurons).to(i.x.device)
     return lambda count: net(i.x[:count].flatten(1, 2))
 
 
-def jax_scan(size: Size, i: Inputs) -> Callable[[int], Any] | None:
+def jax_scan(size: Size, i: Inputs, gradient: bool = False) -> Callable[[int], Any] | None:
     """The naive recursion compiled by JAX, on JAX's own default device; None without JAX."""
     try:
         import jax
         import jax.numpy as jnp
     except ImportError:
         return None
-    alpha, kappa, beta = (jnp.asarray(t[0].cpu().numpy()) for t in i[:3])
-    W = jnp.asarray(i.W[0].cpu().numpy())
-    x = jnp.asarray(i.x[:, 0].cpu().numpy())
+    parameters = [jnp.asarray(t[0].detach().cpu().numpy()) for t in i[:4]]
+    x = jnp.asarray(i.x[:, 0].detach().cpu().numpy())
 
-    def step(W: Any, v: Any) -> tuple[Any, Any]:
-        matrices, posts = [W], [v]
-        for s in range(size.depth):
-            posts.append(jnp.tanh(matrices[-1] @ posts[-1]) * kappa[s, s + 1])
-            posts[-1] += sum(kappa[s, k] * posts[k] for k in range(s + 1))
-            new = sum(beta[s, k] * matrices[k] for k in range(s + 1))
-            outer = posts[s][:, None] * posts[s][None, :]
-            matrices.append(new + beta[s, s + 1] * alpha * outer)
-        return matrices[-1], posts[-1]
+    def sequence(alpha: Any, kappa: Any, beta: Any, W: Any, x: Any) -> Any:
+        def step(W: Any, v: Any) -> tuple[Any, Any]:
+            matrices, posts = [W], [v]
+            for s in range(size.depth):
+                posts.append(jnp.tanh(matrices[-1] @ posts[-1]) * kappa[s, s + 1])
+                posts[-1] += sum(kappa[s, k] * posts[k] for k in range(s + 1))
+                new = sum(beta[s, k] * matrices[k] for k in range(s + 1))
+                outer = posts[s][:, None] * posts[s][None, :]
+                matrices.append(new + beta[s, s + 1] * alpha * outer)
+            return matrices[-1], posts[-1]
 
-    run = jax.jit(jax.vmap(lambda W, x: jax.lax.scan(step, W, x), in_axes=(0, 1)))
-    return lambda count: jax.block_until_ready(run(W, x[:count]))
+        return jax.vmap(lambda W, x: jax.lax.scan(step, W, x), in_axes=(0, 1))(W, x)
+
+    def total(*given: Any) -> Any:
+        return sequence(*given)[1].sum()
+
+    run = jax.jit(jax.grad(total, argnums=(0, 1, 2, 3, 4)) if gradient else sequence)
+    return lambda count: jax.block_until_ready(run(*parameters, x[:count]))
 
 
 def median_rates(
@@ -189,6 +205,7 @@ def forward(size: Size, device: str, repeats: int, compiled: bool) -> dict[str, 
     want = loop_steps(reference, exact, 3)
     step = {
         "esmeta": functools.partial(esmeta_steps, i),
+        "step": functools.partial(loop_steps, kernels.plastic_step, i),
         "torch": functools.partial(torch_steps, i),
         "naive": functools.partial(loop_steps, reference, i),
     }
@@ -198,7 +215,7 @@ def forward(size: Size, device: str, repeats: int, compiled: bool) -> dict[str, 
     errors["scan"] = error(_last(scan(i, 3)), want)
     calls: dict[str, tuple[Callable[[int], Any], int]] = {n: (c, 30) for n, c in step.items()}
     calls["scan"] = (functools.partial(scan, i), STEPS)
-    calls["GRU"] = (gru(size, i), STEPS)
+    calls["GRU"] = (gru(torch.nn.GRU(size.neurons, size.neurons).to(device), i), STEPS)
     peer = jax_scan(size, i) if size.members == 1 else None
     if peer is not None:
         calls["jax"] = (peer, STEPS)
@@ -211,39 +228,67 @@ def _last(result: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def gradient(size: Size, device: str, repeats: int) -> dict[str, Any]:
-    """Rates of forward and backward over 100 steps, and bytes kept for the backward pass."""
+    """Rates of forward and backward over 100 steps, on a CPU with their bound."""
     i = Inputs(*(t.detach().requires_grad_() for t in inputs(size, STEPS, device)))
 
-    def backward(call: Callable[[int], Any]) -> Callable[[int], None]:
-        return lambda count: call(count)[0].sum().backward()
+    def backward(call: Callable[[int], Any], *leaves: Tensor) -> Callable[[int], Any]:
+        return lambda count: torch.autograd.grad(call(count)[0].sum(), leaves)
 
-    def naive(count: int) -> tuple[Tensor, Tensor]:
-        W, ys = i.W, []
-        for t in range(count):
-            y, W = kernels.plastic_reference(W, i.x[t], *i[:3])
-            ys.append(y)
-        return torch.stack(ys), W
+    net = torch.nn.GRU(size.neurons, size.neurons).to(device)
+    calls: dict[str, tuple[Callable[[int], Any], int]] = {
+        "esmeta": (backward(functools.partial(scan, i), *i), STEPS),
+        "GRU": (backward(gru(net, i), i.x, *net.parameters()), STEPS),
+    }
+    peer = jax_scan(size, i, gradient=True)
+    if peer is not None:
+        calls["jax"] = (peer, STEPS)
+    rates = median_rates(calls, size, device, repeats)
+    if device == "cpu":
+        depth = size.depth
+        work = 4 * (2 * depth + 2 + depth * (depth - 1) // 2) * size.neurons**2
+        rates["bound"] = multiply_adds() / work
+    return {"rates": rates}
 
-    calls = {"esmeta": functools.partial(scan, i), "naive": naive, "GRU": gru(size, i)}
-    kept = {name: _kept(lambda call=call: call(STEPS)) for name, call in calls.items()}
-    rates = median_rates(
-        {n: (backward(c), STEPS) for n, c in calls.items()}, size, device, max(2, repeats // 2)
+
+@functools.cache
+def multiply_adds() -> float:
+    """Multiply-adds of float32 per CPU second of this core, in a loop that does nothing else."""
+    sys.path.insert(0, str(Path(kernels.__file__).with_name("_compiler")))
+    import llvmlite.binding as llvm
+    from llvmlite import ir
+    from writer import I64, PTR, Vector, Writer, fma
+
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    module, chains, turns = ir.Module(), 12, 2_000_000
+    kind = ir.FunctionType(ir.VoidType(), [PTR, I64, I64])
+    w = Writer(ir.Function(module, kind, "loop"), ["numbers"], [])
+    one = w.at["numbers"][0, 16]
+
+    def turn(_: Any, sums: list[Vector]) -> list[Vector]:
+        return [fma(one, total, one) for total in sums]
+
+    for k, total in enumerate(w.fold(w.high, [one] * chains, turn)):
+        w.at["numbers"][16 * k] = total
+    w.b.ret_void()
+    machine = llvm.Target.from_default_triple().create_target_machine(
+        cpu=llvm.get_host_cpu_name(),
+        features=llvm.get_host_cpu_features().flatten() + ",-prefer-256-bit",
+        opt=3,
     )
-    return {"rates": rates, "bytes_kept": kept}
-
-
-def _kept(call: Callable[[], Any]) -> int:
-    kept: dict[int, int] = {}
-    alive: list[Tensor] = []
-
-    def pack(tensor: Tensor) -> Tensor:
-        alive.append(tensor)  # a freed storage could give its address to the next one and hide it
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        call()
-    return sum(kept.values())
+    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(str(module)), machine)
+    engine.finalize_object()
+    call = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)(
+        engine.get_function_address("loop")
+    )
+    numbers = torch.zeros(chains * 16)
+    table = torch.tensor([numbers.data_ptr()])
+    seconds = []
+    for _ in range(9):
+        start = time.process_time()
+        call(table.data_ptr(), 0, turns)
+        seconds.append(time.process_time() - start)
+    return chains * 16 * turns / statistics.median(seconds)
 
 
 def show(kind: str, size: Size, result: dict[str, Any]) -> None:
@@ -253,8 +298,6 @@ def show(kind: str, size: Size, result: dict[str, Any]) -> None:
     for name, rate in rates.items():
         own = rates.get("scan", rates["esmeta"]) if name in ("GRU", "jax") else rates["esmeta"]
         extra = f"{result['errors'][name]:9.1e}" if name in result.get("errors", {}) else ""
-        if "bytes_kept" in result:
-            extra = f"{result['bytes_kept'][name] / 1e6:8.1f} MB kept"
         print(f"  {name:9s} {rate:14,.0f} env-steps/s   {own / rate:6.2f} x   {extra}")
 
 
@@ -264,13 +307,14 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile")
+    parser.add_argument("--gradient", action="store_true", help="gradients alone")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
     cpu = options.device == "cpu"
     results = []
     print(kernels.explain(options.device, 100, 4, requires_grad=True))
-    for size in CPU if cpu else GPU:
+    for size in () if options.gradient else CPU if cpu else GPU:
         result = forward(size, options.device, options.repeats, not options.no_compile)
         show("forward", size, result)
         results.append({"kind": "forward", "size": size._asdict(), **result})
