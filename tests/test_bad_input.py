@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from conftest import environment
-from tiny_runs import PRESET, files, final_hash, overrides, run_here, write_preset
+from tiny_runs import PRESET, files, overrides, run_here, write_preset
 
 from esmeta.errors import UserError
 
@@ -136,45 +136,11 @@ def finished(tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
-def test_a_finished_run_is_not_overwritten(finished: Path) -> None:
-    message = refused(finished, finished.parent / "tiny.toml", "--out", finished)
-    assert_says(message, "run exists", "--resume", "another --out")
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ("policy.neurons=5", ["policy.neurons = 4 there, 5 here"]),
-        ("optimizer.sigma=0.5", ["optimizer.sigma = 0.05 there, 0.5 here"]),
-        ("run.seed=3", ["run.seed = 0 there, 3 here"]),
-        ("task.trials=4", ["task.trials = 3 there, 4 here"]),
-        ("optimizer.name=snes", ["optimizer.name = 'openes' there, 'snes' here"]),
-    ],
-)
-def test_a_checkpoint_of_another_configuration(
-    finished: Path, change: str, words: list[str]
-) -> None:
-    message = refused(finished, "--resume", finished, *overrides(change, "budget.generations=9"))
-    assert_says(message, "another configuration", "another --out", *words)
-
-
-def test_damaged_checkpoints(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = finished / "checkpoint"
-    current, previous = folder / "current.ckpt", folder / "previous.ckpt"
-    good = current.read_bytes()
-    expected = final_hash(finished)
-    current.write_bytes(good[:-100])
-    previous.write_bytes(b"")
-    more = overrides("budget.generations=5")
-    message = refused(finished, "--resume", finished, *more)
-    assert_says(message, "no checkpoint can be read", "current.ckpt: cut off", "backup")
-    damaged = bytearray(good)
-    damaged[len(good) // 2] ^= 1
-    current.write_bytes(bytes(damaged))
-    assert_says(refused(finished, "--resume", finished, *more), "damaged", "checksum")
-    current.write_bytes(good)
-    assert run_here("--resume", finished) == 0
-    assert final_hash(finished) == expected and "warning" not in capsys.readouterr().err
+def test_a_checkpoint_of_another_configuration(finished: Path) -> None:
+    args = overrides("optimizer.name=snes", "budget.generations=9")
+    message = refused(finished, "--resume", finished, *args)
+    assert_says(message, "another configuration", "another --out")
+    assert_says(message, "optimizer.name = 'openes' there, 'snes' here")
 
 
 # --- exit codes, in processes of their own -----------------------------------------------------

@@ -19,7 +19,7 @@ from torch import Tensor
 
 import esmeta
 from esmeta.envs.remote import RemoteTask
-from esmeta.errors import EnvFailure, UserError
+from esmeta.errors import UserError
 from esmeta.objectives.return_ import Objective
 from esmeta.optimizers.nres import Optimizer as Nres
 from esmeta.rng import Rng
@@ -42,11 +42,10 @@ class Probe(gymnasium.Env):
         {"place": spaces.Discrete(3, start=4), "task": spaces.Box(0.0, 2.0**31, (1,))}
     )
 
-    def __init__(self, wide: bool = False, nan_at: int = -1, fixed: bool = False) -> None:
+    def __init__(self, wide: bool = False, fixed: bool = False) -> None:
         low = np.array([[-3.0, 1.0], [-np.inf, 0.0]], dtype=np.float32)
         high = np.array([[3.0, 2.0], [np.inf, np.inf]], dtype=np.float32)
         self.action_space = spaces.Box(low, high) if wide else spaces.Discrete(3, start=-1)
-        self.nan_at = nan_at
         self.fixed = fixed
 
     def _see(self) -> dict[str, Any]:
@@ -66,9 +65,8 @@ class Probe(gymnasium.Env):
         self.time += 1
         self.action = action
         number = float(np.sum(np.where(np.isfinite(action), action, 0)))
-        reward = math.nan if self.time == self.nan_at else number
         over = not self.fixed and isinstance(self.action_space, spaces.Discrete) and action == 1
-        return self._see(), reward, over, False, {}
+        return self._see(), number, over, False, {}
 
 
 class Unsupported(gymnasium.Env):
@@ -343,15 +341,6 @@ def test_lives_that_are_not_left_need_no_copies() -> None:
         far.check_own()
     held = chunked.heldout(theta[:1], 4)
     assert torch.equal(chunked.heldout(theta[:1], 4, first=2).returns, held.returns[:, 2:])
-
-
-def test_not_a_number_names_the_episode() -> None:
-    task = make_task("gym", id="Probe-v0", kwargs={"nan_at": 2})
-    env = task.make_env("cpu")
-    state, _ = env.reset(task.sample(1, "train", Rng(0)), Rng(0))
-    state, _ = env.step(state, torch.zeros(1, 1, dtype=torch.int64))
-    with pytest.raises(EnvFailure, match=r"'Probe-v0': .* reward nan;.*step 1 .*seed \d+"):
-        env.step(state, torch.zeros(1, 1, dtype=torch.int64))
 
 
 def test_simulators_can_be_closed_and_made_again() -> None:

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import signal
-import subprocess
 import sys
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
-from conftest import OPEN_MPI, ROOT, environment, find_mpirun, kill_leftovers, wait_for
+from conftest import ROOT, find_mpirun, kill_leftovers
 from fault_runs import OPTIONS, uninterrupted
 from faulty import VARIABLE
 from test_bad_input import command
+from test_resume import Job
 from tiny_runs import final_hash, overrides, run_here, summary, write_preset
 
 from esmeta.errors import UserError
 from esmeta.run import hosts, launch
-from esmeta.run.record import load_checkpoint, read_metrics
+from esmeta.run.record import load_checkpoint
 
 # Stands for mpirun: notes how it was called, and ends as the next line of a file says.
 FAKE = """
@@ -232,28 +231,6 @@ def test_a_lost_host_costs_its_ranks_only(
 # --- real ranks -----------------------------------------------------------------------------
 
 
-class Launch:
-    """The launcher as a process of its own, with all that it starts."""
-
-    def __init__(self, folder: Path, *words: object) -> None:
-        self.mark = uuid.uuid4().hex
-        self.errors = open(folder / "errors", "w+")  # noqa: SIM115
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "esmeta.launch", *map(str, words)],
-            cwd=folder,
-            env=environment({**OPEN_MPI, "ESMETA_TEST_JOB": self.mark}),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=self.errors,
-        )
-
-    def wait_for_step(self, run: Path, step: int) -> None:
-        def reached() -> bool:
-            return max((line["step"] for line in read_metrics(run)), default=-1) >= step
-
-        wait_for(f"step {step}", reached, self.process)
-
-
 @pytest.mark.mpi
 @pytest.mark.skipif(find_mpirun() is None, reason="no mpirun")
 @pytest.mark.parametrize(
@@ -268,7 +245,8 @@ class Launch:
 def test_signals_reach_the_ranks(tmp_path: Path, name: str, code: int) -> None:
     run = tmp_path / "run"
     long = overrides("budget.generations=100000", "run.evaluate_every=0", "run.checkpoint_every=0")
-    job = Launch(tmp_path, "-n", "2", "--", write_preset(tmp_path), "--out", run, *long)
+    words = ["-n", "2", "--", write_preset(tmp_path), "--out", run, *long]
+    job = Job(tmp_path, 1, *words, module="esmeta.launch")
     job.wait_for_step(run, 5)
     job.process.send_signal(getattr(signal, name))
     assert job.process.wait() == code

@@ -167,20 +167,3 @@ def test_a_power_cut_leaves_a_file_as_it_was_or_as_it_is(
         assert {name for name, _ in old} <= set(files)
     assert all(equal(files, new) for files in end)
     disk.close()
-
-
-def test_a_full_disk_leaves_no_temporary_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = saved_run(tmp_path, 2)
-    before = {path: path.read_bytes() for path in (tmp_path / "checkpoint").iterdir()}
-
-    def full(*_: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", full)
-        with pytest.raises(ValueError, match="No space left"):
-            run.save_checkpoint(3, theta(3), {})
-    assert {path: path.read_bytes() for path in (tmp_path / "checkpoint").iterdir()} == before
-    run.close()

@@ -73,11 +73,13 @@ def test_resume_falls_back_to_the_last_checkpoint(tmp_path: Path) -> None:
 
 
 class Job:
-    """A training run in other processes: python alone, or ``ranks`` of them."""
+    """A command in other processes: python alone, or ``ranks`` of them."""
 
-    def __init__(self, folder: Path, ranks: int, *args: object) -> None:
+    def __init__(
+        self, folder: Path, ranks: int, *args: object, module: str = "esmeta.train"
+    ) -> None:
         self.mark = uuid.uuid4().hex
-        command = [sys.executable, "-m", "esmeta.train", *map(str, args)]
+        command = [sys.executable, "-m", module, *map(str, args)]
         if ranks > 1:
             command = [str(find_mpirun()), "-n", str(ranks), *command]
         self.errors = open(folder / f"{self.mark}.err", "w+")  # noqa: SIM115
