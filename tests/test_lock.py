@@ -38,6 +38,11 @@ print("taken", flush=True)
 """
 
 
+@pytest.fixture(autouse=True)
+def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(locks, "_MOMENT_S", 0.0)
+
+
 def holder(folder: Path, then: str = "sys.stdin.read()") -> subprocess.Popen[str]:
     """Another process that has taken the lock of ``folder``."""
     process = subprocess.Popen(
@@ -248,6 +253,24 @@ def test_a_forked_child_does_not_hold_what_its_parent_left(tmp_path: Path) -> No
     process.wait()
     taken(tmp_path)
     process.stdin.close()  # the end of the child
+
+
+def test_a_process_that_is_dying_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(locks, "_MOMENT_S", 250.0)
+    first, lock = RunLock(tmp_path), locks._lock
+    seen: list[bool | None] = []
+
+    def while_it_dies(file: int) -> bool | None:
+        if len(seen) == 2:
+            first.release()
+        seen.append(lock(file))
+        return seen[-1]
+
+    monkeypatch.setattr(locks, "_lock", while_it_dies)
+    taken(tmp_path)
+    assert seen[:2] == [False, False] and seen[-1]
 
 
 # --- starts of esmeta.launch -------------------------------------------------------------------

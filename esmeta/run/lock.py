@@ -24,6 +24,8 @@ NAME = "run.lock"
 
 # Of ranks that esmeta.launch has started, and replaced by others, but that have not ended yet.
 _GRACE_S = 30.0
+# A process that was killed gives its memory back first, and then its files with their locks.
+_MOMENT_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ class RunLock:
 
     def _take(self) -> int:
         """The descriptor of the lock, which is held while it is open."""
-        patient_until = time.monotonic() + _GRACE_S
+        began = time.monotonic()
         while True:
             file = _open(self._path)
             locked, data = _lock(file), os.pread(file, 1 << 16, 0)
@@ -112,7 +114,8 @@ class RunLock:
             os.close(file)
             if free:
                 continue  # let go just now
-            if not early or time.monotonic() > patient_until:
+            patience = _GRACE_S if early else _MOMENT_S if locked is False else 0.0
+            if time.monotonic() - began >= patience:
                 raise self._refusal(data, holder, locked)
             time.sleep(0.1)
 
