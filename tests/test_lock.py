@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 from conftest import environment, wait_for
 from test_record import make_config, saved_run, theta
-from tiny_runs import files, overrides, run_here, write_preset
+from tiny_runs import files, run_here, write_preset
 
 from esmeta.errors import UserError
 from esmeta.run import lock as locks
@@ -386,25 +386,3 @@ def test_a_writer_whose_folder_is_gone_says_so(tmp_path: Path, how: str, what: s
     if new is not None:
         new.log(3, {"x": 1})
         new.close()
-
-
-def test_two_processes_resume_at_once(tmp_path: Path, run_cli: Any) -> None:
-    less = overrides("run.tensorboard=false", "budget.generations=1000000")
-    words = [sys.executable, "-m", "esmeta.train", str(write_preset(tmp_path)), "--out", "run"]
-    first = subprocess.Popen(
-        [*words, *less],
-        cwd=tmp_path,
-        env=environment(None),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    wait_for("step 3", lambda: len(read_metrics(tmp_path / "run")) >= 3, first)
-    second = run_cli("--resume", "run", *less)
-    assert second.returncode == 2 and second.stdout == ""
-    line = f"esmeta: error: {re.escape(str(tmp_path / 'run'))} is in use by process {first.pid}"
-    assert re.fullmatch(rf"{line} .*\n", second.stderr)
-    first.send_signal(signal.SIGTERM)
-    assert first.wait() == 75
-    steps = [record["step"] for record in read_metrics(tmp_path / "run")]
-    assert steps == list(range(len(steps)))
-    assert not (tmp_path / "run" / "run.lock").exists()

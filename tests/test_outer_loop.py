@@ -108,6 +108,7 @@ def test_the_restless_run_has_all_that_may_be_forgotten(whole: Ended) -> None:
     scores = [line["validation_return"] for line in whole.lines]
     assert count["best"] == max(scores) and count["best_step"] == scores.index(max(scores))
     assert count["best_step"] < count["step"] - 3
+    assert whole.best() == (whole.hashes[count["best_step"]], str(count["best_step"]))
     steps = [line["env_steps"] for line in whole.lines]
     assert steps == sorted(steps) and count["env_steps"] == steps[-1] > 0
 

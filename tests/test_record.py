@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import errno
-import itertools
 import json
 import os
 import random
-import signal
 import sys
-import time
 import tomllib
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import pytest
 import tomli_w
@@ -161,44 +158,6 @@ def test_a_damaged_current_falls_back_and_never_becomes_previous(
         load_checkpoint(tmp_path)
 
 
-def save_on_and_on(path: Path, told: int) -> NoReturn:
-    """Go on with a run for ever; every checkpoint that was saved is told by a byte."""
-    try:
-        run = RunDir.create(path, make_config(), resume=True)
-        assert run.resumed is not None
-        for step in itertools.count(run.resumed.step + 1):
-            run.log(step, {"x": step})
-            run.save_checkpoint(step, theta(step), {"filler": bytes(200_000)})
-            os.write(told, b".")
-    finally:
-        os._exit(9)
-
-
-def test_kill_at_a_random_moment_leaves_a_good_checkpoint(tmp_path: Path) -> None:
-    rng = random.Random(0)
-    last = 0
-    saved_run(tmp_path, 1).close()
-    for _ in range(15):
-        reader, writer = os.pipe()
-        child = os.fork()
-        if child == 0:
-            save_on_and_on(tmp_path, writer)
-        os.close(writer)
-        # After so many saves of this writer, and within one that it is at then.
-        told = [os.read(reader, 1) for _ in range(rng.randint(1, 3))]
-        assert told == [b"."] * len(told), "the writer failed before it was killed"
-        time.sleep(rng.uniform(0.0, 0.01))
-        os.kill(child, signal.SIGKILL)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-        os.close(reader)
-        found = load_checkpoint(tmp_path)
-        assert found and found.step >= last + len(told)
-        assert equal(found.theta, theta(found.step))
-        last = found.step
-    RunDir.create(tmp_path, make_config(), resume=True)
-    assert [r["step"] for r in record.read_metrics(tmp_path)] == list(range(1, last + 1))
-
-
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_theta_that_is_not_finite_is_never_saved(tmp_path: Path, bad: float) -> None:
     run = saved_run(tmp_path, 1)
@@ -273,22 +232,6 @@ def test_config_is_written_resolved_and_again_on_resume(tmp_path: Path) -> None:
     assert tomllib.loads((tmp_path / "config.toml").read_text())["budget"]["generations"] == 99
 
 
-def test_resume_with_another_config_names_the_keys(tmp_path: Path) -> None:
-    saved_run(tmp_path, 1).close()
-    other = make_config(seed=3, sigma=0.1, momentum=0.9)
-    with pytest.raises(UserError) as caught:
-        RunDir.create(tmp_path, other, resume=True)
-    text = str(caught.value)
-    for part in (
-        "optimizer.sigma = 0.05 there, 0.1 here",
-        "run.seed = 0 there, 3 here",
-        "optimizer.momentum = None there, 0.9 here",
-    ):
-        assert part in text
-    assert "popsize" not in text and "budget" not in text
-    assert (tmp_path / "config.toml").read_text() == config.to_toml(make_config())
-
-
 def test_resume_drops_metrics_after_the_checkpoint(tmp_path: Path) -> None:
     run = saved_run(tmp_path, 2)
     run.log(3, {"return": 1.5})
@@ -308,20 +251,6 @@ def test_resume_before_the_first_checkpoint_starts_at_zero(tmp_path: Path) -> No
     run.close()
     again = RunDir.create(tmp_path, make_config(), resume=True)
     assert again.resumed is None and record.read_metrics(tmp_path) == []
-
-
-def test_seconds_add_up_over_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    now = 50.0
-    monkeypatch.setattr(time, "monotonic", lambda: now)
-    run = RunDir.create(tmp_path, make_config())
-    now = 150.0
-    assert run.seconds == 100
-    run.save_checkpoint(1, theta(), {})
-    run.close()
-    now = 7.0  # of a machine that was started anew
-    again = RunDir.create(tmp_path, make_config(), resume=True)
-    now = 10.0
-    assert again.seconds == 103
 
 
 # --- metrics, theta, summary -------------------------------------------------------------------

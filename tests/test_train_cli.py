@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from conftest import ROOT, environment
 from tiny_runs import final_hash, overrides, run_here, summary, write_preset
 
@@ -164,23 +163,6 @@ def short(tmp_path: Path, name: str, *args: str) -> Path:
     return out
 
 
-def test_the_seed_decides(tmp_path: Path) -> None:
-    hashes = {
-        name: final_hash(short(tmp_path, name, *args))
-        for name, args in {
-            "a": (),
-            "b": ("--seed", "0"),
-            "c": ("--seed", "1"),
-            "d": ("--set", "run.metrics_every=2", "--set", "run.checkpoint_every=0"),
-            "e": ("--set", "run.threads=2"),
-        }.items()
-    }
-    torch.set_num_threads(1)
-    assert hashes["a"] == hashes["b"] == hashes["d"] == hashes["e"] != hashes["c"]
-    steps = [line["step"] for line in read_metrics(tmp_path / "d")]
-    assert steps == [2] and load_checkpoint(tmp_path / "d").step == 2  # type: ignore[union-attr]
-
-
 def test_flags_choose_task_optimizer_and_place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -196,76 +178,6 @@ def test_flags_choose_task_optimizer_and_place(
     assert config.policy.instance.neurons == 4
     policy, params, _ = esmeta.load(out)
     assert policy.value is not None and "value.0.weight" in params
-
-
-@pytest.mark.parametrize(
-    ("limit", "steps", "reason"),
-    [
-        ("budget.env_steps=700", 3, "env_steps"),
-        ("budget.target=-1", 0, "target"),
-        ("budget.seconds=1e-9", 0, "seconds"),
-    ],
-)
-def test_budgets(tmp_path: Path, limit: str, steps: int, reason: str) -> None:
-    out = tmp_path / "run"
-    assert run_here(write_preset(tmp_path), "--out", out, *overrides(limit)) == 0
-    facts = summary(out)
-    assert (facts["steps"], facts["stopped_by"]) == (steps, reason)
-
-
-def validated(run: Path) -> dict[int, float]:
-    """Step -> mean return of validation."""
-    key = "validation_return"
-    return {line["step"]: line[key] for line in read_metrics(run) if key in line}
-
-
-def test_a_plateau_ends_a_run_whose_best_theta_is_kept(tmp_path: Path) -> None:
-    # Steps so large that the return of validation soon gets no better.
-    more = ("optimizer.learning_rate=0.5", "budget.plateau=9", "budget.generations=500")
-    out, preset = tmp_path / "run", write_preset(tmp_path)
-    assert run_here(preset, "--out", out, *overrides(*more)) == 0
-    scores = validated(out)
-    best = max(scores, key=lambda step: (scores[step], -step))
-    facts = summary(out)
-    assert facts["stopped_by"] == "plateau" and facts["steps"] == best + 9
-    theta, meta = load_theta(out / "best.safetensors")
-    assert meta["step"] == str(best) and float(meta["validation"]) == scores[best]
-    hashes = {m["step"]: m["theta_sha256"] for m in read_metrics(out)}
-    assert hashes[best] == theta_sha256(theta) != final_hash(out)
-    _, params, _ = esmeta.load(out, best=True)
-    assert theta_sha256(params) == hashes[best]
-    # Killed and gone on with, it ends at the same place with the same best.
-    half = tmp_path / "half"
-    first = [*overrides(*more), *overrides(f"budget.generations={best + 4}")]
-    assert run_here(preset, "--out", half, *first) == 0
-    assert run_here("--resume", half, *overrides("budget.generations=500")) == 0
-    assert summary(half)["steps"] == best + 9 and final_hash(half) == final_hash(out)
-
-
-def test_a_plateau_begins_anew_as_often_as_is_allowed(tmp_path: Path) -> None:
-    more = ("optimizer.learning_rate=0.5", "budget.plateau=9", "budget.generations=500")
-    out, preset = tmp_path / "run", write_preset(tmp_path)
-    assert run_here(preset, "--out", out, *overrides(*more, "budget.restarts=2")) == 0
-    facts, plain = summary(out), tmp_path / "plain"
-    assert (facts["stopped_by"], facts["restarts"]) == ("plateau", 2)
-    # The first attempt is the run without restarts, and the others differ from it.
-    assert run_here(preset, "--out", plain, *overrides(*more)) == 0
-    first = {m["step"]: m["theta_sha256"] for m in read_metrics(plain)}
-    hashes = {m["step"]: m["theta_sha256"] for m in read_metrics(out)}
-    end = summary(plain)["steps"]
-    assert {step: hashes[step] for step in first if step < end}.items() <= first.items()
-    assert hashes[end + 1] not in first.values() and facts["steps"] >= end + 18
-    scores = validated(out)
-    best = max(scores, key=lambda step: (scores[step], -step))
-    _, meta = load_theta(out / "best.safetensors")
-    assert meta["step"] == str(best) and float(meta["validation"]) == scores[best]
-    # Killed in the second attempt and gone on with, it ends as it would have.
-    half = tmp_path / "half"
-    cut = ("budget.restarts=2", f"budget.generations={end + 4}")
-    assert run_here(preset, "--out", half, *overrides(*more, *cut)) == 0
-    assert summary(half)["restarts"] == 1
-    assert run_here("--resume", half, *overrides("budget.generations=500")) == 0
-    assert summary(half)["steps"] == facts["steps"] and final_hash(half) == final_hash(out)
 
 
 def test_a_task_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
