@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,6 @@ import pytest
 import searches
 import torch
 from searches import Ranks, digest, flat_theta, on_ranks, same_saved
-from tiny_runs import final_hash, overrides, run_here, summary, write_preset
 from torch import Tensor
 
 from esmeta import make_policy, make_task
@@ -290,37 +288,6 @@ def test_mean_and_variance_are_those_of_the_theory(
     assert variance == pytest.approx(float(expected.mean()) / pairs, rel=0.08)
 
 
-def test_nres_has_the_lower_variance(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of what a pair says in a whole life, where windows pull apart: NRES is full-episode ES."""
-    objective, size = Linear(), 20
-    variances = {}
-    for kind in (openes, nres, pes):
-        seen = spied(monkeypatch)
-        options = {} if kind is openes else {"window": 1}
-        lives = 1 if kind is openes else 4
-        target: Any = objective if kind is not openes else Whole(objective)
-        optimizer = kind.Optimizer(popsize=2, sigma=0.1, shaping="raw", **options)
-        run(optimizer, target, 250 * lives, theta={"a": torch.zeros(1, size)})
-        life = torch.from_numpy(np.stack(seen)).reshape(250, lives, size).sum(1)
-        variances[kind] = float(life.var(0).sum())
-    assert variances[nres] <= 1.1 * variances[openes]
-    assert variances[nres] <= 0.5 * variances[pes]
-
-
-class Whole:
-    """Whole lives of an inner objective at once, for openes."""
-
-    def __init__(self, inner: Inner) -> None:
-        self.inner = inner
-
-    def fitness(self, params: Params | Tensor, step: int | Tensor) -> Fitness:
-        lives, total = self.inner.begin(params, int(step)), torch.zeros(1)
-        for _ in range(self.inner.life_steps):
-            lives, fitness = self.inner.advance(lives, params, 1)
-            total = total + fitness.returns
-        return Fitness(total, torch.ones_like(total).long())
-
-
 # --- what it costs, what it reaches ---------------------------------------------------------
 
 
@@ -352,52 +319,7 @@ def test_it_learns_the_step_sizes_of_an_inner_learner(kind: Any) -> None:
     assert log[-1]["life_fitness_mean"] > -0.1 > -2 > log[3]["life_fitness_mean"]
 
 
-def test_what_pays_windows_later_is_learned() -> None:
-    """Theta 1 acts in the first two windows only, and is paid for in the last two."""
-
-    class Late(Inner):
-        def advance(self, lives: State, params: Any, steps: int) -> tuple[State, Fitness]:
-            t = int(lives["t"][0])
-            x, goal = lives["x"], lives["goal"]
-            total = torch.zeros(x.shape[:2], dtype=torch.float64)
-            for _ in range(steps):
-                x = x + params.double()[:, None, :] * torch.tensor([t < 4, t >= 4])
-                total -= ((x - goal) ** 2).sum(-1) * (t >= 4)
-            return {**lives, "x": x, "t": lives["t"] + steps}, Fitness(
-                total, torch.full(total.shape, steps)
-            )
-
-        def begin(self, params: Any, life: int) -> State:
-            lives = super().begin(params, life)
-            return {**lives, "x": torch.zeros_like(lives["x"]), "goal": lives["x"]}
-
-    optimizer = nres.Optimizer(popsize=64, sigma=0.05, window=2, **SLOWING)
-    state, _ = run(optimizer, Late(), 400)
-    # Goals are (1, 1.1, 1.2) x (1, 2), 1.65 on average. Least squares: 4 a_1 = 1.65, and
-    # (1 + 2 + 3 + 4) 1.65 = (1 + 4 + 9 + 16) a_2.
-    want = torch.tensor([1.65 / 4, 1.65 / 3])
-    assert (flat_theta(optimizer, state) - want).abs().max() < 0.01
-
-
 # --- ranks, resume, failures ----------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", [nres, pes])
-@pytest.mark.parametrize("popsize", [6, 50])
-def test_same_bits_for_any_number_of_ranks(kind: Any, popsize: int) -> None:
-    optimizer = kind.Optimizer(popsize=popsize, window=2)
-    hashes, work_done = set(), set()
-    for size in (1, 2, 3):
-        objectives = [Inner() for _ in range(size)]
-
-        def work(comm: Any, objectives: list[Inner] = objectives) -> tuple[str, float]:
-            state, log = run(optimizer, objectives[comm.rank], 11, comm)
-            return digest(optimizer, state), sum(m["env_steps"] for m in log)
-
-        results = on_ranks(size, work)
-        hashes |= {h for h, _ in results}
-        work_done |= {steps for _, steps in results} | {sum(o.advanced for o in objectives) * 4.0}
-    assert len(hashes) == 1 and len(work_done) == 1
 
 
 @pytest.mark.parametrize("kind", [nres, pes])
@@ -423,21 +345,6 @@ def test_stopped_runs_go_on_with_other_ranks(kind: Any, stop: int) -> None:
                 }
     with pytest.raises(UserError, match="2 parameters.*has 3"):
         optimizer.load_state_dict(saved, {"a": torch.zeros(1, 3)})
-
-
-@pytest.mark.mpi
-def test_two_ranks_begin_and_one_goes_on(tmp_path: Path, mpirun: Any) -> None:
-    """Trials with fast weights, real ranks, checkpoints on disk."""
-    preset, whole, parts = write_preset(tmp_path), tmp_path / "whole", tmp_path / "parts"
-    options = ["--optimizer", "nres", *overrides("optimizer.window=2", "run.evaluate_every=0")]
-    long, short = overrides("budget.generations=9"), overrides("budget.generations=5")
-    assert run_here(preset, "--out", whole, *options, *long) == 0
-    done = mpirun(2, "-m", "esmeta.train", preset, "--out", parts, *options, *short)
-    assert done.returncode == 0, done.stderr
-    assert final_hash(parts) != final_hash(whole)
-    assert run_here("--resume", parts, *long) == 0
-    assert final_hash(parts) == final_hash(whole)
-    assert summary(parts)["env_steps"] == summary(whole)["env_steps"]
 
 
 @pytest.mark.parametrize("bad", ["nan", "raise"])
@@ -510,6 +417,6 @@ def test_bad_objectives_say_value_and_cure() -> None:
     with pytest.raises(UserError, match="window = 9: a life has 8 steps; write at most 8"):
         run(nres.Optimizer(popsize=4, window=9), Inner(), 1)
 
-    with pytest.raises(UserError, match="Whole cannot be run in windows.*'openes'"):
-        run(nres.Optimizer(popsize=4), Whole(Inner()), 1)
+    with pytest.raises(UserError, match="Objective cannot be run in windows.*'openes'"):
+        run(nres.Optimizer(popsize=4), searches.Objective(searches.sphere), 1)
     assert isinstance(Inner(), Lifetimes) and Ranks(1).size == 1

@@ -10,7 +10,6 @@ import torch
 from searches import (
     Objective,
     RankComm,
-    failing,
     flat_theta,
     on_ranks,
     run,
@@ -120,15 +119,6 @@ def test_the_search_of_an_epg_preset_is_that_of_the_release(preset: str) -> None
 
 
 # --- what it reaches, and what must not move it ---------------------------------------------
-
-
-def test_metrics_of_a_generation() -> None:
-    objective = Objective(failing(math.nan))
-    _, (metrics,) = run(openes.Optimizer(popsize=50), objective, start(10), 1)
-    assert metrics["env_steps"] == 50 * 3 * 5 and metrics["nan_members"] == 5.0
-    assert metrics["fitness_min"] < metrics["fitness_mean"] < metrics["fitness_max"]
-    assert metrics["flat"] == 0.0 and metrics["sigma"] == 0.05
-    assert {"update_norm", "evaluate_s", "search_s", "wait_s"} <= metrics.keys()
 
 
 def test_schedules_decay_to_their_floors() -> None:
