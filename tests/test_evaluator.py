@@ -162,30 +162,6 @@ def test_global_generators_are_neither_read_nor_moved() -> None:
         assert_same(*results)
 
 
-def test_seed_split_and_index_choose_the_tasks() -> None:
-    evaluator, params = make("harlow", "rl2")
-    calls = [
-        evaluator(params, seed=seed, split=split, index=index).returns
-        for seed, split, index in (
-            (0, "train", None),
-            (1, "train", None),
-            (0, "test", None),
-            (0, "train", torch.arange(TRIALS, 2 * TRIALS)),
-        )
-    ]
-    for i, a in enumerate(calls):
-        for b in calls[:i]:
-            assert not torch.equal(a, b)
-    assert torch.equal(evaluator(params).returns, calls[0])  # the defaults
-
-
-def test_members_that_are_alike_score_alike() -> None:
-    evaluator, params = make("maze", "metods-linear")
-    twice = evaluator(some(params, [2, 2, 2]))
-    assert torch.equal(twice.returns[0], twice.returns[1])
-    assert torch.equal(twice.returns[0], twice.returns[2])
-
-
 def test_fitness_is_what_one_trial_after_the_other_gives() -> None:
     """Against a plain loop: one member, one trial, one step at a time."""
     evaluator, params = make("harlow", "rl2")
@@ -219,48 +195,6 @@ def test_no_gradient_is_kept() -> None:
     evaluator, params = make("bandit", "metods-base")
     leaves = {k: v.requires_grad_() for k, v in params.items()}
     assert not evaluator(leaves).returns.requires_grad
-
-
-def test_interventions_reach_the_loop() -> None:
-    evaluator, params = make("bandit", "rl2")
-    plain = evaluator(params)
-    same = evaluator(params, intervene=lambda state, ts: (state, ts))
-    assert_same(plain, same)
-
-    def blind(state: Any, ts: Any) -> Any:
-        return state, ts._replace(reward=torch.zeros_like(ts.reward))
-
-    assert not torch.equal(plain.returns, evaluator(params, intervene=blind).returns)
-
-
-def test_only_memory_that_the_rollout_made_is_overwritten() -> None:
-    evaluator, params = make("bandit", "metods-base")
-    policy, (tasks, rng) = evaluator.policy, evaluator.trial_set(torch.arange(8), 0, "train")
-    plastic, places = policy.memory, []
-    step = plastic.step
-
-    def watched(prepared: Any, state: Any, x: Tensor, **options: Any) -> Any:
-        y, state = step(prepared, state, x, **options)
-        places.append(state["W"].data_ptr())
-        return y, state
-
-    plastic.step = watched  # type: ignore[method-assign]
-    kept = []
-
-    def keep(state: Any, ts: Any) -> Any:
-        kept.append((state["W"], state["W"].clone()))
-        return state, ts
-
-    for intervene in (None, keep):
-        with torch.no_grad():
-            begin = loop.start(policy, params, evaluator.env, tasks, rng)
-            first = begin.state["W"].clone()
-            collector = loop.Returns(POPULATION, 8, "cpu")
-            loop.rollout(policy, evaluator.env, begin, collector, intervene=intervene)
-        assert torch.equal(begin.state["W"], first)
-        if intervene is None:
-            assert len(places) > 5 and len(set(places)) == 1
-    assert len(kept) > 5 and all(torch.equal(W, then) for W, then in kept)
 
 
 def test_bad_requests_say_value_and_cure() -> None:

@@ -20,7 +20,6 @@ from esmeta.optimizers import a2c, openes, ppo
 from esmeta.optimizers._schedule import Schedule, scheduled
 from esmeta.policy import Policy, make_policy
 from esmeta.ranks.comm import SelfComm
-from esmeta.rl.steppers import Adam
 from esmeta.rng import Rng
 from esmeta.summary import summary
 from esmeta.tasks import make_task
@@ -323,24 +322,6 @@ def test_a2c_gradient_is_that_of_a_naive_loop(
         assert float(up - down) / (2 * h) == pytest.approx(slope, rel=1e-5, abs=1e-8)
 
 
-@pytest.mark.parametrize("optimizer", [a2c.Optimizer(), ppo.Optimizer(minibatches=1, epochs=1)])
-def test_every_leaf_receives_gradient(optimizer: Any, spy: Spy) -> None:
-    objective, theta = setup("learned", trials=6)
-    run(optimizer, objective, theta)
-    start = 0
-    flat = spy.gradients[0]
-    for name, leaf in theta.items():
-        part = flat[start : start + leaf.numel()].reshape(leaf.shape[1:])
-        start += leaf.numel()
-        assert float(part.abs().max()) > 1e-7, name
-        if name in ("memory.kappa", "memory.beta"):
-            assert float(part[0, 2]) == 0.0, "an entry l > s is dead"
-            assert (part[0, :2] != 0).any() and (part[1] != 0).any(), name
-        if name == "memory.W0":
-            assert (part != 0).all()
-    assert start == flat.numel()
-
-
 @pytest.mark.parametrize(
     "optimizer",
     [
@@ -390,27 +371,6 @@ def data_of(
     objective: ReturnObjective, theta: Params, comm: Any = None, **options: Any
 ) -> pg.Batch:
     return a2c.Optimizer(**options).collect(theta, 0, objective, comm or SelfComm())[0]
-
-
-def test_horizon_terminates_or_bootstraps() -> None:
-    objective, theta = setup("gru", Point(), trials=12)
-    recorded, last, _ = objective.trajectories(theta, 0)
-    cut = recorded.over & recorded.after.truncated
-    done = recorded.terminated
-    assert cut[-1].any() and done.any() and not cut[:-1].any()
-    value, reward = recorded.out.value, recorded.reward
-    assert value is not None
-    plain = data_of(objective, theta, gamma=0.9)
-    more = data_of(objective, theta, gamma=0.9, bootstrap=True)
-    assert torch.allclose(plain.advantage[done], (reward - value)[done], atol=1e-6)
-    assert torch.allclose(more.advantage[done], plain.advantage[done])
-    assert torch.allclose(plain.advantage[cut], (reward - value)[cut], atol=1e-6)
-    expected = reward[-1] + 0.9 * last - value[-1]
-    assert torch.allclose(more.advantage[-1][cut[-1]], expected[cut[-1]], atol=1e-6)
-    assert (last[cut[-1]] != 0).all()
-    assert not plain.advantage[~recorded.active].any()
-    scaled = data_of(objective, theta, reward_scale=3.0)
-    assert torch.allclose(scaled.advantage[done], (3 * reward - value)[done], atol=1e-5)
 
 
 def test_advantages_are_normalised_over_active_steps_of_all_ranks() -> None:
@@ -480,21 +440,6 @@ def test_gradients_are_clipped_to_a_norm(spy: Spy) -> None:
     assert torch.equal(loose, free)
 
 
-def test_adam_equals_torch() -> None:
-    draw = torch.Generator().manual_seed(0)
-    first = torch.randn(2, 30, generator=draw)
-    state, found = Adam.zeros(first), first
-    leaf = first.clone().requires_grad_()
-    adam = torch.optim.Adam([leaf], lr=0.01, eps=1e-5)
-    for _ in range(20):
-        gradient = torch.randn(2, 30, generator=draw)
-        leaf.grad = gradient.clone()
-        adam.step()
-        move, state = state.step(gradient, 0.01, eps=1e-5)
-        found = found - move
-    assert torch.allclose(found, leaf.detach(), rtol=0, atol=1e-6)
-
-
 def test_a_gradient_that_is_not_finite_is_said() -> None:
     objective, theta = setup("gru")
     theta["value.1.bias"] = torch.full_like(theta["value.1.bias"], math.inf)
@@ -535,32 +480,6 @@ def test_metrics_are_those_of_the_trials() -> None:
     learned, theta = setup("learned", trials=4)
     _, (metrics,) = run(a2c.Optimizer(), learned, theta)
     assert 0 < metrics["fast_weight_max"] < math.inf
-
-
-def test_every_update_has_tasks_of_its_own() -> None:
-    objective, theta = setup("gru", trials=5)
-    first, second = (objective.trajectories(theta, step)[0] for step in (0, 1))
-    assert first.ts.obs.shape != second.ts.obs.shape or not torch.equal(first.ts.obs, second.ts.obs)
-    whole = objective.trajectories(theta, 1)[0]
-    for rank in range(2):
-        part = objective.trajectories(theta, 1, rank, 2)[0]
-        low, high = 5 * rank // 2, 5 * (rank + 1) // 2
-        length = min(len(part.reward), len(whole.reward))
-        assert torch.equal(part.action[:length], whole.action[:length, :, low:high])
-
-
-@pytest.mark.parametrize("optimizer", [a2c.Optimizer(), ppo.Optimizer(minibatches=2, epochs=2)])
-def test_resume_is_exact(optimizer: Any) -> None:
-    objective, theta = setup("learned", trials=6)
-    whole, _ = run(optimizer, objective, theta, 4)
-    half, _ = run(optimizer, objective, theta, 2)
-    saved = optimizer.state_dict(half)
-    state = optimizer.load_state_dict(saved, theta)
-    for _ in range(2):
-        state, _ = optimizer.step(state, objective, SelfComm(), Rng(0))
-    assert torch.equal(state.theta, whole.theta)
-    assert torch.equal(ravel(optimizer.theta(state)), whole.theta)
-    assert state.update == 4
 
 
 RANKED = [

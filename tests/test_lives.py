@@ -130,24 +130,6 @@ def test_a_life_is_worth_its_trial(task_name: str) -> None:
     assert begun.step == 0, "advance leaves what it was given as it was"
 
 
-@pytest.mark.parametrize("policy_name", ["metods", "rl2", "mlp"])
-def test_window_scores_do_not_depend_on_the_split(policy_name: str) -> None:
-    objective, params = make("harlow", policy_name)
-    lengths, other = [7, 9, 30], {k: v + 0.1 for k, v in params.items()}
-
-    def scores(members: list[int], chunk: int | None) -> list[Fitness]:
-        objective.evaluator.chunk = chunk
-        one, two = ({k: v[members] for k, v in tree.items()} for tree in (params, other))
-        lives, first = windows(objective, objective.begin(one, 2), one, lengths[:1])
-        return first + windows(objective, lives, two, lengths[1:])[1]
-
-    whole = scores(list(range(POPULATION)), 16)
-    assert len(whole[1].returns.unique()) > 1
-    for members, chunk in (([0, 1, 2, 3, 4], 2), ([0, 1, 2, 3, 4], 3), ([3], None), ([4, 1], 2)):
-        for part, fitness in zip(scores(members, chunk), whole, strict=True):
-            assert_same(part, Fitness(fitness.returns[members], fitness.steps[members]))
-
-
 @pytest.mark.parametrize("policy_name", POLICIES)
 @pytest.mark.parametrize("task_name", TASKS)
 def test_lives_can_be_stored_anywhere(task_name: str, policy_name: str) -> None:
@@ -187,10 +169,3 @@ def test_what_is_stored_is_what_lives() -> None:
     mixed["step"] = mixed["step"] + torch.arange(2 * POPULATION)
     with pytest.raises(ValueError, match="restored together must have one step"):
         objective.restore(mixed)
-
-
-def test_another_life_has_other_tasks() -> None:
-    objective, params = make("maze")
-    scores = [windows(objective, objective.begin(params, k), params, [24])[1][0] for k in (0, 1)]
-    assert not torch.equal(scores[0].returns, scores[1].returns)
-    assert_same(scores[1], objective.fitness(params, 1))

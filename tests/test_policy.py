@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from esmeta.agent import heads
-from esmeta.agent.linear import apply_linear, orthogonal
 from esmeta.agent.plastic import composite_decay
 from esmeta.errors import UserError
 from esmeta.policy import Policy, make_policy, policy_names
@@ -412,17 +411,6 @@ def test_cells_equal_torch(name: str) -> None:
     assert torch.equal(state["h"], y[-1])
 
 
-def test_a_memoryless_policy_has_no_state() -> None:
-    policy = small("mlp")
-    params = spread(policy, 2)
-    assert policy.initial_state(params, 3) == {}
-    ts = recording(DISCRETE, 4, 2, 3)
-    out, _ = policy.unroll(params, {}, ts)
-    alone, _ = policy.step(params, {}, row(ts, 2))
-    assert out.logits is not None and alone.logits is not None
-    assert torch.equal(out.logits[2], alone.logits)
-
-
 # --- layers -----------------------------------------------------------------------------------
 
 
@@ -442,12 +430,6 @@ def test_a_row_does_not_depend_on_its_batch(inputs: int, outputs: int) -> None:
     for low, high in ((0, 2), (1, 4), (4, 6)):
         part = bind_mlp({"a.0.weight": weight[low:high], "a.0.bias": bias[low:high]}, "a")
         assert torch.equal(apply_mlp(part, x[low:high]), whole[low:high])
-
-
-def test_apply_linear_is_the_product() -> None:
-    x, w, b = torch.ones(1, 2, 3), 2 * torch.ones(1, 3, 4), torch.full((1, 1, 4), 0.5)
-    assert torch.equal(apply_linear(x, w, b), torch.full((1, 2, 4), 6.5))
-    assert gram_error(orthogonal(Rng(0), 7, 3, 0.1), 0.1) < 1e-7
 
 
 # --- heads ------------------------------------------------------------------------------------

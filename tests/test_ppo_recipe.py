@@ -11,7 +11,6 @@ from torch import Tensor
 
 from esmeta.errors import UserError
 from esmeta.learners import ppo, reinforce
-from esmeta.rl.losses import Data, PolicyGradient
 from esmeta.rl.on_policy import OnPolicy
 from esmeta.rng import Rng
 from esmeta.rollout import Trajectory
@@ -151,43 +150,6 @@ def passes(state: OnPolicy, part: str = "actor") -> list[int]:
     return state.adams.parts[part].updates.tolist()
 
 
-def told(before: OnPolicy, after: OnPolicy) -> tuple[PolicyGradient, Any, Data]:
-    """PPO's loss, the agents, and the data of an update with its constants."""
-    learner, loss = ppo.Learner(period=PERIOD, minibatch=PERIOD, hidden=(6,)).make(SPEC, 64)
-    assert isinstance(loss, PolicyGradient)
-    return loss, learner.agent, loss.prepare(learner.agent, before.params, learner.data(after))
-
-
-def test_passes_of_each_agent_stop_where_its_policy_has_moved_too_far() -> None:
-    _, stopped = learned(epochs=30, kl_stop=0.008)
-    counts = passes(stopped)
-    assert len(set(counts)) > 1 and 0 < min(counts) and max(counts) < 30, counts
-    far = {}
-    for number in range(1, max(counts) + 1):
-        before, whole = learned(epochs=number)
-        loss, agent, data = told(before, whole)
-        moved = loss.moved(agent, whole.params, data)
-        for p in range(AGENTS):
-            far[p, number] = float(moved[p]) > 0.008
-            if counts[p] == number:  # bit for bit what so many passes make of it
-                for name, leaf in stopped.params.items():
-                    assert torch.equal(leaf[p], whole.params[name][p]), name
-    for p, count in enumerate(counts):
-        assert far[p, count] and not any(far[p, number] for number in range(1, count))
-    assert passes(learned(epochs=30)[1]) == [30] * AGENTS
-
-
-def test_the_estimate_of_the_divergence_is_that_of_the_actions_taken() -> None:
-    before, after = learned(epochs=3)
-    loss, agent, data = told(before, after)
-    found = loss.moved(agent, after.params, data)
-    action, logs = data.trajectory.action[:, :, 0].transpose(0, 1), []
-    for params in (before.params, after.params):
-        out = agent.read(params, {}, data.trajectory.steps)
-        logs.append(torch.distributions.Normal(out.mean, out.std).log_prob(action))
-    torch.testing.assert_close(found, (logs[0] - logs[1]).sum(-1).mean(1), rtol=1e-4, atol=1e-6)
-
-
 def test_v_learns_by_itself_at_its_own_rate() -> None:
     before, after = learned(epochs=2, value_epochs=5, value_learning_rate=1e-3)
     assert passes(after) == [2] * AGENTS
@@ -198,14 +160,6 @@ def test_v_learns_by_itself_at_its_own_rate() -> None:
     assert passes(parted, "value") == [5 * 4] * AGENTS
     _, joint = learned(epochs=2)
     assert passes(joint, "value") == [2] * AGENTS
-
-
-@pytest.mark.parametrize("kind", [ppo, reinforce])
-def test_the_first_spread_of_actions(kind: Any) -> None:
-    options: dict[str, Any] = {} if kind is ppo else {"value_epochs": 1}
-    before, _ = learned(kind, log_std=-0.5, **options)
-    assert before.params["log_std"].eq(-0.5).all()
-    assert learned(kind, **options)[0].params["log_std"].eq(0).all()
 
 
 @pytest.mark.parametrize(
