@@ -270,22 +270,6 @@ def policy_and_params(task: Any, population: int) -> Any:
     return policy, policy.init(seed=0, population=population)
 
 
-def test_population_and_chunks_do_not_matter_and_memory_is_bounded() -> None:
-    task = make_task("gym", horizon=30, most_worlds=48)
-    policy, params = policy_and_params(task, 10)
-    evaluator = esmeta.PopulationEvaluator(policy, task, trials=16)
-    fitness = evaluator(params, seed=1)
-    assert len(evaluator.env._pool._open) == 48
-    for chunk, members in ((2, slice(0, 10)), (10, slice(0, 10)), (None, slice(3, 8))):
-        part = esmeta.PopulationEvaluator(policy, task, trials=16, chunk=chunk)
-        got = part({k: v[members] for k, v in params.items()}, seed=1)
-        assert torch.equal(got.returns, fitness.returns[members])
-        assert torch.equal(got.steps, fitness.steps[members])
-    assert len(fitness.returns.unique()) > 3
-    again = evaluator(params, seed=1)
-    assert torch.equal(again.returns, fitness.returns), "simulators are reset completely"
-
-
 def test_trials_that_were_left_cannot_be_gone_on_with() -> None:
     task = make_task("gym", horizon=10)
     env = task.make_env("cpu")

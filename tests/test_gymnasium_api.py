@@ -20,7 +20,6 @@ from gymnasium.vector import AutoresetMode
 import esmeta
 from esmeta import rollout as loop
 from esmeta.envs import gymnasium_api as api
-from esmeta.rng import Rng
 
 ROOT = Path(__file__).resolve().parents[1]
 TASKS = esmeta.task_names()
@@ -268,16 +267,3 @@ def test_one_call_of_the_batch_steps_all_slots() -> None:
     group.env.step = lambda *given: calls.append(1) or plain(*given)  # type: ignore[method-assign]
     envs.step(np.zeros(64, dtype=np.int64))
     assert len(calls) == 1
-
-
-def test_rng_is_the_evaluators() -> None:
-    task = esmeta.make_task("maze", size=8)
-    policy = esmeta.make_policy("mlp", task.spec)
-    tasks, rng = esmeta.PopulationEvaluator(policy, task, trials=8).trial_set(
-        torch.arange(8), 3, "train"
-    )
-    assert rng == Rng(3).fold("trials", "train")
-    env = task.make_env("cpu")
-    _, ts = env.reset(tasks, rng)
-    obs, _ = gymnasium.make_vec("esmeta/Maze-v0", num_envs=8, size=8).reset(seed=3)
-    assert np.array_equal(obs, ts.obs[0].numpy())

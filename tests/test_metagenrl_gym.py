@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Iterator
 from dataclasses import replace
@@ -28,16 +27,8 @@ from esmeta.run import evaluate, learn, train
 from esmeta.tasks import make_task
 from esmeta.tree import ravel
 
-needs_box2d = pytest.mark.skipif(
-    importlib.util.find_spec("Box2D") is None,
-    reason="LunarLander needs Box2D: pip install 'esmeta[box2d]'",
-)
 BRIEF = ("task.name=gym", "task.id=Brief-v0", "task.horizon=64", "task.episode_steps=10")
 BESIDE = "objective.more_tasks=[{name='gym', id='Brief-v0', horizon=64, episode_steps=10}]"
-LUNAR = (
-    "objective.more_tasks=[{name='gym', id='LunarLanderContinuous-v3', horizon=64, "
-    "episode_steps=1000}]"
-)
 
 
 class Brief(gymnasium.Env):
@@ -183,17 +174,6 @@ def test_hand_written_losses_learn_there(learner: str, tmp_path: Path) -> None:
     assert learn.main([*words, *args, "--out", str(out)]) == 0
     curve = json.loads(out.read_text())["curve"]
     assert all(2 <= row["return"] <= 10 for row in curve), "whole episodes in every part"
-
-
-@needs_box2d
-def test_lunar_lander_beside_another_environment(tmp_path: Path) -> None:
-    args = ["pendulum-metagenrl", *overrides(*SMALL, LUNAR), "--out", tmp_path / "run"]
-    assert run_here(*args, *overrides("budget.updates=6")) == 0
-    assert run_here(*args, "--resume") == 0
-    there = ("task.name=gym", "task.id=LunarLanderContinuous-v3", "task.horizon=64",
-             "task.episode_steps=1000")  # fmt: skip
-    words = [word for text in there for word in ("--set", text)]
-    assert evaluate.main([str(tmp_path / "run"), "--trials", "2", *words]) == 0
 
 
 @pytest.mark.parametrize(

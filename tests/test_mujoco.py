@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import runpy
 import sys
 import types
 
@@ -16,7 +15,6 @@ import torch
 from conftest import ROOT
 from torch import Tensor
 
-from esmeta import PopulationEvaluator, make_policy
 from esmeta.envs import mujoco_model
 from esmeta.envs.bodies import Body
 from esmeta.envs.mujoco import MujocoEnv, State
@@ -461,40 +459,3 @@ def test_the_batch_engine_needs_its_mujoco(monkeypatch) -> None:
     monkeypatch.setattr(mujoco_model, "mujoco_version", lambda: (3, 17))
     assert mujoco_model.choose_engine("auto", ()) == "batch"
     assert mujoco_model.choose_engine("auto", ("xpos", "cfrc_ext")) == "rows"
-
-
-def test_euler_is_other_physics() -> None:
-    states = []
-    for integrator in ("model", "euler"):
-        task = make_task("hopper", integrator=integrator)
-        tasks = task.sample(1, "train", Rng(0))
-        state, *_ = play(task, task.make_env("cpu"), actions(3, 1, 1, 3), tasks)
-        states.append(state.rows[..., 1:7])  # qpos
-    assert 0 < (states[0] - states[1]).abs().max() < 0.1
-
-
-@pytest.mark.parametrize("name", ["hopper", "cheetah_dir"])
-def test_scores_do_not_depend_on_chunks(name: str) -> None:
-    task = make_task(name, horizon=12)
-    policy = make_policy("rl2", task.spec, neurons=6)
-    params = policy.init(seed=0, population=5)
-    fitness = [
-        PopulationEvaluator(policy, task, trials=8, chunk=chunk)(params, seed=1)
-        for chunk in (5, 2, 3)
-    ]
-    assert len(fitness[0].returns.unique()) > 20
-    for other in fitness[1:]:
-        assert torch.equal(other.returns, fitness[0].returns)
-        assert torch.equal(other.steps, fitness[0].steps)
-
-
-@pytest.mark.mpi
-def test_training_does_not_depend_on_ranks(mpirun, capsys) -> None:
-    script = ROOT / "tests" / "mpi" / "body_steps.py"
-    runpy.run_path(str(script))
-    alone = capsys.readouterr().out
-    assert len(alone.split()) == 2
-    for ranks in (2, 4):
-        done = mpirun(ranks, script)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout == alone

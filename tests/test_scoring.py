@@ -20,10 +20,6 @@ from esmeta.run.record import read_metrics
 from esmeta.summary import linked, summary
 from esmeta.tasks import SPLITS, aids, make_task, published, task_groups, task_names
 
-SPLIT_IN_KIND = {  # tasks whose splits differ in more than their random stream
-    "displacement": lambda data: data["direction"][0],
-    "goal_ant": lambda data: data["goal"][0],
-}
 AIDS = {  # the value of each option that helps training, and what it is scored with
     "harlow": {"mirrored": (True, False), "forfeit": (1.0, 0.0)},
     "displacement": {"mirrored": (True, False), "strata": (4, 1)},
@@ -85,33 +81,6 @@ def test_three_splits_share_no_draw(name: str) -> None:
     for one, other in itertools.combinations(drawn, 2):
         same = {k for k in one if torch.equal(one[k], other[k])} - {"part"}  # which takes turns
         assert not same, f"{name}: two splits have the same {same}"
-
-
-def test_directions_of_validation_lie_between_those_of_training_and_test() -> None:
-    task = make_task("displacement", train="axes", test="diagonals")
-    found = {}
-    for split in SPLITS:
-        x, y = task.sample(4000, split, Rng(0)).data["direction"][0].unbind(-1)
-        from_axis = torch.minimum(x.abs(), y.abs()).asin().rad2deg()
-        found[split] = (from_axis.min(), from_axis.max(), from_axis.mean())
-    bounds = {"train": (0, 22.5), "validation": (22.5, 33.75), "test": (33.75, 45)}
-    for split, (low, high) in bounds.items():
-        least, most, mean = found[split]
-        assert low - 0.01 <= least < low + 0.1 and high - 0.1 < most <= high + 0.01, split
-        assert abs(mean - (low + high) / 2) < 0.3, split
-
-
-def test_goals_of_goal_ant() -> None:
-    task = make_task("goal_ant")
-    sectors = {}
-    for split in SPLITS:
-        goal = task.sample(4000, split, Rng(0)).data["goal"][0]
-        assert ((goal[:, 0] > 0) == (split == "train")).all()
-        angle = torch.atan2(goal[:, 1], goal[:, 0].abs()) / math.pi + 0.5
-        sectors[split] = set((16 * angle).floor().int().tolist())
-    assert sectors["train"] == set(range(16))
-    assert sectors["validation"] == set(range(0, 16, 2))
-    assert sectors["test"] == set(range(1, 16, 2))
 
 
 def test_a_mixture_is_validated_on_its_training_parts() -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from esmeta.envs.mujoco import MujocoEnv, State
 from esmeta.envs.mujoco_model import asset, build_model, motors
 from esmeta.rng import Rng
-from esmeta.tasks import make_task, task_names
+from esmeta.tasks import make_task
 from esmeta.tasks.random_reacher import links
 from esmeta.types import Tasks
 
@@ -207,31 +207,6 @@ def test_parameters_are_drawn_as_published(name: str) -> None:
             uniform_in(exponents[:, k], -3.0, 3.0)
     plain = make_task(name, log_scale_limit=0.0).sample(3, "train", Rng(0)).data
     assert all((leaf == 1).all() for leaf in plain.values())
-
-
-@pytest.mark.parametrize("name", [name for name in task_names() if "random" in name])
-def test_counts_of_the_models(name: str) -> None:
-    task = make_task(name)
-    model = build_model(task.body())
-    for leaf, values in task.sample(2, "train", Rng(0)).data.items():
-        own = {"gravity": 3, "pose": model.nq}
-        sizes = {"mass": model.nbody, "inertia": model.nbody, "damping": model.nv}
-        sizes |= {"body_pos": model.nbody, "inertial_pos": model.nbody}
-        if leaf in own:
-            assert values.shape[-1] == own[leaf]
-        else:
-            assert values.shape[2] == sizes.get(leaf, model.ngeom), leaf
-
-
-@pytest.mark.parametrize("name", [*EPG, "goal_ant", "hopper_params", "walker_params"])
-def test_a_task_does_not_depend_on_its_batch_mates(name: str) -> None:
-    task = make_task(name)
-    whole = task.sample(40, "test", Rng(3))
-    part = task.sample(torch.tensor([31, 2]), "test", Rng(3))
-    for leaf, values in part.data.items():
-        assert torch.equal(values, whole.data[leaf][:, [31, 2]])
-    other = task.sample(40, "train", Rng(3))
-    assert any(not torch.equal(values, other.data[k]) for k, values in whole.data.items())
 
 
 def test_the_direction_is_a_fair_coin() -> None:

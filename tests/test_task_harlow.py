@@ -156,15 +156,6 @@ def test_choice_without_memory_is_worth_one() -> None:
     assert abs(float(scores["accuracy_4"].mean()) - 0.5) < 0.02
 
 
-def test_horizon_truncates() -> None:
-    env, _, state, ts = setup(64, horizon=12)
-    for t in range(12):
-        assert not ts.truncated.any()
-        state, ts = env.step(state, torch.full((1, 64), t % 2))
-    assert ts.truncated.all() and ts.new_trial.all() and not ts.terminated.any()
-    assert (env.metrics(state)["length"] == 12).all()
-
-
 def test_render() -> None:
     env, _, state, _ = setup()
     row = int((state.code[0] == 6).nonzero()[0])

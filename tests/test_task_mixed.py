@@ -11,7 +11,7 @@ import pytest
 import torch
 from test_bad_input import assert_says
 from test_epg import AGENTS
-from tiny_runs import final_hash, overrides, run_here
+from tiny_runs import overrides, run_here
 
 import esmeta
 from esmeta.errors import UserError
@@ -217,13 +217,6 @@ def test_one_episode_alone_where_parts_can() -> None:
     assert steps[5].new_trial.tolist() == [[False, True]]
 
 
-def test_sizes_can_be_wider() -> None:
-    task = mixture(CHEAP[:1], obs_size=8, action_size=6)
-    assert (task.spec.obs_size, task.spec.action.size) == (8, 6)
-    _, ts = task.make_env("cpu").reset(task.sample(2, "train", Rng(0)), Rng(0))
-    assert ts.obs.shape == (1, 2, 8) and ts.prev_action.shape == (1, 2, 6)
-
-
 WRONG: list[tuple[dict[str, Any], list[str]]] = [
     ({"parts": ()}, ["parts is ()", "at least one", 'write parts = [{name = "half_cheetah"}']),
     ({"parts": ("hopper",)}, ["('hopper',)", "must be a table"]),
@@ -290,21 +283,6 @@ def test_optimizers_take_steps_and_report_the_parts(preset: str, more: list[str]
     held = parts.objective.heldout(parts.optimizer.theta(state), 4)
     assert held.metrics["return_pendulum"].isnan().tolist() == [[False, True, False, True]]
     assert held.metrics["return_displacement"].isnan().tolist() == [[True, False, True, False]]
-
-
-@pytest.mark.parametrize("parts", [CHEAP, HOSTED], ids=["cheap", "hosted"])
-def test_a_population_has_the_same_bits_in_any_chunk(parts: tuple[dict[str, Any], ...]) -> None:
-    task = mixture(parts)
-    policy = esmeta.make_policy("metods", task.spec, neurons=5, hidden=[4], head_hidden=4)
-    params = policy.init(0, 5)
-    whole = esmeta.PopulationEvaluator(policy, task, trials=5)(params)
-    chunked = esmeta.PopulationEvaluator(policy, task, trials=5, chunk=2)(params)
-    assert torch.equal(whole.returns, chunked.returns) and torch.equal(whole.steps, chunked.steps)
-    assert len(whole.returns[:, 0].unique()) == 5 and whole.metrics.keys() == chunked.metrics.keys()
-    # One trial alone, so that a batch may hold no trial of some part.
-    one = esmeta.PopulationEvaluator(policy, task, trials=1)(params, index=torch.tensor([4]))
-    assert torch.equal(one.returns[:, 0], whole.returns[:, 4])
-    assert one.metrics.keys() == whole.metrics.keys()
 
 
 def test_simulators_make_the_mixture_one_that_cannot_be_left() -> None:
@@ -408,15 +386,3 @@ def test_a_run_is_evaluated_on_another_environment(tmp_path: Path) -> None:
     assert bool(fitness.metrics["return_pendulum"].isnan().all())
     with pytest.raises(UserError, match="may not change the sizes"):
         evaluate.open_run(path, ["task.test_parts=[{name='hopper'}]"])
-
-
-@pytest.mark.mpi
-def test_ranks_have_the_same_theta(mpirun: Any, tmp_path: Path) -> None:
-    changes = ["task.name=mixed", *SMALL, "optimizer.popsize=6", "budget.generations=2",
-               "run.evaluate_trials=3"]  # fmt: skip
-    args = ["-m", "esmeta.train", "bandit-openes", *overrides(*changes), "--out"]
-    done = mpirun(2, *args, tmp_path / "two")
-    assert done.returncode == 0, done.stderr
-    assert run_here(*args[2:], tmp_path / "one") == 0
-    assert "validation_return_pendulum" in (tmp_path / "two" / "metrics.jsonl").read_text()
-    assert final_hash(tmp_path / "one") == final_hash(tmp_path / "two")
