@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 from test_bad_input import assert_says
 from tiny_runs import final_hash, overrides, run_here
 
@@ -293,16 +292,6 @@ def test_bad_input(tmp_path: Path, changes: list[str], words: list[str]) -> None
         run_here("displacement-epg", *overrides(*changes), "--out", tmp_path / "run")
     assert_says(str(caught.value), *words)
     assert "per_pair" in str(caught.value) or not (tmp_path / "run").exists()
-
-
-@pytest.mark.mpi
-def test_the_same_theta_on_one_and_two_ranks(mpirun: Any, tmp_path: Path) -> None:
-    args = ["displacement-epg", *overrides(*SMALL, "optimizer.popsize=36"), "--out"]
-    done = mpirun(2, "-m", "esmeta.train", *args, tmp_path / "r2")
-    assert done.returncode == 0, done.stderr
-    assert run_here(*args, tmp_path / "r1") == 0
-    assert final_hash(tmp_path / "r1") == final_hash(tmp_path / "r2")
-    assert (ROOT / "runs" / "presets" / "displacement-epg.toml").is_file()
 
 
 def test_evaluate_and_report_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

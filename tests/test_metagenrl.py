@@ -424,32 +424,6 @@ def test_annealing_goes_from_the_critic_to_the_learned_loss() -> None:
         )
 
 
-def test_meta_steps_make_learning_worth_it() -> None:
-    """On a fixed batch and critic, Q after the update rises from about Q before it."""
-    agent, params = an_agent()
-    network = ObjectiveNetwork(STEPS)
-    alpha = {k: v.double().expand(AGENTS, *v.shape[1:]) for k, v in network.init(Rng(2)).items()}
-    batches, where = parts_of(1)
-    before = value_after(
-        agent, params, network.loss(alpha), [], where, rate=0.0, reduction="sum"
-    ).detach()
-    gains = []
-    for _ in range(60):
-        leaves = {k: v.detach().requires_grad_() for k, v in alpha.items()}
-        value = value_after(
-            agent, params, network.loss(leaves), batches, where, rate=1e-3, reduction="sum"
-        )
-        gains.append((value - before).detach())
-        found = torch.autograd.grad(value.sum(), list(leaves.values()))
-        norm = torch.stack([g.flatten(1).square().sum(1) for g in found]).sum(0).sqrt()
-        alpha = {
-            k: v + 0.1 * g / norm.reshape(-1, *[1] * (g.ndim - 1))
-            for (k, v), g in zip(leaves.items(), found, strict=True)
-        }
-    assert float(gains[0].abs().max()) < 0.01
-    assert float(gains[-1].min()) > 0.01 and float(gains[-1].mean()) > 0.05
-
-
 # --- agents in training ----------------------------------------------------------------------
 
 
