@@ -46,9 +46,11 @@ OPEN_MPI = {
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Ranks need the cores for themselves: of the tests that start some, one at a time."""
+    why = "no mpirun: pip install 'esmeta[mpi]' or put a cluster's MPI on PATH"
     for item in items:
         if item.get_closest_marker("mpi"):
             item.add_marker(pytest.mark.xdist_group("mpi"))
+            item.add_marker(pytest.mark.skipif(find_mpirun() is None, reason=why))
 
 
 def environment(extra: Mapping[str, str] | None) -> dict[str, str]:
@@ -137,16 +139,13 @@ def kill_leftovers(mark: str, grace: float) -> list[str]:
 @pytest.fixture
 def mpirun(tmp_path: Path) -> RunFunction:
     """``mpirun(n, *args)``: ``python args`` on n ranks; fails if a process outlives the job."""
-    command = find_mpirun()
-    if command is None:
-        pytest.skip("no mpirun: pip install 'esmeta[mpi]' or put a cluster's MPI on PATH")
 
     def run(
         n: int, *args: object, timeout: float = 240, env: Mapping[str, str] | None = None
     ) -> subprocess.CompletedProcess[str]:
         mark = uuid.uuid4().hex
         job = subprocess.Popen(
-            [command, "-n", str(n), sys.executable, *map(str, args)],
+            [str(find_mpirun()), "-n", str(n), sys.executable, *map(str, args)],
             cwd=tmp_path,
             env=environment({**OPEN_MPI, **(env or {}), "ESMETA_TEST_JOB": mark}),
             stdin=subprocess.DEVNULL,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import os
 import re
-import shutil
 import subprocess
 import sys
 import time
@@ -13,19 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT, find_mpirun
 from tiny_runs import overrides, write_preset
 
 from esmeta.errors import UserError
 from esmeta.ranks import comm as comm_module
 from esmeta.ranks.comm import SelfComm, make_comm
 from esmeta.ranks.launched import launched_ranks, local_rank, speaks
-
-ROOT = Path(__file__).resolve().parent.parent
-_BESIDE = Path(sys.executable).parent / "mpirun"
-MPIRUN = str(_BESIDE) if _BESIDE.exists() else shutil.which("mpirun")
-needs_mpirun = pytest.mark.skipif(
-    MPIRUN is None, reason="no mpirun beside python or on PATH; pip install mpich"
-)
 
 
 def clean_env() -> dict[str, str]:
@@ -34,7 +27,13 @@ def clean_env() -> dict[str, str]:
 
 
 def mpirun(ranks: int, script: str, *arguments: str) -> tuple[int, str, str]:
-    command = [str(MPIRUN), "-n", str(ranks), sys.executable, str(ROOT / "tests/mpi" / script)]
+    command = [
+        str(find_mpirun()),
+        "-n",
+        str(ranks),
+        sys.executable,
+        str(ROOT / "tests/mpi" / script),
+    ]
     done = subprocess.run(
         [*command, *arguments], capture_output=True, text=True, timeout=240, env=clean_env()
     )
@@ -46,7 +45,6 @@ NEVER = "100000"
 
 
 @pytest.mark.mpi
-@needs_mpirun
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_collectives(ranks: int) -> None:
     code, out, err = mpirun(ranks, "collectives.py", str(ranks))
@@ -56,7 +54,6 @@ def test_collectives(ranks: int) -> None:
 
 
 @pytest.mark.mpi
-@needs_mpirun
 def test_a_generation_sends_little_and_pickles_nothing(tmp_path: Path) -> None:
     members, trials, ranks = 50, 3, 2
     sizes = overrides(f"optimizer.popsize={members}", "optimizer.name=snes")
@@ -76,7 +73,6 @@ def test_a_generation_sends_little_and_pickles_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.mpi
-@needs_mpirun
 def test_an_exception_on_one_rank_ends_the_job_at_once() -> None:
     code, out, err = mpirun(2, "failure.py", "raise", NEVER)
     assert code == comm_module.EXIT_EXCEPTION and "finished" not in out
@@ -85,7 +81,6 @@ def test_an_exception_on_one_rank_ends_the_job_at_once() -> None:
 
 
 @pytest.mark.mpi
-@needs_mpirun
 @pytest.mark.parametrize(
     ("mode", "transport"),
     [("exit", "SharedMemory"), ("hang", "Messages")],
@@ -99,21 +94,18 @@ def test_a_rank_that_does_not_come_is_a_timeout(mode: str, transport: str) -> No
 
 
 @pytest.mark.mpi
-@needs_mpirun
 def test_a_killed_rank_ends_the_job() -> None:
     code, out, _ = mpirun(2, "failure.py", "kill", NEVER)
     assert code != 0 and "finished" not in out
 
 
 @pytest.mark.mpi
-@needs_mpirun
 def test_abort_says_why_and_sets_the_exit_code() -> None:
     code, _, err = mpirun(2, "failure.py", "abort", NEVER)
     assert code == 7 and "esmeta: rank 1: enough" in err
 
 
 @pytest.mark.mpi
-@needs_mpirun
 def test_the_same_user_error_everywhere_is_one_line() -> None:
     code, _, err = mpirun(3, "failure.py", "user-error-everywhere", NEVER)
     assert code == comm_module.EXIT_USER_ERROR
@@ -122,7 +114,6 @@ def test_the_same_user_error_everywhere_is_one_line() -> None:
 
 
 @pytest.mark.mpi
-@needs_mpirun
 @pytest.mark.parametrize(
     ("mode", "message"),
     [("user-error-on-first", "only at the root"), ("user-error-on-last", "only here")],

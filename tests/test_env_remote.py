@@ -6,16 +6,14 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
-import uuid
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
-from conftest import OPEN_MPI, ROOT, environment, find_mpirun, kill_leftovers, wait_for
+from conftest import ROOT
 from faulty_env import VARIABLE
+from test_faults import ranks_of
+from test_resume import Job
 from tiny_runs import final_hash, overrides, run_here, summary, write_preset
 
 from esmeta.run.record import read_metrics
@@ -132,33 +130,13 @@ def test_windows_of_lives_are_refused_in_one_line(tmp_path: Path, mpirun: Any) -
 
 @slow
 def test_a_signal_to_a_rank_that_serves_stops_the_run(tmp_path: Path) -> None:
-    mpirun = find_mpirun()
-    if mpirun is None:
-        pytest.skip("no mpirun")
-    mark = uuid.uuid4().hex
-    args = [write_preset(tmp_path), *OPTIONS, *overrides("budget.generations=1000000")]
-    job = subprocess.Popen(
-        [mpirun, "-n", "2", sys.executable, "-m", "esmeta.train", *map(str, args), "--out", "run"],
-        cwd=tmp_path,
-        env=environment({**OPEN_MPI, "ESMETA_TEST_JOB": mark}),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        wait_for("a step", (tmp_path / "run" / "metrics.jsonl").exists, job)
-        serving = [
-            process
-            for process in psutil.Process(job.pid).children(recursive=True)
-            if process.environ().get("PMI_RANK") == "1"
-        ]
-        serving[-1].send_signal(signal.SIGTERM)
-        _, err = job.communicate(timeout=240)
-    finally:
-        assert not kill_leftovers(mark, grace=5)
-    assert job.returncode == 75, err
-    assert summary(tmp_path / "run")["stopped_by"] == "signal"
+    run = tmp_path / "run"
+    endless = overrides("budget.generations=1000000")
+    job = Job(tmp_path, 2, write_preset(tmp_path), *OPTIONS, *endless, "--out", run)
+    job.wait_for_step(run, 1)
+    ranks_of(job)[1].send_signal(signal.SIGTERM)
+    assert job.finish() == 75, job.stderr()
+    assert summary(run)["stopped_by"] == "signal"
 
 
 @pytest.mark.parametrize("value", ["maybe", "1", '"yes"'])

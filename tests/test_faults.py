@@ -6,10 +6,7 @@ import contextlib
 import os
 import re
 import resource
-import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +14,7 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import ROOT, environment, find_mpirun, marked
+from conftest import ROOT, marked
 from fault_runs import GENERATIONS, fail_and_resume, uninterrupted
 from test_resume import Job
 from tiny_runs import final_hash, overrides, run_here, summary, write_preset
@@ -25,9 +22,7 @@ from tiny_runs import final_hash, overrides, run_here, summary, write_preset
 from esmeta.errors import UserError
 from esmeta.ranks.comm import SelfComm
 from esmeta.run.record import load_checkpoint, read_metrics
-from esmeta.run.watch import Idle, TimeLimit
-
-needs_mpirun = pytest.mark.skipif(find_mpirun() is None, reason="no mpirun")
+from esmeta.run.watch import TimeLimit
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +31,6 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.mark.mpi
-@needs_mpirun
 @pytest.mark.parametrize(
     ("kind", "rank", "code"),
     [
@@ -104,18 +98,6 @@ def test_collectives_know_where_the_run_is(
     assert comm.timeout_s == 7.5
 
 
-def test_idle_is_the_share_of_time_in_collectives(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = 100.0
-    monkeypatch.setattr(time, "monotonic", lambda: now)
-    comm = SelfComm()
-    idle = Idle(comm)
-    now, comm.waited_s = 110.0, 2.5
-    assert idle.metrics() == {"idle_mean": 0.25, "idle_max": 0.25}
-    now, comm.waited_s = 120.0, 2.5
-    assert idle.metrics() == {"idle_mean": 0.0, "idle_max": 0.0}
-    assert idle.by_rank() == [0.125]
-
-
 @pytest.mark.mpi
 def test_idle_ranks_are_told_apart(tmp_path: Path, mpirun: Any) -> None:
     """One of two ranks comes when the other is there already, which idles."""
@@ -172,7 +154,6 @@ def ranks_of(job: Job) -> dict[int, psutil.Process]:
 
 
 @pytest.mark.mpi
-@needs_mpirun
 @pytest.mark.parametrize(
     ("who", "name"),
     [
@@ -269,70 +250,3 @@ def test_a_full_disk_under_each_file(
     whole = overrides("run.evaluate_every=0", "budget.generations=6")
     assert run_here(preset, "--out", tmp_path / "whole", *whole) == 0
     assert final_hash(run) == final_hash(tmp_path / "whole")
-
-
-def errors_of(stderr: str) -> list[str]:
-    """Lines that are not progress."""
-    return [line for line in stderr.splitlines() if line and not line.startswith("bandit openes")]
-
-
-MOUNT = """
-set -e
-mount -t tmpfs -o size={size} none disk
-{python} -m esmeta.train {preset} --out disk/run --set budget.generations=4 {options}
-cp disk/run/checkpoint/current.ckpt before.ckpt
-{change}
-code=0
-{python} -m esmeta.train --resume disk/run --set budget.generations=4000 2> err || code=$?
-echo $code > code
-cp disk/run/checkpoint/*.ckpt .
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(
-    shutil.which("unshare") is None
-    or subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode != 0,
-    reason="may not mount here",
-)
-@pytest.mark.parametrize(
-    ("size", "change", "reason"),
-    [
-        ("1m", "mount -o remount,ro disk", "Read-only file system"),
-        ("100k", "head -c 40000 /dev/zero > disk/thesis || true", "No space left on device"),
-    ],
-)
-def test_a_real_disk(tmp_path: Path, size: str, change: str, reason: str) -> None:
-    (tmp_path / "disk").mkdir()
-    options = " ".join(overrides("run.evaluate_every=0", "run.checkpoint_every=1"))
-    script = MOUNT.format(
-        size=size,
-        change=change,
-        preset=write_preset(tmp_path),
-        python=sys.executable,
-        options=options,
-    )
-    done = subprocess.run(
-        ["unshare", "-rm", "sh", "-c", script],
-        cwd=tmp_path,
-        env=environment(None),
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    if "mount:" in done.stderr:
-        pytest.skip("may not mount here")
-    assert done.returncode == 0, done.stderr
-    (line,) = errors_of((tmp_path / "err").read_text())
-    assert (tmp_path / "code").read_text().strip() == "2"
-    assert line.startswith(f"esmeta: error: {tmp_path / 'disk' / 'run'}")
-    assert f"cannot be written ({reason})" in line
-    folder = tmp_path / "saved" / "checkpoint"
-    folder.mkdir(parents=True)
-    for name in ("current.ckpt", "previous.ckpt"):
-        shutil.copy(tmp_path / name, folder)
-    saved = load_checkpoint(tmp_path / "saved")
-    assert saved is not None and saved.step >= 4
-    if reason.startswith("Read-only"):
-        same = (tmp_path / "before.ckpt").read_bytes()
-        assert (tmp_path / "current.ckpt").read_bytes() == same

@@ -7,49 +7,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_runs import overrides
 
-from esmeta import names
 from esmeta.run import learn
 
-SHORT = {
-    "ppo": ["learner.period=20", "learner.minibatch=10", "learner.epochs=2"],
-    "reinforce": ["learner.period=20", "learner.minibatch=10", "learner.value_epochs=2"],
-    "td3": ["learner.period=10", "learner.start=10", "learner.update_after=20", "learner.batch=5"],
-}
-SHORT["offpolicy_reinforce"] = [*SHORT["td3"], "learner.snippet=5"]
+SHORT = ["learner.period=20", "learner.minibatch=10", "learner.epochs=2"]
 
 
 def run(*args: object) -> int:
     return learn.main([str(arg) for arg in args])
 
 
-def changes(*pairs: str) -> list[str]:
-    return [word for pair in pairs for word in ("--set", pair)]
-
-
-def test_every_learner_is_tried_here() -> None:
-    assert names.known("learner") == sorted(SHORT)
-
-
-@pytest.mark.parametrize("name", sorted(SHORT))
-def test_a_learner_lives_and_repeats(name: str, tmp_path: Path) -> None:
-    curves = []
-    for k in range(2):
-        out = tmp_path / f"{k}.json"
-        more = changes(*SHORT[name], "learner.hidden=[8]", "task.episode_steps=20")
-        args = [name, "--task", "pendulum", "--steps", 40, "--agents", 1 + 2 * k, "--parts", 2]
-        assert run(*args, *more, "--out", out) == 0
-        written = json.loads(out.read_text())
-        assert written["learner"] == name and len(written["curve"]) == 2
-        assert [row["agents"] for row in written["curve"]] == [1 + 2 * k] * 2
-        curves.append([row["return"] for row in written["curve"]])
-    assert all(-4000 < value < 0 for value in curves[1])
-    assert curves[0] != curves[1], "three agents are not one"
-
-
 def test_policies_are_scored_after_their_lives(tmp_path: Path, capsys) -> None:
     out = tmp_path / "out.json"
-    more = changes(*SHORT["ppo"], "learner.hidden=[8]", "task.episode_steps=20")
+    more = overrides(*SHORT, "learner.hidden=[8]", "task.episode_steps=20")
     args = ["ppo", "--task", "pendulum", "--steps", 40, "--agents", 3, *more, "--out", out]
     assert run(*args) == 0
     assert json.loads(out.read_text())["test"] is None
@@ -73,7 +44,7 @@ def test_policies_are_scored_after_their_lives(tmp_path: Path, capsys) -> None:
 
 def test_discrete_actions() -> None:
     args = ["--task", "bandit", "--steps", 40, "--agents", 2]
-    assert run("ppo", *args, *changes("learner.period=20", "learner.minibatch=10")) == 0
+    assert run("ppo", *args, *overrides("learner.period=20", "learner.minibatch=10")) == 0
 
 
 @pytest.mark.parametrize(
@@ -115,11 +86,3 @@ def test_bad_input(args: list[str], words: list[str], capsys: pytest.CaptureFixt
     assert message.startswith("esmeta: error: ") and message.count("\n") == 1
     for word in words:
         assert word in message, message
-
-
-def test_flags_are_frozen() -> None:
-    flags = {word for action in learn.parser()._actions for word in action.option_strings}
-    assert flags == {
-        "-h", "--help", "--task", "--steps", "--agents", "--set", "--split", "--seed", "--device",
-        "--parts", "--out", "--test-episodes", "--test-steps", "--policy",
-    }  # fmt: skip

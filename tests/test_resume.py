@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import os
 import random
-import signal
 import subprocess
 import sys
 import time
 import uuid
 from pathlib import Path
-from typing import Any
 
 import pytest
 from conftest import OPEN_MPI, environment, find_mpirun, kill_leftovers, marked, wait_for
 from tiny_runs import final_hash, overrides, run_here, summary, write_preset
 
 from esmeta.run.record import load_checkpoint, read_metrics
-from esmeta.run.train import EXIT_STOPPED
 
 OPTIMIZERS = {
     "openes": ["optimizer.weight_decay=0.01", "optimizer.sigma_decay=0.9"],
@@ -124,8 +121,6 @@ ENDLESS = [*LONG, *overrides("budget.generations=1000000")]
 
 @pytest.mark.mpi
 def test_killed_runs_go_on_with_other_numbers_of_ranks(tmp_path: Path) -> None:
-    if find_mpirun() is None:
-        pytest.skip("no mpirun")
     preset, run, whole = write_preset(tmp_path), tmp_path / "run", tmp_path / "whole"
     moment = random.Random()  # a new moment every time: all of them must do
     reached = [0]
@@ -144,28 +139,3 @@ def test_killed_runs_go_on_with_other_numbers_of_ranks(tmp_path: Path) -> None:
     lines, expected = read_metrics(run), read_metrics(whole)
     assert [x["theta_sha256"] for x in lines] == [x["theta_sha256"] for x in expected]
     assert summary(run)["ranks"] == 1
-
-
-@pytest.mark.mpi
-@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_a_polite_stop_saves_and_says_so(tmp_path: Path, ranks: int) -> None:
-    preset, run = write_preset(tmp_path), tmp_path / "run"
-    long = overrides("budget.generations=100000", "run.evaluate_every=0", "run.checkpoint_every=0")
-    job = Job(tmp_path, ranks, preset, "--out", run, *long)
-    job.wait_for_step(run, 5)
-    (job.process if ranks == 1 else first_rank(job)).send_signal(signal.SIGTERM)
-    code = job.finish()
-    assert code == EXIT_STOPPED == 75, job.stderr()
-    checkpoint = load_checkpoint(run)
-    lines = read_metrics(run)
-    assert checkpoint is not None and checkpoint.step == lines[-1]["step"] >= 5
-    facts: dict[str, Any] = summary(run)
-    assert facts["stopped_by"] == "signal" and facts["steps"] == checkpoint.step
-    assert final_hash(run) == lines[-1]["theta_sha256"]
-    end = checkpoint.step + 2
-    assert run_here("--resume", run, *overrides(f"budget.generations={end}")) == 0
-    assert summary(run)["steps"] == end
-
-
-def first_rank(job: Job) -> Any:
-    return next(p for p in marked(job.mark) if "python" in Path(p.exe()).name)

@@ -35,19 +35,6 @@ def test_flags_are_frozen() -> None:
     expected = ["--device", "--help", "--list", "--objective", "--optimizer", "--out", "--resume"]
     expected += ["--seed", "--set", "--task", "-h"]
     assert flags(train.parser()) == sorted(expected)
-    assert flags(evaluate.parser()) == [
-        "--as-trained",
-        "--best",
-        "--greedy",
-        "--help",
-        "--json",
-        "--lesion",
-        "--seed",
-        "--set",
-        "--split",
-        "--trials",
-        "-h",
-    ]
     expected = ["--help", "--hosts", "--launcher", "--max-restarts", "--ranks", "-h", "-n"]
     assert flags(launch.parser()) == expected
     for parser in (train.parser(), evaluate.parser(), launch.parser()):
