@@ -90,15 +90,6 @@ def test_wrong_presets(tmp_path: Path) -> None:
     assert_says(refused(tmp_path, bad, *out), "task = 'bandit'", "[task]")
 
 
-def test_too_many_parameters_for_a_full_matrix(tmp_path: Path) -> None:
-    for name, more in (("cmaes", ["optimizer.separable=false"]), ("xnes", [])):
-        args = overrides("policy.neurons=64", *more)
-        message = refused(
-            tmp_path, write_preset(tmp_path), "--out", tmp_path / "run", "--optimizer", name, *args
-        )
-        assert_says(message, "parameters", "1500")
-
-
 def test_sizes_that_do_not_go_together(tmp_path: Path) -> None:
     preset, out = write_preset(tmp_path), tmp_path / "run"
     message = refused(tmp_path, preset, "--out", out, "--optimizer", "ppo")

@@ -222,17 +222,6 @@ def _rng(of: Any) -> Any:
     return Rng(of.seed).fold("tasks")
 
 
-def test_a_penalty_on_saturation_is_part_of_every_life() -> None:
-    far = ("objective.learning_rate=1.0", "objective.ppo_generations=0")
-    free, held = objective(*far), objective(*far, "objective.saturation=10.0")
-    thetas = members(free, 3)
-    for a, b in (
-        (free.fitness(thetas, 0), held.fitness(thetas, 0)),
-        (free.heldout(thetas, 2), held.heldout(thetas, 2)),
-    ):
-        assert not torch.equal(a.returns, b.returns)
-
-
 @pytest.mark.parametrize("optimizer", ["openes", "nres", "snes"])
 def test_any_optimizer_and_a_resumed_run_repeats(tmp_path: Path, optimizer: str) -> None:
     args = ["displacement-epg", "--optimizer", optimizer, *overrides(*SMALL)]

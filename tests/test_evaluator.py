@@ -134,17 +134,6 @@ def test_memory_has_the_same_bits_for_any_split(policy_name: str) -> None:
                     assert got is not None and torch.equal(got, b[member, list(trials)])
 
 
-@pytest.mark.parametrize("task_name", TASKS)
-def test_members_may_have_tasks_of_their_own(task_name: str) -> None:
-    evaluator, params = make(task_name, "metods-base", 9)
-    members, index = [1, 4, 0], torch.tensor([[3, 9, 4], [0, 1, 2], [20, 3, 3]])
-    own = evaluator(some(params, members), seed=2, index=index)
-    for row, member in enumerate(members):
-        alone = evaluator(some(params, [member]), seed=2, index=index[row])
-        assert torch.equal(own.returns[row : row + 1], alone.returns)
-        assert torch.equal(own.steps[row : row + 1], alone.steps)
-
-
 def test_global_generators_are_neither_read_nor_moved() -> None:
     for task_name in TASKS:
         evaluator, params = make(task_name, "metods-base")

@@ -214,12 +214,6 @@ def test_interactions_are_counted_over_all_ranks() -> None:
     assert all(equal(batch, alone) and s == sizes for batch, s in on_ranks(3, work))
 
 
-def test_popsize_max_limits_interactions() -> None:
-    search = pgpe(make_problem(), num_interactions=10_000, popsize_max=40)
-    search.run(2)
-    assert search.status["popsize"] == 40
-
-
 def test_restarts() -> None:
     from evotorch.algorithms import SNES
     from evotorch.algorithms.restarter import IPOP, Restart
@@ -300,15 +294,6 @@ def test_a_failure_is_worse_than_all_before_it() -> None:
     assert max(evaluate(optimum, optimum)) < lowest
 
 
-def test_below_worst() -> None:
-    from esmeta.evolution.evotorch import below_worst
-
-    assert below_worst(torch.tensor([math.nan, math.inf]).double()).tolist() == [0.0, 0.0]
-    assert below_worst(torch.tensor([math.nan]).double(), -4.0).tolist() == [-5.0]
-    assert below_worst(torch.tensor([2.0, math.nan]).double()).tolist() == [2.0, 1.0]
-    assert below_worst(torch.tensor([2.0, 5.0, math.nan]).double(), 0.0).tolist() == [2, 5, -3]
-
-
 def test_a_bad_seed_is_refused() -> None:
     with pytest.raises(ValueError, match="seed = -1"):
         make_problem(seed=-1)
@@ -357,10 +342,3 @@ def test_the_example_learns_the_same_alone_and_on_two_ranks(
     assert "stdev_mean" in alone.stdout and re.fullmatch(r"theta [0-9a-f]{64}", lines[-1])
     assert pair.stdout.splitlines()[-2:] == lines[-2:]
     assert len(re.findall(r"^ *iter", pair.stdout, re.MULTILINE)) == 2  # rank 0 only
-
-
-def test_copies_have_no_communicator() -> None:
-    problem = make_problem(comm=solo())
-    for copy in (pickle.loads(pickle.dumps(problem)), problem.clone()):
-        assert copy.comm is None and copy.solution_length == 6
-    assert problem.comm is not None

@@ -256,14 +256,3 @@ def test_bad_requests() -> None:
     point = api.TaskEnv("point")
     point.reset(seed=0)
     refused(r"shape \(3,\).*2 numbers", lambda: point.step(np.zeros(3)))
-
-
-def test_one_call_of_the_batch_steps_all_slots() -> None:
-    envs = api.TaskVectorEnv("maze", 64)
-    envs.reset(seed=0)
-    (group,) = envs._groups
-    calls = []
-    plain = group.env.step
-    group.env.step = lambda *given: calls.append(1) or plain(*given)  # type: ignore[method-assign]
-    envs.step(np.zeros(64, dtype=np.int64))
-    assert len(calls) == 1

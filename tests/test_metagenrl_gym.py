@@ -20,12 +20,10 @@ from tiny_runs import overrides, run_here
 from esmeta.errors import UserError
 from esmeta.lives import AgentLives, Life
 from esmeta.objectives.metagenrl import MetaGenRLObjective
-from esmeta.ranks.comm import SelfComm
 from esmeta.rl.diary import Scores
 from esmeta.run import config as configs
 from esmeta.run import evaluate, learn, train
 from esmeta.tasks import make_task
-from esmeta.tree import ravel
 
 BRIEF = ("task.name=gym", "task.id=Brief-v0", "task.horizon=64", "task.episode_steps=10")
 BESIDE = "objective.more_tasks=[{name='gym', id='Brief-v0', horizon=64, episode_steps=10}]"
@@ -152,13 +150,6 @@ def test_meta_test_in_an_environment_that_it_never_met(tmp_path: Path) -> None:
     assert run_here("pendulum-metagenrl", *overrides(*SMALL), "--out", tmp_path / "run") == 0
     args = [word for text in BRIEF for word in ("--set", text)]
     assert evaluate.main([str(tmp_path / "run"), "--trials", "2", *args]) == 0
-
-
-def test_a_step_with_agents_there_alone() -> None:
-    built = parts(BESIDE)
-    state, metrics = built.optimizer.step(built.state, built.objective, SelfComm(), built.rng)
-    assert metrics["env_steps"] == 6 * 16
-    assert not torch.equal(ravel(built.optimizer.theta(state)), ravel(built.theta))
 
 
 @pytest.mark.parametrize("learner", ["td3", "ppo"])

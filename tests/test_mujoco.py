@@ -395,17 +395,6 @@ def test_episodes_follow_each_other_in_the_same_step() -> None:
     assert any(ts.terminated.any() for ts in steps)
 
 
-def test_episodes_start_as_a_trial_of_their_own_would() -> None:
-    # The physics of an episode must not remember the one before: warm start, time, controls.
-    task = make_task("cheetah_dir", horizon=20, episodes=2)
-    env, tasks = task.make_env("cpu"), task.sample(3, "train", Rng(0))
-    acts = actions(20, 1, 3, 6)
-    *_, states = play(task, env, acts, tasks)
-    worlds = make_task("cheetah_dir", horizon=10).make_env("cpu")._at(torch.Size((1, 3)), {})
-    worlds.restart(states[10].starts[0, :, 1], torch.ones(3, dtype=torch.bool))
-    assert torch.equal(worlds.saved(torch.Size((1, 3))), states[10].rows)
-
-
 def refused(*words: str, **change: object) -> None:
     """A wrong change to the worlds' models is refused, with these words."""
     task = make_task("hopper")

@@ -148,22 +148,6 @@ def test_unroll_is_step_at_usual_sizes(name: str, neurons: int) -> None:
 
 
 @pytest.mark.parametrize("memory", ONE_OF_EACH, ids=memory_id)
-def test_a_trial_does_not_depend_on_its_batch(memory: tuple[str, dict[str, Any]]) -> None:
-    """One member's minibatches are trials of one recording: PPO's ratio of 1 rests on this."""
-    name, options = memory
-    policy = small(name, **options, neurons=9)
-    params = spread(policy, 1)
-    ts = recording(policy.spec, 12, 1, 40)
-    state = policy.initial_state(params, 40, Rng(4))
-    whole, _ = policy.unroll(params, state, ts)
-    for chosen in ([3], [7, 0], [1, 39, 20], list(range(5, 18)), list(range(11, 28))):
-        part = {k: v[:, chosen] for k, v in state.items()}
-        out, _ = policy.unroll(params, part, TimeStep(*(leaf[:, :, chosen] for leaf in ts)))
-        for name, a, b in zip(out._fields, out, whole, strict=True):
-            assert b is None or torch.equal(a, b[:, :, chosen]), (name, len(chosen))
-
-
-@pytest.mark.parametrize("memory", ONE_OF_EACH, ids=memory_id)
 def test_a_new_trial_forgets_and_only_that(memory: tuple[str, dict[str, Any]]) -> None:
     name, options = memory
     policy = small(name, **options)

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from esmeta import rollout as loop
-from esmeta.agent import heads
 from esmeta.policy import make_policy
 from esmeta.rng import Rng
 from esmeta.tasks import make_task
@@ -200,17 +199,6 @@ def test_a_recording_says_what_happened() -> None:
     assert trajectory.start is begin.state
 
 
-def test_actions_come_from_heads_and_noise() -> None:
-    trajectory, begin, _ = recorded("bandit", batch=500)
-    for t in range(20):
-        out = PolicyOut(*(None if x is None else x[t] for x in trajectory.out))
-        assert torch.equal(heads.sample(out, begin.noise[t]), trajectory.action[t])
-    p = torch.softmax(trajectory.out.logits, -1)[..., 1]  # type: ignore[arg-type]
-    drawn = trajectory.action.float()
-    error = (p * (1 - p)).sum().sqrt()
-    assert float((drawn - p).sum().abs()) < 4 * float(error)
-
-
 def test_noise_is_addressed_by_trial() -> None:
     task = make_task("bandit")
     policy = make_policy("mlp", task.spec, neurons=4)
@@ -227,18 +215,3 @@ def test_noise_is_addressed_by_trial() -> None:
     assert torch.equal(noise([7], population=5), whole[:, :, [7]])  # members share it
     assert not torch.isclose(noise([7], seed=1), whole[:, :, [7]]).any()
     assert abs(float(whole.mean()) - 0.5) < 4 * (1 / 12 / whole.numel()) ** 0.5
-
-
-def test_members_with_the_same_theta_do_the_same() -> None:
-    trajectory, _, _ = recorded("harlow", batch=4, horizon=30, population=1)
-    task = make_task("harlow", horizon=30)
-    policy = make_policy("metods", task.spec, value=True, neurons=6)
-    one = policy.init(3, 1)
-    params = {k: v.expand(3, *v.shape[1:]).contiguous() for k, v in one.items()}
-    env = task.make_env("cpu")
-    begin = loop.start(policy, params, env, task.sample(4, "train", Rng(1)), Rng(2))
-    recorder = loop.Recorder(begin.state)
-    three = recorder.trajectory(loop.rollout(policy, env, begin, recorder))
-    for member in range(3):
-        assert torch.equal(three.action[:, member], trajectory.action[:, 0])
-        assert torch.equal(three.reward[:, member], trajectory.reward[:, 0])

@@ -12,15 +12,12 @@ from torch import Tensor
 
 from esmeta import make_policy
 from esmeta import rollout as loop
-from esmeta.agent.inner import inner_policy
 from esmeta.kernels import prepare, step_prepared
-from esmeta.lives import AgentLives, Life
 from esmeta.objectives.epg import EpgObjective
 from esmeta.objectives.return_ import ReturnObjective
-from esmeta.rl.off_policy import ReplayLearner, ReplayOptions
 from esmeta.rng import Rng
 from esmeta.tree import leaves_of
-from esmeta.types import Discrete, Params, Spec, State, TimeStep
+from esmeta.types import Params, State, TimeStep
 
 
 def aimed(objective: ReturnObjective, *means: float) -> Params:
@@ -86,64 +83,7 @@ def test_epgs_share_of_ppo_is_that_of_the_generation_a_life_began_in() -> None:
         torch.testing.assert_close(fitness.returns, whole, rtol=0, atol=1e-12)
 
 
-def test_agents_in_the_middle_of_a_trial_are_stored() -> None:
-    task = Probe(horizon=12)
-    agent = inner_policy(task.spec, "metagenrl", (4,), frozenset({"critics"}), std=0.1)
-    options = ReplayOptions(period=4, capacity=64, batch=6, update_after=64)
-    lives = AgentLives(
-        ReplayLearner(agent, options, start=0), task, 7, torch.device("cpu"), endless=True
-    )
-
-    def lived(life: Life, windows: int) -> tuple[Life, list[Tensor]]:
-        seen: list[Tensor] = []
-        for _ in range(windows):
-            life, new = lives.act(life, "train")
-            replay = life.state.replay.add(new)
-            life = life._replace(state=life.state._replace(replay=replay))
-            seen += [*new.ts, new.action, new.active]
-        return life, seen
-
-    index = torch.tensor([2, 5])
-    life, _ = lived(lives.begin(index, "train"), 4)  # one trial and a third of the next
-    saved = lives.save(life, "train")
-    _, whole = lived(life, 5)
-    _, again = lived(lives.restore(lives.begin(index, "train"), saved, "train"), 5)
-    assert all(torch.equal(a, b) for a, b in zip(whole, again, strict=True))
-
-
 # --- memory ------------------------------------------------------------------------------------
-
-
-def inputs(spec: Spec, trials: int, seed: int) -> TimeStep:
-    draw = torch.Generator().manual_seed(seed)
-    obs = torch.randn(1, trials, spec.obs_size, generator=draw)
-    no = torch.zeros(1, trials, dtype=torch.bool)
-    action = torch.zeros(1, trials, spec.action.size)
-    return TimeStep(obs, action, torch.zeros(1, trials), no, no, no, no)
-
-
-@pytest.mark.parametrize("w0", ["sampled", "learned", "fixed"])
-def test_a_trial_that_begins_anew_has_its_first_weights(w0: str) -> None:
-    spec = Spec(3, Discrete(2), 10)
-    policy = make_policy("metods", spec, neurons=5, w0=w0, w0_std=0.5, alpha_std=0.5)
-    params = policy.init(0)
-    first = policy.initial_state(params, 3, Rng(4), torch.tensor([[8, 1, 5]]))
-    assert float(first["W"].abs().min()) > 0
-    state = first
-    for step in range(3):
-        _, state = policy.step(params, state, inputs(spec, 3, step), step)
-    assert not torch.equal(state["W"], first["W"])
-    last = inputs(spec, 3, 9)
-    begun = last._replace(new_trial=torch.tensor([[True, False, True]]))
-    out, after = policy.step(params, state, begun)
-    fresh, there = policy.step(params, first, last)
-    going, on = policy.step(params, state, last)
-    for trial, (logits, end) in enumerate([(fresh, there), (going, on), (fresh, there)]):
-        assert torch.equal(out.logits[0, trial], logits.logits[0, trial])
-        assert torch.equal(after["W"][0, trial], end["W"][0, trial])
-    rows = TimeStep(*(leaf.unsqueeze(0) for leaf in begun))
-    unrolled, end = policy.unroll(params, state, rows)
-    assert torch.equal(unrolled.logits[0], out.logits) and torch.equal(end["W"], after["W"])
 
 
 @pytest.mark.parametrize("asked", ["W", "v", "alpha", "kappa"])
