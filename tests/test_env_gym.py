@@ -20,8 +20,6 @@ from torch import Tensor
 import esmeta
 from esmeta.envs.remote import RemoteTask
 from esmeta.errors import UserError
-from esmeta.objectives.return_ import Objective
-from esmeta.optimizers.nres import Optimizer as Nres
 from esmeta.rng import Rng
 from esmeta.run import config as configs
 from esmeta.run import train
@@ -95,42 +93,60 @@ def random_actions(task: Any, steps: int, batch: int) -> Tensor:
 
 
 def plain_loop(
-    name: str, kwargs: dict[str, Any], seeds: list[int], limit: int, actions: list[Any]
+    name: str,
+    kwargs: dict[str, Any],
+    seeds: list[int],
+    limit: int,
+    actions: list[Any],
+    lasting: bool,
 ) -> tuple[list[tuple[Any, ...]], list[np.ndarray]]:
-    """One trial by hand: (obs, reward, terminated, truncated) and final observations."""
+    """One trial by hand: (obs, reward, terminated, truncated) and final observations.
+
+    It is over after as many episodes as there are seeds, or (``lasting``) with its last action.
+    """
     world = gymnasium.make(name, max_episode_steps=-1, **kwargs).unwrapped
     obs, _ = world.reset(seed=seeds[0])
     rows, final = [(np.float32(obs), 0.0, False, False)], []
     episode, time = 0, 0
-    for action in actions:
+    for number, action in enumerate(actions, start=1):
         if episode == len(seeds):
             break
         obs, reward, terminated, truncated, _ = world.step(action)
         time += 1
-        truncated = bool(truncated or time == limit) and not terminated
+        last = lasting and number == len(actions)
+        truncated = bool(truncated or time == limit or last) and not terminated
         final.append(np.float32(obs))
         if terminated or truncated:
             episode, time = episode + 1, 0
-            if episode < len(seeds):
+            if episode < len(seeds) and not last:
                 obs, _ = world.reset(seed=seeds[episode])
         rows.append((np.float32(obs), np.float32(reward), terminated, truncated))
     return rows, final
 
 
+LANDER = ("LunarLander-v3", {"continuous": True})
+
+
 @pytest.mark.parametrize(
-    ("name", "kwargs", "episodes", "horizon"),
+    ("name", "kwargs", "horizon", "how"),
     [
-        ("CartPole-v1", {}, 3, 60),
-        ("Pendulum-v1", {"g": 9.81}, 2, 30),
-        ("MountainCar-v0", {}, 1, 20),
-        pytest.param("LunarLander-v3", {"continuous": True}, 2, 240, marks=needs_box2d),
+        ("CartPole-v1", {}, 60, {"episodes": 3}),
+        ("CartPole-v1", {}, 300, {"episode_steps": 25}),
+        ("Pendulum-v1", {"g": 9.81}, 30, {"episodes": 2}),
+        ("Pendulum-v1", {}, 300, {"episode_steps": 7}),
+        ("MountainCar-v0", {}, 20, {"episodes": 1}),
+        pytest.param(*LANDER, 240, {"episodes": 2}, marks=needs_box2d),
+        pytest.param(*LANDER, 300, {"episode_steps": 1000}, marks=needs_box2d),
     ],
 )
 def test_equal_to_a_plain_loop(
-    name: str, kwargs: dict[str, Any], episodes: int, horizon: int
+    name: str, kwargs: dict[str, Any], horizon: int, how: dict[str, int]
 ) -> None:
-    task = make_task("gym", id=name, kwargs=kwargs, horizon=horizon, episodes=episodes)
-    batch = 3
+    """Trials of so many episodes, or of so many steps, of which the last one cuts an episode."""
+    task = make_task("gym", id=name, kwargs=kwargs, horizon=horizon, **how)
+    batch, lasting, episodes = 3, "episode_steps" in how, how.get("episodes", horizon)
+    limit = how.get("episode_steps", horizon // episodes)
+    assert (task.spec.horizon, task.spec.episodes_per_trial) == (horizon, -(-horizon // limit))
     tasks, actions = task.sample(batch, "train", Rng(5)), random_actions(task, horizon, batch)
     draws = Rng(6).fold("dynamics").integers(tasks.index, episodes, 2**31)
     seeds = ((draws + tasks.data["seed"].unsqueeze(-1)) % 2**31)[0].tolist()
@@ -144,23 +160,32 @@ def test_equal_to_a_plain_loop(
             state, ts = env.step(state, action)
             seen.append(ts)
             final.append(env.final_obs(state))
-        ends = 0
+        counts = env.metrics(state)
+        assert ("return_1" in counts) == (episodes > 1 and not lasting)
         for b in range(batch):
             theirs = actions[:, 0, b].numpy()
             if theirs.ndim == 2:  # Pendulum: torques up to 2; LunarLander: 1
                 theirs = np.clip(theirs, -1, 1) * (2 if name == "Pendulum-v1" else 1)
-            rows, last = plain_loop(name, kwargs, seeds[b], horizon // episodes, list(theirs))
+            rows, last = plain_loop(name, kwargs, seeds[b], limit, list(theirs), lasting)
             for t, (obs, reward, terminated, truncated) in enumerate(rows):
                 assert np.array_equal(seen[t].obs[0, b].numpy(), obs)
                 assert float(seen[t].reward[0, b]) == reward
                 assert bool(seen[t].terminated[0, b]) == terminated
                 assert bool(seen[t].truncated[0, b]) == truncated
-                ends += terminated or truncated
-                if t > 0:
-                    assert np.array_equal(final[t - 1][0, b].numpy(), last[t - 1])
-            over = bool(seen[len(rows) - 1].new_trial[0, b])
-            assert over == (sum(row[2] or row[3] for row in rows) == episodes)
-        assert ends >= batch
+                assert t == 0 or np.array_equal(final[t - 1][0, b].numpy(), last[t - 1])
+            ended = sum(row[2] or row[3] for row in rows)
+            over = [bool(ts.new_trial[0, b]) for ts in seen[: len(rows)]]
+            assert over == [True, *[False] * (len(rows) - 2), lasting or ended == episodes]
+            assert (counts["episodes"][0, b], counts["length"][0, b]) == (ended, len(rows) - 1)
+            assert ended >= 1
+
+
+def test_references_of_trials_of_so_many_steps_are_those_of_episodes() -> None:
+    task = make_task("gym", horizon=1500, episode_steps=500)
+    one = make_task("gym", horizon=500)
+    assert task.reference.best == 3 * 475
+    assert task.reference.random == 3 * one.reference.random
+    assert task.single(200) == make_task("gym", horizon=200) and one.single(7) is one
 
 
 def test_spaces_tasks_and_episodes_of_an_environment_of_ones_own() -> None:
@@ -284,14 +309,6 @@ def test_trials_that_were_left_cannot_be_gone_on_with() -> None:
     for call in (lambda: env.step(second, action), lambda: env.metrics(second)):
         with pytest.raises(RuntimeError, match="trials 1 at step 1 were left"):
             call()
-
-
-def test_windows_of_lives_are_refused_before_any_work() -> None:
-    task = make_task("gym", horizon=10)
-    policy, _ = policy_and_params(task, 1)
-    objective = Objective().make(policy, task, trials=4, seed=0, device="cpu")
-    with pytest.raises(UserError, match=r"GymEnv cannot be left.*optimizer.name = 'openes'"):
-        Nres().check(objective, 1)
 
 
 def test_what_needs_worlds_in_tensors_is_refused_before_any_work() -> None:

@@ -14,15 +14,14 @@ import pytest
 import torch
 from gymnasium import spaces
 from test_bad_input import assert_says
-from test_metagenrl_runs import SMALL
+from test_metagenrl_runs import SMALL, parts
 from tiny_runs import overrides, run_here
 
 from esmeta.errors import UserError
 from esmeta.lives import AgentLives, Life
 from esmeta.objectives.metagenrl import MetaGenRLObjective
 from esmeta.rl.diary import Scores
-from esmeta.run import config as configs
-from esmeta.run import evaluate, learn, train
+from esmeta.run import evaluate, learn
 from esmeta.tasks import make_task
 
 BRIEF = ("task.name=gym", "task.id=Brief-v0", "task.horizon=64", "task.episode_steps=10")
@@ -53,10 +52,6 @@ def registered() -> Iterator[None]:
     gymnasium.register("Brief-v0", Brief, max_episode_steps=30)
     yield
     del gymnasium.registry["Brief-v0"]
-
-
-def parts(*more: str) -> train.Parts:
-    return train.build(configs.resolve(configs.load("pendulum-metagenrl"), [*SMALL, *more]))
 
 
 def training(**options: Any) -> AgentLives:
@@ -148,8 +143,8 @@ def test_a_run_beside_it_goes_on_after_a_kill(tmp_path: Path) -> None:
 
 def test_meta_test_in_an_environment_that_it_never_met(tmp_path: Path) -> None:
     assert run_here("pendulum-metagenrl", *overrides(*SMALL), "--out", tmp_path / "run") == 0
-    args = [word for text in BRIEF for word in ("--set", text)]
-    assert evaluate.main([str(tmp_path / "run"), "--trials", "2", *args]) == 0
+    words = [str(tmp_path / "run"), "--trials", "2", *overrides(*BRIEF)]
+    assert evaluate.main(words) == 0
 
 
 @pytest.mark.parametrize("learner", ["td3", "ppo"])
@@ -159,10 +154,9 @@ def test_hand_written_losses_learn_there(learner: str, tmp_path: Path) -> None:
         "td3": ["learner.period=20", "learner.start=20", "learner.update_after=20"],
     }[learner]
     pairs = [*short, "learner.hidden=[8]", "task.id=Brief-v0", "task.episode_steps=10"]
-    args = [word for pair in pairs for word in ("--set", pair)]
     out = tmp_path / "curve.json"
     words = [learner, "--task", "gym", "--steps", "60", "--agents", "3", "--parts", "3"]
-    assert learn.main([*words, *args, "--out", str(out)]) == 0
+    assert learn.main([*words, *overrides(*pairs), "--out", str(out)]) == 0
     curve = json.loads(out.read_text())["curve"]
     assert all(2 <= row["return"] <= 10 for row in curve), "whole episodes in every part"
 
