@@ -409,8 +409,6 @@ def test_rewards_that_are_finite_but_huge_end_no_run_as_a_bug(
 def test_an_environment_that_changes_the_working_directory_moves_no_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from esmeta.run import train
-
     def away() -> tuple:
         os.chdir(tmp_path / "elsewhere")
         return OBS, {}
@@ -418,8 +416,6 @@ def test_an_environment_that_changes_the_working_directory_moves_no_run(
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(Odd, "first", staticmethod(away))
-    sets = ["task.id=Odd-v0", "task.trials=4", "budget.updates=1", "run.evaluate_every=0"]
-    words = [word for text in sets for word in ("--set", text)]
-    assert train.main(["gym-ppo", "--out", "run", *words]) == 0
+    assert run_here("gym-ppo", "--out", "run", *overrides(*SMALL, "budget.updates=1")) == 0
     assert (tmp_path / "run" / "theta.safetensors").is_file()
     assert not any((tmp_path / "elsewhere").iterdir())

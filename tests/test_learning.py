@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_runs import overrides, run_here
 
 from esmeta.evaluator import PopulationEvaluator
-from esmeta.run import evaluate, train
+from esmeta.run import evaluate
 from esmeta.types import Fitness
 
 
@@ -25,10 +26,9 @@ def accuracy(fitness: Fitness, presentations: range) -> float:
     return float(torch.stack(found).mean())
 
 
-def train_here(preset: str, out: Path, *overrides: str) -> None:
-    sets = [part for text in overrides for part in ("--set", text)]
-    quiet = ["--set", "run.evaluate_every=0", "--set", "run.tensorboard=false"]
-    assert train.main([preset, "--out", str(out), *sets, *quiet]) == 0
+def train_here(preset: str, out: Path, *changes: str) -> None:
+    quiet = ("run.evaluate_every=0", "run.tensorboard=false")
+    assert run_here(preset, "--out", out, *overrides(*changes, *quiet)) == 0
 
 
 def check_lesions(run: Path) -> None:

@@ -6,7 +6,6 @@ import json
 import math
 import re
 import shutil
-import signal
 import statistics
 import subprocess
 import sys
@@ -17,6 +16,7 @@ import pytest
 import torch
 from conftest import ROOT
 from PIL import Image
+from tiny_runs import overrides, run_here
 
 import esmeta
 from esmeta import names
@@ -34,32 +34,20 @@ TINY += ["run.evaluate_every=2", "run.evaluate_trials=16"]
 
 
 def make_run(out: Path, preset: str, *settings: str, seed: int = 0) -> Path:
-    words = [word for setting in [*TINY, *settings] for word in ("--set", setting)]
-    assert train.main([preset, "--seed", str(seed), "--out", str(out), *words]) == 0
+    assert run_here(preset, "--seed", seed, "--out", out, *overrides(*TINY, *settings)) == 0
     return out
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Two seeds of A2C and one run of evolution; training must leave this process as it was."""
+    """Two seeds of A2C and one run of evolution."""
     root = tmp_path_factory.mktemp("runs")
-    handlers = {name: signal.getsignal(name) for name in (signal.SIGTERM, signal.SIGUSR1)}
-    hook = sys.excepthook
-    try:
-        yield [
-            make_run(root / "a2c-0", "harlow-a2c", "budget.updates=4"),
-            make_run(root / "a2c-1", "harlow-a2c", "budget.updates=4", seed=1),
-            make_run(
-                root / "es",
-                "harlow-openes",
-                "budget.generations=3",
-                "optimizer.popsize=8",
-            ),
-        ]
-    finally:
-        sys.excepthook = hook
-        for name, handler in handlers.items():
-            signal.signal(name, handler)
+    few = ("budget.generations=3", "optimizer.popsize=8")
+    return [
+        make_run(root / "a2c-0", "harlow-a2c", "budget.updates=4"),
+        make_run(root / "a2c-1", "harlow-a2c", "budget.updates=4", seed=1),
+        make_run(root / "es", "harlow-openes", *few),
+    ]
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import subprocess
 import sys
@@ -49,24 +48,6 @@ def test_three_and_three_steps_are_six(tmp_path: Path, name: str) -> None:
     # Nothing is left to do: the same theta again.
     assert run_here("--resume", "--out", half) == 0
     assert final_hash(half) == final_hash(whole)
-
-
-def test_resume_falls_back_to_the_last_checkpoint(tmp_path: Path) -> None:
-    preset, run = write_preset(tmp_path), tmp_path / "run"
-    more = overrides("budget.generations=5", "run.checkpoint_every=2")
-    assert run_here(preset, "--out", run, *more) == 0
-    expected = final_hash(run)
-    current, previous = run / "checkpoint" / "current.ckpt", run / "checkpoint" / "previous.ckpt"
-    os.replace(previous, current)  # as if killed after step 4, with later metrics written
-    assert load_checkpoint(run).step == 4  # type: ignore[union-attr]
-    assert run_here("--resume", run) == 0
-    assert final_hash(run) == expected
-    assert [line["step"] for line in read_metrics(run)] == [0, 1, 2, 3, 4, 5]
-    current.unlink()
-    previous.unlink(missing_ok=True)  # killed before the first checkpoint: from the start
-    assert run_here("--resume", run) == 0
-    assert final_hash(run) == expected
-    assert [line["step"] for line in read_metrics(run)] == [0, 1, 2, 3, 4, 5]
 
 
 class Job:

@@ -10,6 +10,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from tiny_runs import overrides, run_here
 
 import esmeta
 from esmeta.options import for_json
@@ -151,8 +152,7 @@ TINY = ("task.trials=4", "task.horizon=12", "optimizer.popsize=4", "policy.neuro
 
 def tiny_run(out, *more: str) -> int:
     sets = [*TINY, "budget.generations=2", "run.evaluate_every=1", "run.evaluate_trials=16", *more]
-    words = [word for text in sets for word in ("--set", text)]
-    return train.main(["harlow-openes", "--out", str(out), *words])
+    return run_here("harlow-openes", "--out", out, *overrides(*sets))
 
 
 def scored(out, *flags: str, capsys) -> dict:

@@ -114,32 +114,10 @@ def test_a_run_directory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert theta_sha256(checkpoint.theta) == final_hash(out)
     assert "stopped by steps after 6 steps, 1,980 environment steps" in printed
     assert "test return" in printed and "curve.png" in printed
-    check_loaded(out, capsys, lines[-1]["validation_return"])
 
 
 def build(preset: Path) -> train.Parts:
     return train.build(configs.resolve(configs.load(preset)))
-
-
-def check_loaded(out: Path, capsys: pytest.CaptureFixture[str], selected: float) -> None:
-    """What esmeta.load and esmeta.evaluate make of a finished run."""
-    policy, params, task = esmeta.load(out)
-    evaluator = esmeta.PopulationEvaluator(policy, task, trials=8)
-    for split, flags in (("validation", ["--split", "validation"]), ("test", [])):
-        fitness = evaluator(params, seed=0, split=split)
-        assert (float(fitness.mean()) == pytest.approx(selected, abs=1e-12)) == (
-            split == "validation"
-        )
-        assert evaluate.main([str(out), "--trials", "8", "--json", *flags]) == 0
-        scores = json.loads(capsys.readouterr().out)
-        assert scores["return"]["mean"] == pytest.approx(float(fitness.mean()), abs=1e-12)
-        assert scores["return"]["split"] == split
-    expected = float(fitness.returns.std()) / 8**0.5
-    assert scores["return"]["se"] == pytest.approx(expected, abs=1e-12)
-    assert scores["return"]["trials"] == 8 and scores["steps"]["mean"] == 5
-    longer = ["--set", "task.horizon=9", "--lesion", "zero-reward", "--seed", "3"]
-    assert evaluate.main([str(out), "--trials", "8", "--json", *longer]) == 0
-    assert json.loads(capsys.readouterr().out)["steps"]["mean"] == 9
 
 
 def short(tmp_path: Path, name: str, *args: str) -> Path:
@@ -265,7 +243,7 @@ def test_a_run_in_ones_own_process_gives_signals_back(tmp_path: Path) -> None:
     before = [signal.signal(number, lambda *_: None) for number in numbers]
     mine = [signal.getsignal(number) for number in numbers]
     try:
-        assert run_here(write_preset(tmp_path), "--out", tmp_path / "run") == 0
+        assert train.main([str(write_preset(tmp_path)), "--out", str(tmp_path / "run")]) == 0
         assert [signal.getsignal(number) for number in numbers] == mine
     finally:
         for number, handler in zip(numbers, before, strict=True):
