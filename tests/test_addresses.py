@@ -97,17 +97,6 @@ def test_every_action_is_drawn_anew() -> None:
     assert len(set(numbers)) == len(numbers) == 3 * 5 * 8
 
 
-def test_first_parameters_and_first_weights() -> None:
-    task = Probe()
-    policy = make_policy("metods", task.spec, neurons=4, w0="sampled")
-    params = policy.init(0, 3)
-    assert all_differ([params["head.0.weight"]]) and all_differ([params["memory.alpha"]])
-    index = torch.tensor([[0, 1, 2, 1]])
-    weights = [policy.initial_state(params, 4, Rng(seed), index)["W"] for seed in (1, 2)]
-    assert all_differ([W[0, :3] for W in weights])
-    assert torch.equal(weights[0][0, 1], weights[0][0, 3]) and torch.equal(*weights[0][:2])
-
-
 # --- agents that learn -------------------------------------------------------------------------
 
 

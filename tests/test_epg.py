@@ -102,14 +102,6 @@ def test_held_out_lives_can_be_shared_out() -> None:
     assert not torch.equal(other.returns, every.returns)
 
 
-def test_members_of_a_generation_share_lives_and_generations_do_not() -> None:
-    whole = objective()
-    same = ravel(whole.init(0)).expand(4, -1)
-    found = whole.fitness(same, 9).returns
-    assert torch.equal(found, found[:1].expand(4, -1))
-    assert not torch.equal(whole.fitness(same, 10).returns, found)
-
-
 def test_ppos_share_falls_and_is_zero_where_it_should_be(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = objective()
     assert [whole.share(g) for g in range(6)] == [1.0, 0.75, 0.5, 0.25, 0.0, 0.0]

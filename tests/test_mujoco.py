@@ -256,16 +256,6 @@ def test_threads_change_no_bit(engine: str) -> None:
         assert torch.equal(rows, results[0][0]) and torch.equal(obs, results[0][1])
 
 
-def test_a_step_leaves_its_state_alone() -> None:
-    task = make_task("hopper", horizon=30)
-    env, tasks = task.make_env("cpu"), task.sample(4, "train", Rng(0))
-    acts = actions(20, 1, 4, 3)
-    *_, states = play(task, env, acts, tasks)
-    again, ts = env.step(states[5], acts[5])
-    assert torch.equal(again.rows, states[6].rows)
-    assert torch.equal(env.step(states[0], acts[0])[0].rows, states[1].rows)
-
-
 def test_a_step_that_failed_leaves_no_trace() -> None:
     task = make_task("hopper", horizon=30)
     definition, calls = task.definition(), []

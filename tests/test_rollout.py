@@ -197,21 +197,3 @@ def test_a_recording_says_what_happened() -> None:
     assert stale[0].all() and torch.equal(stale[1:], ~trajectory.active)
     assert torch.equal(trajectory.steps.new_trial, stale[:-1])
     assert trajectory.start is begin.state
-
-
-def test_noise_is_addressed_by_trial() -> None:
-    task = make_task("bandit")
-    policy = make_policy("mlp", task.spec, neurons=4)
-    env = task.make_env("cpu")
-
-    def noise(index: list[int], population: int = 1, seed: int = 0) -> Tensor:
-        tasks = task.sample(torch.tensor(index), "train", Rng(1))
-        return loop.start(policy, policy.init(0, population), env, tasks, Rng(seed)).noise
-
-    whole = noise(list(range(30)))
-    assert whole.shape == (20, 1, 30, 1) and 0 <= float(whole.min()) and float(whole.max()) < 1
-    assert len(whole.unique()) == whole.numel()
-    assert torch.equal(noise([7, 3, 29]), whole[:, :, [7, 3, 29]])
-    assert torch.equal(noise([7], population=5), whole[:, :, [7]])  # members share it
-    assert not torch.isclose(noise([7], seed=1), whole[:, :, [7]]).any()
-    assert abs(float(whole.mean()) - 0.5) < 4 * (1 / 12 / whole.numel()) ** 0.5

@@ -189,19 +189,26 @@ def test_sizes_are_the_published_ones() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "physics", "substeps", "seconds"),
+    ("name", "physics", "steps", "seconds"),
     [
-        ("cheetah_dir", "gym", 5, 0.05),
-        ("cheetah_dir", "rllab", 1, 0.01),
-        ("ant_dir", "gym", 5, 0.05),
-        ("ant_dir", "rllab", 1, 0.02),
+        ("cheetah_dir", "gym", 200, 0.05),
+        ("cheetah_dir", "rllab", 200, 0.01),
+        ("ant_dir", "gym", 200, 0.05),
+        ("ant_dir", "rllab", 200, 0.02),
+        ("random_hopper", None, 1000, 0.004),
+        ("directional_hopper", None, 1000, 0.004),
+        ("random_walker", None, 1000, 0.008),
+        ("random_reacher", None, 50, 0.02),
+        ("goal_ant", None, 200, 0.05),
+        ("hopper_params", None, 200, 0.008),
+        ("walker_params", None, 200, 0.008),
     ],
 )
-def test_control_steps_last_as_published(
-    name: str, physics: str, substeps: int, seconds: float
+def test_steps_last_as_published(
+    name: str, physics: str | None, steps: int, seconds: float
 ) -> None:
-    task = make_task(name, physics=physics)
-    assert task.body().frame_skip == substeps
+    task = make_task(name, **({"physics": physics} if physics else {}))
+    assert task.spec.horizon == steps
     assert task.make_env("cpu").seconds == pytest.approx(seconds, abs=1e-15)
 
 

@@ -144,24 +144,6 @@ def test_when_an_episode_ends(
     assert healthy is not None and bool(healthy(now)) is alive
 
 
-@pytest.mark.parametrize(
-    ("name", "steps", "seconds"),
-    [
-        ("random_hopper", 1000, 0.004),
-        ("directional_hopper", 1000, 0.004),
-        ("random_walker", 1000, 0.008),
-        ("random_reacher", 50, 0.02),
-        ("goal_ant", 200, 0.05),
-        ("hopper_params", 200, 0.008),
-        ("walker_params", 200, 0.008),
-    ],
-)
-def test_steps_last_as_published(name: str, steps: int, seconds: float) -> None:
-    task = make_task(name)
-    assert task.spec.horizon == steps
-    assert task.make_env("cpu").seconds == pytest.approx(seconds, abs=1e-15)
-
-
 # --- what is drawn ---------------------------------------------------------------------------
 
 
@@ -265,27 +247,6 @@ def replay(name: str, engine: str, models: list[mujoco.MjModel], **options: obje
     qpos, qvel = positions(env, state)
     theirs = np.array([np.concatenate([data.qpos, data.qvel]) for data in datas])
     return float(np.abs(np.concatenate([qpos, qvel], axis=1) - theirs).max())
-
-
-@pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("name", ["random_hopper", "random_walker", "hopper_params"])
-def test_worlds_are_models_of_their_own(name: str, engine: str) -> None:
-    data = make_task(name).sample(3, "train", Rng(0)).data
-    models = []
-    for world in range(3):
-        model = build_model(make_task(name).body())
-        own = {leaf: values[0, world].numpy() for leaf, values in data.items()}
-        model.body_mass *= own["mass"]
-        model.geom_friction *= own["friction"]
-        model.body_inertia *= own.get("inertia", 1.0)
-        model.dof_damping *= own.get("damping", 1.0)
-        model.geom_size *= own.get("size", 1.0)
-        model.opt.gravity = own.get("gravity", model.opt.gravity)
-        mujoco.mj_setConst(model, mujoco.MjData(model))
-        models.append(model)
-    assert replay(name, engine, models) == 0.0
-    plain = [build_model(make_task(name).body()) for _ in range(3)]
-    assert replay(name, engine, plain) > 1e-3
 
 
 def arm(first: float, second: float) -> mujoco.MjModel:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from test_bad_input import assert_says
+from test_env_gym import needs_box2d
 from test_epg import AGENTS
 from tiny_runs import overrides, run_here
 
@@ -35,10 +35,6 @@ HOSTED = ({"name": "gym", "id": "Pendulum-v1", "label": "swing"}, {"name": "hopp
 RENEWED = (
     {"name": "hopper", "episode_steps": 5},
     {"name": "gym", "id": "Pendulum-v1", "label": "swing", "episode_steps": 6},
-)
-needs_box2d = pytest.mark.skipif(
-    importlib.util.find_spec("Box2D") is None,
-    reason="LunarLander needs Box2D: pip install 'esmeta[box2d]'",
 )
 
 
@@ -330,30 +326,26 @@ def test_lives_of_a_learned_loss_have_the_same_bits_in_any_batch(twins: int) -> 
     assert torch.equal(whole.heldout(thetas[:1], 5, first=3).returns, held.returns[:, 3:])
 
 
-@pytest.mark.parametrize("chunk", [64, 2])
-def test_lives_in_windows_can_be_stored(chunk: int) -> None:
-    made = built("displacement-epg", *EPG, f"objective.chunk={chunk}").objective
-    thetas = members(made, 4)
-    lives, _ = made.advance(made.begin(thetas, 6), thetas, 1)
-    saved = made.save(lives)
-    _, expected = made.advance(lives, thetas, 2)
-    for rows in ([0, 1, 2, 3], [3, 1]):
-        chosen = made.restore({name: leaf[rows] for name, leaf in saved.items()})
-        _, found = made.advance(chosen, thetas[rows], 2)
-        assert torch.equal(found.returns, expected.returns[rows])
+# Windows before and after. Tables that follow from the tasks: the pendulum's state has some.
+STORED: dict[str, tuple[str, tuple[str, ...], int, int]] = {
+    "one batch of agents": ("displacement-epg", (*EPG, "objective.chunk=64"), 1, 2),
+    "batches of two agents": ("displacement-epg", (*EPG, "objective.chunk=2"), 1, 2),
+    "trials": ("bandit-nres", (*SMALL, "optimizer.popsize=6"), 6, 8),
+}
 
 
-def test_trials_in_windows_can_be_stored() -> None:
-    """With tables that follow from the tasks, which the pendulum's state has."""
-    made = built("bandit-nres", *SMALL, "optimizer.popsize=6").objective
+@pytest.mark.parametrize("case", STORED)
+def test_what_lives_in_windows_can_be_stored(case: str) -> None:
+    preset, changes, before, after = STORED[case]
+    made = built(preset, *changes).objective
     thetas = members(made, 4)
-    lives, _ = made.advance(made.begin(thetas, 3), thetas, 6)
+    lives, _ = made.advance(made.begin(thetas, 6), thetas, before)
     saved = made.save(lives)
     assert all(leaf.shape[0] == 4 for leaf in saved.values())
-    _, expected = made.advance(lives, thetas, 8)
+    _, expected = made.advance(lives, thetas, after)
     for rows in ([0, 1, 2, 3], [3, 1]):
         chosen = made.restore({name: leaf[rows] for name, leaf in saved.items()})
-        _, found = made.advance(chosen, thetas[rows], 8)
+        _, found = made.advance(chosen, thetas[rows], after)
         assert torch.equal(found.returns, expected.returns[rows])
 
 
