@@ -95,19 +95,23 @@ def backward(
         alpha_t, alpha = _widened(rule.alpha_t, wide), _widened(rule.alpha_t.mT, wide)
         grad_alpha = zeros(population, groups, neurons, wide)
     if rule.write:
-        factor, write = _block(rule.write, wide), _block(tuple(t.mT for t in rule.write), wide)
+        factor, write = (
+            _block(rule.write, wide),
+            _block(tuple(t if t.shape[1] == 1 else t.mT for t in rule.write), wide),
+        )
         grad_write = zeros(population, groups, factor.shape[1])
     if start_t is not None and plan.mask is not None and any(plan.resets):
         start, mask = _padded(start_t), plain(plan.mask[..., 0, 0])
         grad_start = zeros(population, batch, neurons, wide)
-    given = (plain(x), kept.reads, _padded(w_t), kept.checkpoints, start, mask)
+    checkpoints = None if kept.checkpoints is None else _padded(kept.checkpoints)
+    given = (plain(x), kept.reads, _padded(w_t), checkpoints, start, mask)
     parameters = (alpha_t, alpha, plain(rule.kappa), plain(rule.composite), factor, write)
     grad_x, grad_w, grad_y = blank(*x.shape), _widened(grad_w, wide), plain(grad_y)
     sums = zeros(population, groups, (depth + 1) * (2 * depth + 1), _WIDE)
-    outs = (grad_y, grad_w, grad_start, grad_alpha, sums, grad_write, grad_x)
+    outs = (grad_y, grad_w, grad_start, grad_alpha, sums, grad_write, grad_x, CONSTANTS)
     table = array("q", map(address, (*given, *parameters, *outs)))
     table.extend((steps, population, batch, 0 if start is None else start.shape[1], every))
-    room = every * _TOGETHER_BACK * wide * (neurons + (3 if rule.write else 2) * depth)
+    room = every * _TOGETHER_BACK * wide * (neurons + (2 + min(2, len(rule.write))) * depth)
     work = steps * population * batch * neurons**2 * (6 * depth + 6)
     run_blocks(_function("backward", rule, neurons), table, population * groups, work, room)
     if start_t is not None:

@@ -175,7 +175,10 @@ def _code(rule: Rule) -> Code:
     """What runs a rule whose tensors have no history."""
     device, dtype = rule.kappa.device, rule.kappa.dtype
     if followed() or _why_not_fused(device, dtype, rule.name, rule.neurons):
-        return Code(functools.partial(run, constants(rule)), _adjoint.backward)
+        back = _adjoint.backward
+        if _back_is_fused(device, dtype, rule.name) and not followed():
+            from esmeta.kernels._cpu import backward as back
+        return Code(functools.partial(run, constants(rule)), back)
     # Imported here, because who never runs it need not pay for the compiler.
     if device.type == "cuda":
         from esmeta.kernels import _gpu
@@ -206,6 +209,11 @@ def _why_not_fused(device: torch.device, dtype: torch.dtype, variant: str, neuro
     return ""
 
 
+def _back_is_fused(device: torch.device, dtype: torch.dtype, variant: str) -> bool:
+    """Whether a fused kernel goes back through what torch operations have run."""
+    return device.type in WRITES[variant].fused_back and dtype == torch.float32
+
+
 def explain(
     device: torch.device | str,
     neurons: int,
@@ -223,7 +231,8 @@ def explain(
     code = f"torch operations {size}: {why}" if why else f"{fused} {size}"
     if not requires_grad:
         return f"{code}; no gradient is asked for, so nothing is kept"
-    sweep = "in torch operations" if why else "fused"
+    plain = why and not _back_is_fused(device, dtype, variant)
+    sweep = "in torch operations" if plain else "fused"
     return f"{code}; gradients by the hand-written checkpointed adjoint, {sweep}"
 
 

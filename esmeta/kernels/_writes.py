@@ -42,6 +42,8 @@ class Write(NamedTuple):
     """dJ/d of the tensors from v, what was kept and dJ/dU."""
     fused: tuple[str, ...] = ("cpu", "cuda")
     """Kinds of devices whose fused kernels know the rule."""
+    fused_back: tuple[str, ...] = ()
+    """Other kinds, whose kernels know its backward alone."""
 
 
 def product(rows: Tensor, matrix: Tensor) -> Tensor:
@@ -95,6 +97,6 @@ WRITES = {
     "base": Write(),
     "no-alpha": Write(),
     "linear": Write((("A", 3),), _linear, _linear_back, _linear_gradients),
-    "mlp": Write(_MLP, _mlp, _mlp_back, _mlp_gradients, fused=()),
+    "mlp": Write(_MLP, _mlp, _mlp_back, _mlp_gradients, fused=(), fused_back=("cpu",)),
 }
 """U(v) = v (``no-alpha``: with alpha = 1), A v, and W2 tanh(W1 v + b1) + b2."""

@@ -15,11 +15,11 @@ from collections.abc import Callable
 from kernel import Block, Kernel, Machine, Shape, Size, product
 from llvmlite import ir
 from writer import Index, Place, Vector, Whole, across, fma, pieces
-from writes import WRITES
+from writes import WRITES, Given
 
 POINTERS = (
     "room x reads first kept start mask alpha_t alpha kappa composite factor write "
-    "grad_y grad_w grad_start grad_alpha sums grad_write grad_x"
+    "grad_y grad_w grad_start grad_alpha sums grad_write grad_x constants"
 ).split()
 SIZES = "steps population batch starts every".split()
 """The table that the function gets; shapes as in ``_cpu``.
@@ -43,23 +43,18 @@ class Backward(Kernel):
         self.outside = Shape(n, on.padded(n))
         self.write = WRITES[self.rule]
         self.block, self.rounds = TRIALS * self.m, range(depth)
-        # Rows of a step in the room: V, c_{S,l} V_l, and U if it is not V.
-        self.tables = (2 if self.write is None else 3) * depth * self.block
+        # Rows of a step in the room: V, c_{S,l} V_l, U if it is not V, and what U has kept.
+        kinds = 2 if self.write is None else 4 if self.write.deep else 3
+        self.tables = kinds * depth * self.block
         self.pairs = depth * (depth - 1) // 2
-        tables = {
-            "post": depth + 1,
-            "read": depth,
-            "drive": depth,
-            "heard": depth,
-            "written": depth,
-        }
-        tables |= {"before": depth, "driven": depth, "query": self.pairs, "error": self.pairs}
-        tables |= {"pulled": 1, "extra": 1, "answer": 1, "spread": 1}
-        tables["pre"] = 0 if self.write is None else depth
+        tables = dict.fromkeys("read drive heard written before driven pre inner".split(), depth)
+        tables |= {"post": depth + 1, "query": self.pairs, "error": self.pairs}
+        tables |= dict.fromkeys("pulled extra answer spread".split(), 1)
         self.own = {name: self.w.room(max(1, k) * self.block) for name, k in tables.items()}
         if self.write is None:
             self.own["pre"] = self.own["post"]
-        self.fade = self.w.room(TRIALS)
+        self.fade, self.none = self.w.room(TRIALS), self.w.room(16)
+        self.none[0] = self.w.zero(16)
         with self.w.loop(0, self.block // 16) as k:
             for name, count in tables.items():
                 for s in range(count):
@@ -121,6 +116,10 @@ class Backward(Kernel):
         """Row s-1 of composite."""
         return self.composite + (s - 1) * (self.depth + 1)
 
+    def _zeros(self, count: int) -> list[Vector]:
+        """From memory, because LLVM would keep a constant where code can only be linked."""
+        return [self.none[0, 16]] * count
+
     def _trials(self, table: Place) -> list[Place]:
         return [table + t * self.m for t in range(TRIALS)]
 
@@ -139,7 +138,7 @@ class Backward(Kernel):
         """Go along rows of all trials, 16 numbers a time; what ``body`` adds goes to ``sums``."""
         w = self.w
         count = self.here.there * (self.m // 16)
-        found = w.fold(count, [w.zero(16)] * len(sums), lambda k, values: body(k * 16, values))
+        found = w.fold(count, self._zeros(len(sums)), lambda k, values: body(k * 16, values))
         for (name, row, column), value in zip(sums, found, strict=True):
             self._add_sum(name, row, column, value)
 
@@ -173,15 +172,20 @@ class Backward(Kernel):
 
         self._along(mix)
         if self.write is not None:
-            tensors = self.at["factor"] + self.member * self.write.numbers(self.shape)
             for s in self.rounds:
                 target = self._U(slot, s)
 
                 def take(t: int, at: int, value: Vector, target: Place = target) -> None:
                     target[t * self.m + at] = value
 
-                rows = self._trials(self._V(slot, s))
-                self.write.factor(self.w, self.on, rows, tensors, self.shape, take)
+                given = self._own_tensors("factor", slot, s)
+                self.write.factor(given, self._trials(self._V(slot, s)), take)
+
+    def _own_tensors(self, name: str, slot: Whole, s: int) -> Given:
+        """U's tensors, and what it has kept of V_s."""
+        assert self.write is not None, "in the base rule U_s is V_s"
+        tensors = self.at[name] + self.member * self.write.numbers(self.shape)
+        return Given(self.w, self.on, self.shape, tensors, self._told(slot, 3, s))
 
     def _tanh(self, step: Whole, s: int) -> Place:
         total = self.size["population"] * self.size["batch"]
@@ -269,11 +273,7 @@ class Backward(Kernel):
             (self.own["post"] + t * self.m).copy_to(target, self.n)
         if self.write is not None:
             d_write = self.at["grad_write"] + number * self.write.numbers(self.shape)
-            self._for_trials(
-                lambda t: self._add(
-                    d_write, [(self._V(slot, s), self._row("pre", s)) for s in self.rounds], t
-                )
-            )
+            self._for_trials(lambda t: self._add_own(d_write, slot, t))
         with w.when(self.may_start()), w.loop(0, self.here.there) as t:
             with w.when(self.at["mask"].marked(place + t)):
                 self._settle(t)
@@ -344,15 +344,14 @@ class Backward(Kernel):
                 self._row("written", s)[row + at] = written[s]
             return sums
 
-        zeros = [w.zero(16)] * (count * (1 + depth) + 1)
-        found = w.fold(m // 16, zeros, column, 2)
+        found = w.fold(m // 16, self._zeros(count * (1 + depth) + 1), column, 2)
         tables = [self._row("pulled", 0), *(self._row("heard", s) for s in rounds)]
         for k, table in enumerate(tables):
             self._store_sums(table + row, rows, found[k * count : (k + 1) * count])
         self._add_sum("composite", depth, 0, found[-1])
 
     def _store_sums(self, table: Place, rows: list[Index], vectors: list[Vector]) -> None:
-        missing = [self.w.zero(16)] * (LINES - len(vectors))
+        missing = self._zeros(LINES - len(vectors))
         table[rows[0]] = across(vectors + missing)
 
     def _hear(self, slot: Whole) -> None:
@@ -385,7 +384,7 @@ class Backward(Kernel):
                 values = [weights[i * self.m + at, 16] for i in rows]
                 return [fma(v, other, total) for v, total in zip(values, sums, strict=True)]
 
-            found = self.w.fold(self.m // 16, [self.w.zero(16)] * len(rows), column, 2)
+            found = self.w.fold(self.m // 16, self._zeros(len(rows)), column, 2)
             self._store_sums(self._row("pulled", 0) + t * self.m, rows, found)
 
         self._by_lines(lines)
@@ -397,13 +396,12 @@ class Backward(Kernel):
             with self.w.loop(0, s - 1) as j:
                 self._correction(s, j, slot)
         if self.write is not None:
-            tensors = self.at["write"] + self.member * self.write.numbers(self.shape)
 
             def take(t: int, at: int, value: Vector) -> None:
                 extra[t * self.m + at] = value
 
-            rows = self._trials(self._row("pre", s - 1))
-            self.write.back(self.w, self.on, rows, tensors, self.shape, take)
+            given, inner = self._own_tensors("write", slot, s - 1), self._row("inner", s - 1)
+            self.write.back(given, self._trials(self._row("pre", s - 1)), inner, take)
 
         def body(i: Index, sums: list[Vector]) -> list[Vector]:
             pulled, V = self._row("pulled", 0)[i, 16], self._V(slot, s - 1)[i, 16]
@@ -460,9 +458,7 @@ class Backward(Kernel):
             return
         with self.w.loop(0, self.here.there) as t:
             row = rows + t * self.m
-            sums = self.w.fold(
-                self.m // 16, [self.w.zero(16)], lambda k, s: [s[0] + row[k * 16, 16]]
-            )
+            sums = self.w.fold(self.m // 16, self._zeros(1), lambda k, s: [s[0] + row[k * 16, 16]])
             total = across(sums)
             with self.w.loop(0, self.m // 16) as k:
                 (out + t * self.m)[k * 16] = total.first(16)
@@ -478,6 +474,25 @@ class Backward(Kernel):
                 value = (right + t * self.m)[k * 16, 16]
                 total = fma((left + t * self.m).copies(i, 16), value, total)
             matrix[index] = total
+
+    def _add_own(self, d_write: Place, slot: Whole, t: Whole) -> None:
+        """A trial's share in the gradients of U's tensors."""
+        assert self.write is not None, "in the base rule U_s is V_s"
+        posts = [self._V(slot, s) for s in self.rounds]
+        pres, inner = ([self._row(name, s) for s in self.rounds] for name in ("pre", "inner"))
+        if not self.write.deep:
+            self._add(d_write, list(zip(posts, pres, strict=True)), t)
+            return
+        hidden = [self._told(slot, 3, s) for s in self.rounds]
+        for lefts, rights in ((posts, inner), (hidden, pres)):
+            self._add(d_write, list(zip(lefts, rights, strict=True)), t)
+            bias = d_write + self.shape.size
+            with self.w.loop(0, self.m // 16) as k:
+                total = bias[k * 16, 16]
+                for right in rights:
+                    total = total + (right + t * self.m)[k * 16, 16]
+                bias[k * 16] = total
+            d_write = bias + self.m
 
     def _settle(self, t: Whole) -> None:
         """Add to a trial's G, and to alpha's gradient, what the last step has left."""

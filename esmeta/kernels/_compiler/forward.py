@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from kernel import TOGETHER, Block, Kernel, Machine, Shape, Size, product, sums, tanh
 from llvmlite import ir
 from writer import Index, Piece, Place, Vector, Whole, fma, pieces, tiles
-from writes import WRITES
+from writes import WRITES, Given
 
 POINTERS = "first x start mask alpha kappa composite write y last reads kept constants".split()
 SIZES = ("steps", "population", "batch", "starts", "keep", "every")
@@ -111,13 +111,14 @@ class Forward(Kernel):
 
     def _factor(self, s: int, p: Whole) -> None:
         """U of V_s for all trials of a block."""
-        assert self.write is not None, "in the base rule U_s is V_s"
+        assert self.write is not None and not self.write.deep, "such rules run in torch operations"
         tensors, pre = self.at["write"] + p * self.write.numbers(self.shape), self.pre(s)
 
         def take(t: int, at: int, value: Vector) -> None:
             pre[t * self.m + at] = value
 
-        self.write.factor(self.w, self.on, self._rows(self.post(s)), tensors, self.shape, take)
+        given = Given(self.w, self.on, self.shape, tensors, pre)
+        self.write.factor(given, self._rows(self.post(s)), take)
 
     def _rows(self, table: Place) -> list[Place]:
         return [table + t * self.m for t in range(TOGETHER)]
