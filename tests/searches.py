@@ -23,7 +23,7 @@ from esmeta.optimizers import (
     xnes,
 )
 from esmeta.rng import Rng
-from esmeta.types import Fitness, Metrics, Params
+from esmeta.types import Fitness, Metrics, Params, State
 
 torch.set_num_threads(1)
 
@@ -161,6 +161,36 @@ def sphere(x: Tensor) -> Tensor:
 def ellipsoid(x: Tensor) -> Tensor:
     weights = torch.logspace(0, 2, x.shape[1], dtype=torch.float64)
     return -(weights * (x - target(x.shape[1])) ** 2).sum(dim=1)
+
+
+class Windows:
+    """Scores ``value`` of members divided by ``unit``, at once or in two windows of a life."""
+
+    life_steps = 4
+
+    def __init__(self, unit: Tensor | float = 1.0, value: Callable[[Tensor], Tensor] = sphere):
+        self.unit, self.value = unit, value
+        self.members: list[Tensor] = []
+
+    def fitness(self, params: Params | Tensor, step: int | Tensor) -> Fitness:
+        assert isinstance(params, Tensor)
+        self.members.append(params.clone())
+        value = self.value(params.double() / self.unit)[:, None]
+        return Fitness(value, torch.ones(value.shape, dtype=torch.int64))
+
+    def begin(self, params: Params | Tensor, life: int) -> State:
+        return {"t": torch.zeros(len(params), dtype=torch.int64)}
+
+    def advance(self, lives: State, params: Params | Tensor, steps: int) -> tuple[State, Fitness]:
+        scored = self.fitness(params, 0)
+        late = 1.0 + lives["t"].double()[:, None]
+        return {"t": lives["t"] + steps}, Fitness(scored.returns * late, scored.steps)
+
+    def save(self, lives: State) -> State:
+        return lives
+
+    def restore(self, saved: State) -> State:
+        return dict(saved)
 
 
 def run(

@@ -528,7 +528,6 @@ def test_what_cannot_be_trained_is_refused() -> None:
 @pytest.mark.parametrize(
     ("cls", "options", "words"),
     [
-        (a2c.Optimizer, {"learning_rate": math.nan}, "learning_rate = nan"),
         (a2c.Optimizer, {"gamma": 1.1}, "gamma = 1.1.*0 and 1"),
         (a2c.Optimizer, {"gae_lambda": -0.1}, "gae_lambda = -0.1"),
         (a2c.Optimizer, {"max_grad_norm": -1.0}, "max_grad_norm = -1.0.*>= 0"),

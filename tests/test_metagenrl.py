@@ -506,6 +506,9 @@ def test_replays_know_the_time_in_the_episode() -> None:
 def test_scores_are_those_of_whole_episodes() -> None:
     runner = training()
     _, seen = act(runner, runner.begin(torch.tensor([0, 1]), "train"), 8)
+    first = torch.cat([new.action for new in seen[:2]]) / 4.0 + 0.5  # uniform over the limits
+    assert 0 <= float(first.min()) and float(first.max()) <= 1
+    assert 0.3 < float(first.mean()) < 0.7 and float(first.std()) > 0.2
     scores = Scores.none(2, 2, "cpu")
     for new in seen:
         scores = scores.then(new)

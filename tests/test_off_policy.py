@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from lived import snippets, window
@@ -13,7 +11,6 @@ from torch.nn import functional as F
 from esmeta.agent.inner import inner_policy
 from esmeta.agent.policy import Need, Policy
 from esmeta.errors import UserError
-from esmeta.lives import AgentLives
 from esmeta.rl.diary import Diary
 from esmeta.rl.off_policy import (
     DeterministicGradient,
@@ -23,7 +20,6 @@ from esmeta.rl.off_policy import (
 )
 from esmeta.rl.replay import Replay
 from esmeta.rng import Rng
-from esmeta.tasks import make_task
 from esmeta.types import Continuous, Params, Spec
 
 SPEC = Spec(obs_size=3, action=Continuous(2, -2.0, 2.0), horizon=100)
@@ -204,37 +200,6 @@ def test_snippets_are_what_was_lived_through() -> None:
         for p in range(2):
             led = lived["action"][p][first[p]] * (number[0, p] != 17).unsqueeze(-1)
             assert torch.equal(data.ts.prev_action[0, p], led)
-
-
-def runner(**options: Any) -> AgentLives:
-    task = make_task("pendulum", horizon=60, episode_steps=20, gravity=(7.0, 13.0))
-    agent = inner_policy(task.spec, "metagenrl", (8,), CRITICS, std=0.1)
-    sizes = ReplayOptions(period=10, capacity=60, batch=8, update_after=20)
-    learner = ReplayLearner(agent, sizes, start=20)
-    return AgentLives(learner, task, 1, torch.device("cpu"), test_steps=20, **options)
-
-
-def live(lives: AgentLives, index: Tensor) -> tuple[Any, Tensor, Tensor]:
-    life, rewards, actions = lives.begin(index, "train"), [], []
-    for _ in range(lives.updates):
-        life, new = lives.advance(life, DeterministicGradient(), "train")
-        rewards.append(new.reward[..., 0].T)
-        actions.append(new.action[:, :, 0].transpose(0, 1))
-    return life, torch.cat(rewards, 1), torch.cat(actions, 1)
-
-
-def test_lives_repeat_and_do_not_see_each_other() -> None:
-    lives = runner()
-    life, rewards, actions = live(lives, torch.tensor([3, 7, 3]))
-    again, same, _ = live(lives, torch.tensor([7, 5]))
-    assert torch.equal(rewards[1], same[0]) and torch.equal(rewards[0], rewards[2])
-    for name, leaf in life.state.params.items():
-        assert torch.equal(leaf[1], again.state.params[name][0]), name
-    assert life.state.updates.tolist() == [50, 50, 50]
-    assert float(actions.abs().max()) <= 2.0
-    first = actions[:2, :20].flatten() / 4.0 + 0.5  # uniform over the limits at first
-    assert 0.3 < float(first.mean()) < 0.7 and float(first.std()) > 0.2
-    assert not torch.equal(rewards[0], rewards[1])
 
 
 def test_episode_returns_of_a_diary() -> None:

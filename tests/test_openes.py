@@ -158,15 +158,10 @@ def test_a_checkpoint_is_small_and_of_its_policy() -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"popsize": 1}, "popsize = 1.*even"),
-        ({"popsize": 7}, "popsize = 7.*even"),
         ({"popsize": 0}, "popsize = 0"),
         ({"popsize": True}, "popsize = True"),
         ({"popsize": 4.0}, "popsize = 4.0"),
-        ({"sigma": 0.0}, "sigma = 0.0.*> 0"),
         ({"sigma": math.inf}, "sigma = inf"),
-        ({"learning_rate": math.nan}, "learning_rate = nan.*finite"),
-        ({"learning_rate": -1.0}, "learning_rate = -1.0"),
         ({"weight_decay": -0.1}, "weight_decay = -0.1"),
         ({"beta1": 1.0}, r"beta1 = 1.0.*\[0, 1\)"),
         ({"sigma_decay": 1.5}, r"sigma_decay = 1.5.*\(0, 1\]"),

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from searches import solo
+from searches import Windows, solo
 from test_epg import objective as epg_objective
 from test_metagenrl_runs import parts as metagenrl_parts
 from torch import Tensor
@@ -126,14 +126,12 @@ def test_policies(name: str, option: str, row: Row) -> None:
 # --- searches -----------------------------------------------------------------------------------
 
 
-class Bumpy:
+class Bumpy(Windows):
     """Four trials that disagree; two windows of a life; members far to one side may fail."""
 
-    life_steps = 4
-
     def __init__(self, fails: bool) -> None:
+        super().__init__()
         self.fails = fails
-        self.members: list[Tensor] = []
         self.steps: list[Any] = []
 
     def fitness(self, params: Params | Tensor, step: int | Tensor) -> Fitness:
@@ -148,21 +146,9 @@ class Bumpy:
             returns[params[:, 0] > params[:, 0].median()] = math.nan
         return Fitness(returns, torch.full(returns.shape, 5))
 
-    def begin(self, params: Params | Tensor, life: int) -> State:
-        return {"t": torch.zeros(len(params), dtype=torch.int64)}
-
     def advance(self, lives: State, params: Params | Tensor, steps: int) -> tuple[State, Fitness]:
         self.steps.append(f"window of {steps}")
-        scored = self.fitness(params, 0)
-        return {"t": lives["t"] + steps}, Fitness(
-            scored.returns * (1.0 + lives["t"].double()[:, None]), scored.steps
-        )
-
-    def save(self, lives: State) -> State:
-        return lives
-
-    def restore(self, saved: State) -> State:
-        return dict(saved)
+        return super().advance(lives, params, steps)
 
 
 MATRIX = {"a": torch.linspace(-1, 1, 20).reshape(1, 4, 5), "b": 3 * torch.linspace(-1, 1, 4)[None]}

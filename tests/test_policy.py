@@ -496,16 +496,11 @@ def test_standard_deviations_of_the_heads() -> None:
 @pytest.mark.parametrize(
     ("name", "options", "words"),
     [
-        ("metods", {"depth": 0}, "depth = 0.*>= 1"),
-        ("metods", {"neurons": -1}, "neurons = -1"),
-        ("metods", {"hidden": [0]}, "hidden = 0"),
-        ("metods", {"variant": "lineal"}, "lineal.*linear"),
         ("metods", {"std_value": 0.0}, "std_value = 0.0"),
         ("metods", {"alpha_std": float("nan")}, "alpha_std = nan"),
         ("rl2", {"hidden": []}, r"hidden = \[\]"),
         ("lstm", {"squash_embedding": True}, "squash_embedding = true"),
         ("rl2", {"nurons": 3}, "policy.nurons.*'neurons'"),
-        ("metod", {}, "'metod'.*'metods'"),
     ],
 )
 def test_bad_options_are_refused(name: str, options: dict[str, Any], words: str) -> None:

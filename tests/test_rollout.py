@@ -153,28 +153,18 @@ def test_returns_add_rewards_and_count_steps_of_the_trial() -> None:
     assert kept.steps.tolist() == [[3, 1, 10]]
 
 
-def recorded(
-    task_name: str, name: str = "metods", batch: int = 6, population: int = 1, **options: Any
-) -> tuple[loop.Trajectory, loop.Start, loop.End]:
-    task = make_task(task_name, **options)
-    policy = make_policy(name, task.spec, value=True, neurons=6)
-    params = policy.init(3, population)
-    env = task.make_env("cpu")
-    tasks = task.sample(batch, "train", Rng(1))
-    begin = loop.start(policy, params, env, tasks, Rng(2))
+def test_a_recording_says_what_happened() -> None:
+    task = make_task("harlow", horizon=60, presentations=1)
+    policy = make_policy("metods", task.spec, value=True, neurons=6)
+    env, tasks = task.make_env("cpu"), task.sample(6, "train", Rng(1))
+    begin = loop.start(policy, policy.init(3), env, tasks, Rng(2))
     recorder = loop.Recorder(begin.state)
     end = loop.rollout(policy, env, begin, recorder)
-    return recorder.trajectory(end), begin, end
-
-
-def test_a_recording_says_what_happened() -> None:
-    trajectory, begin, end = recorded("harlow", horizon=60, presentations=1)
+    trajectory = recorder.trajectory(end)
     length = len(trajectory.reward)
     assert trajectory.active[0].all() and trajectory.over.sum(0).eq(1).all()
     # Replay the recorded actions: the same observations, rewards and flags.
-    task = make_task("harlow", horizon=60, presentations=1)
-    env = task.make_env("cpu")
-    state, ts = env.reset(task.sample(6, "train", Rng(1)), Rng(2), 1)
+    state, ts = env.reset(tasks, Rng(2), 1)
     alive = torch.ones(1, 6, dtype=torch.bool)
     total = torch.zeros(1, 6)
     for t in range(length):

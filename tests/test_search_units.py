@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,52 +11,21 @@ from searches import (
     EVOTORCH,
     SLICED,
     RankComm,
+    Windows,
     flat_theta,
     on_ranks,
     run,
     same_saved,
     search,
-    sphere,
 )
-from torch import Tensor
 
 from esmeta.evolution.noise import Noise
 from esmeta.optimizers import nres, pes
 from esmeta.rng import Rng
-from esmeta.types import Fitness, Params, State
+from esmeta.types import Params
 
 # Powers of two, so that to divide by a unit is exact: the same bits must come out.
 WIDE = {"a": 0.5, "b": 4.0, "c": 1.0}
-
-
-class Windows:
-    """Scores ``value`` of members divided by ``unit``, at once or in two windows of a life."""
-
-    life_steps = 4
-
-    def __init__(self, unit: Tensor | float = 1.0, value: Callable[[Tensor], Tensor] = sphere):
-        self.unit, self.value = unit, value
-        self.members: list[Tensor] = []
-
-    def fitness(self, params: Params | Tensor, step: int | Tensor) -> Fitness:
-        assert isinstance(params, Tensor)
-        self.members.append(params.clone())
-        value = self.value(params.double() / self.unit)[:, None]
-        return Fitness(value, torch.ones(value.shape, dtype=torch.int64))
-
-    def begin(self, params: Params | Tensor, life: int) -> State:
-        return {"t": torch.zeros(len(params), dtype=torch.int64)}
-
-    def advance(self, lives: State, params: Params | Tensor, steps: int) -> tuple[State, Fitness]:
-        scored = self.fitness(params, 0)
-        late = 1.0 + lives["t"].double()[:, None]
-        return {"t": lives["t"] + steps}, Fitness(scored.returns * late, scored.steps)
-
-    def save(self, lives: State) -> State:
-        return lives
-
-    def restore(self, saved: State) -> State:
-        return dict(saved)
 
 
 def leaves(units: dict[str, float]) -> Params:

@@ -16,6 +16,7 @@ import mujoco
 import numpy as np
 import pytest
 import torch
+from test_mujoco import actions
 from torch import Tensor
 
 import esmeta
@@ -43,11 +44,6 @@ def with_warp(test):
 def _elsewhere(tmp_path, monkeypatch) -> None:
     # MuJoCo writes its warnings to a file in the working directory.
     monkeypatch.chdir(tmp_path)
-
-
-def actions(steps: int, *shape: int, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.rand(steps, *shape, generator=generator) * 2 - 1
 
 
 def both(name: str, xml: str | None = None, **options: object) -> tuple[MujocoEnv, MujocoEnv]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 import sys
 from pathlib import Path
 
@@ -46,15 +45,12 @@ def overrides(*pairs: str) -> list[str]:
 
 
 def run_here(*args: object) -> int:
-    """``esmeta.train`` in this process, which gets its hooks and signals back."""
-    names = (signal.SIGTERM, signal.SIGUSR1)
-    hook, handlers = sys.excepthook, [signal.getsignal(name) for name in names]
+    """``esmeta.train`` in this process, which gets its hook back."""
+    hook = sys.excepthook
     try:
         return train.main([str(arg) for arg in args])
     finally:
         sys.excepthook = hook
-        for name, handler in zip(names, handlers, strict=True):
-            signal.signal(name, handler)
 
 
 def summary(run: Path) -> dict[str, object]:
