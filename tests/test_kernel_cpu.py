@@ -114,7 +114,7 @@ def test_a_trial_that_diverged_spoils_no_other_trials_gradient():
     case.new_trial[3, :, 2] = True
     clean = backward(case.require_grad().scan(), [case.x])[0]
     with torch.no_grad():
-        case.x[4, 0, 2] = torch.nan
+        case.x[3, 0, 2] = torch.nan
     got = backward(case.scan(), [case.x])[0]
     assert got[3:, 0, 2].isnan().any() and not got[:3].isnan().any()
     got[3:, 0, 2] = clean[3:, 0, 2]

@@ -508,7 +508,7 @@ class Backward(Kernel):
         """Nothing is left to be added for a trial."""
         self.fade[t] = self.composite[0, 1]  # b_0 = 1
         tables = [self._row(name, s) for name in ("before", "driven") for s in self.rounds]
-        tables += [self._row(name, k) for name in ("query", "error") for k in range(self.pairs)]
+        tables += [self._row("error", k) for k in range(self.pairs)]
         with self.w.loop(0, self.m // 16) as k:
             for table in tables:
                 (table + t * self.m)[k * 16] = self.w.zero(16)
