@@ -503,12 +503,20 @@ def test_replays_know_the_time_in_the_episode() -> None:
     assert (~inside).any()
 
 
+def test_first_actions_are_uniform_whatever_the_policy() -> None:
+    runner = training()
+    life = runner.begin(torch.arange(2), "train")
+    far = {name: leaf + 9.0 for name, leaf in life.state.params.items()}
+    _, seen = act(runner, life._replace(state=life.state._replace(params=far)), 3)
+    first, later = torch.cat([seen[0].action, seen[1].action]), seen[2].action
+    shares = torch.histc(first, 4, -2, 2)
+    assert shares.sum() == 32 and shares.min() >= 4
+    assert float(later.abs().min()) > 1.5, "by the policy, which is at a limit"
+
+
 def test_scores_are_those_of_whole_episodes() -> None:
     runner = training()
     _, seen = act(runner, runner.begin(torch.tensor([0, 1]), "train"), 8)
-    first = torch.cat([new.action for new in seen[:2]]) / 4.0 + 0.5  # uniform over the limits
-    assert 0 <= float(first.min()) and float(first.max()) <= 1
-    assert 0.3 < float(first.mean()) < 0.7 and float(first.std()) > 0.2
     scores = Scores.none(2, 2, "cpu")
     for new in seen:
         scores = scores.then(new)
