@@ -70,6 +70,12 @@ def signals_as_before() -> Iterator[None]:
 
 
 @pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test runs in its own folder: MuJoCo writes its warnings to a file where it is."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
 def run_cli(tmp_path: Path) -> RunFunction:
     """``run_cli(*args)``: python -m esmeta.train (or another module) in ``tmp_path``."""
 

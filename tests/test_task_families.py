@@ -24,10 +24,7 @@ from esmeta.types import Tasks
 EPG = ("random_hopper", "random_walker", "directional_hopper", "random_reacher")
 
 
-@pytest.fixture(autouse=True)
-def _elsewhere(tmp_path, monkeypatch) -> None:
-    # MuJoCo writes its warnings to a file in the working directory.
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("elsewhere")
 
 
 # --- definitions -----------------------------------------------------------------------------

@@ -22,10 +22,7 @@ from esmeta.types import Tasks
 GOAL = np.array([1.2, 1.6])
 
 
-@pytest.fixture(autouse=True)
-def _elsewhere(tmp_path, monkeypatch) -> None:
-    # MuJoCo writes its warnings to a file in the working directory.
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("elsewhere")
 
 
 def scored(

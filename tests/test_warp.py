@@ -40,10 +40,7 @@ def with_warp(test):
     return pytest.mark.slow(skip(test))
 
 
-@pytest.fixture(autouse=True)
-def _elsewhere(tmp_path, monkeypatch) -> None:
-    # MuJoCo writes its warnings to a file in the working directory.
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("elsewhere")
 
 
 def both(name: str, xml: str | None = None, **options: object) -> tuple[MujocoEnv, MujocoEnv]:
