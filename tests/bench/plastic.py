@@ -239,10 +239,11 @@ def gradient(size: Size, device: str, repeats: int) -> dict[str, Any]:
         "esmeta": (backward(functools.partial(scan, i), *i), STEPS),
         "GRU": (backward(gru(net, i), i.x, *net.parameters()), STEPS),
     }
+    rates = median_rates(calls, size, device, repeats)
     peer = jax_scan(size, i, gradient=True)
     if peer is not None:
-        calls["jax"] = (peer, STEPS)
-    rates = median_rates(calls, size, device, repeats)
+        # By itself: it leaves threads that spin, and the others without their memory.
+        rates |= median_rates({"jax": (peer, STEPS)}, size, device, 3)
     if device == "cpu":
         depth = size.depth
         work = 4 * (2 * depth + 2 + depth * (depth - 1) // 2) * size.neurons**2
