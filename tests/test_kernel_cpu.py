@@ -167,14 +167,14 @@ def test_what_lies_between_the_rows_is_never_used(n):
 
 def test_threads_do_not_change_bits(monkeypatch):
     monkeypatch.setattr(_cpu_run, "_THREAD_WORK", 1)
-    case = Case("base", 3, 21, 20, 2, T=4, dtype=torch.float32)
-    alone = case.scan()
+    case = Case("base", 3, 21, 20, 2, T=4, dtype=torch.float32).require_grad()
+    alone = [*case.scan(), *backward(case.scan(), case.inputs)]
     used = set()
     pool = _cpu_run._pool
     monkeypatch.setattr(_cpu_run, "_pool", lambda n, *rest: (used.add(n), pool(n, *rest))[1])
     torch.set_num_threads(4)
     try:
-        together = case.scan()
+        together = [*case.scan(), *backward(case.scan(), case.inputs)]
     finally:
         torch.set_num_threads(1)
     assert used == {4}
