@@ -145,6 +145,48 @@ def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyP
     taken(tmp_path)
 
 
+def test_a_later_start_is_noticed_and_left_alone_where_nothing_is_locked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_locks(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    monkeypatch.setenv("ESMETA_LAUNCH", "a")
+    monkeypatch.setenv("ESMETA_LAUNCH_START", "1")
+    early = RunLock(tmp_path)
+    monkeypatch.setenv("ESMETA_LAUNCH_START", "2")
+    late = RunLock(tmp_path)
+    with pytest.raises(UserError, match="given to another run"):
+        early.check()
+    early.release()
+    late.check()
+    late.release()
+    assert os.listdir(tmp_path) == []
+
+
+def test_children_keep_their_files_when_a_lock_is_let_go_before(tmp_path: Path) -> None:
+    """Those of children as well: the number of a lock's file is given to other files then."""
+
+    def writes() -> int:
+        with open(tmp_path / "mine", "w") as file:
+            child = fork(lambda: 0 if os.fstat(file.fileno()) else 1)
+            return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+    lock = RunLock(tmp_path)
+    child = fork(writes)  # in which the lock is closed, and its number free
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    lock.release()
+    assert writes() == 0
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_cannot_be_written_says_so(tmp_path: Path) -> None:
+    tmp_path.chmod(0o555)
+    with pytest.raises(PermissionError):
+        RunLock(tmp_path)
+
+
 def test_an_older_lock_is_read(tmp_path: Path) -> None:
     older = dataclasses.asdict(Holder.own()) | {"boot": "x", "space": "y", "began": "1"}
     (tmp_path / "run.lock").write_text(json.dumps(older | {"token": "z"}))

@@ -83,15 +83,14 @@ class RunLock:
         self._me = Holder.own()
         self._path = folder.absolute() / NAME
         self._file = self._take()
-        self.release = weakref.finalize(self, _release, self._path, self._file, os.getpid())
-        _HELD.add(self)
+        _HELD.add(self._file)
+        self.release = weakref.finalize(self, _release, self._path, self._file, self._me)
 
     def check(self) -> None:
         """Refuse to go on where the folder is no longer this run's: removed, moved or replaced."""
-        if not _is_at(self._file, self._path):
-            found = None
-            with contextlib.suppress(OSError):
-                found = Holder.of(self._path.read_bytes())
+        found = _holder_at(self._path)
+        # Where locks do not reach, a later start of the launch has written to this very file.
+        if found != self._me or not _is_at(self._file, self._path):
             now = "its lock is gone" if found is None else f"{_named(found)} writes to it now"
             raise UserError(
                 f"{self._folder} was removed, moved or given to another run ({now}); this run ends "
@@ -133,19 +132,35 @@ class RunLock:
         return UserError(f"{self._folder} {why}, or give another --out")
 
 
-_HELD: weakref.WeakSet[RunLock] = weakref.WeakSet()
-# A child that was forked must not hold the lock after its parent has been killed.
-os.register_at_fork(after_in_child=lambda: [os.close(lock._file) for lock in _HELD])
+_HELD: set[int] = set()  # descriptors
+
+
+def _let_parent_alone_hold() -> None:
+    """A child that was forked must not hold the lock after its parent has been killed."""
+    while _HELD:
+        os.close(_HELD.pop())
+
+
+os.register_at_fork(after_in_child=_let_parent_alone_hold)
 
 
 def _named(holder: Holder) -> str:
     return f"process {holder.pid} on {holder.host}"
 
 
+def _holder_at(path: Path) -> Holder | None:
+    try:
+        return Holder.of(path.read_bytes())
+    except FileNotFoundError:
+        return None
+
+
 def _open(path: Path) -> int:
     try:
         return os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     except PermissionError:
+        if not path.exists():  # the folder cannot be written
+            raise
         return os.open(path, os.O_RDONLY)  # another user's, to say whose
 
 
@@ -176,9 +191,10 @@ def _write(file: int, data: bytes) -> None:
     os.fsync(file)
 
 
-def _release(path: Path, file: int, pid: int) -> None:
-    if os.getpid() == pid:  # a child that was forked does not let go of what its parent holds
+def _release(path: Path, file: int, me: Holder) -> None:
+    if os.getpid() == me.pid:  # a child that was forked does not let go of what its parent holds
         with contextlib.suppress(OSError):  # then it is taken over
-            if _is_at(file, path):
+            if _is_at(file, path) and _holder_at(path) == me:
                 path.unlink()
+        _HELD.discard(file)
         os.close(file)
