@@ -66,12 +66,12 @@ def warn(text: str) -> None:
 
 
 def keep_traceback(error: UserError, folder: Path | None = None, name: str = TRACEBACK) -> None:
-    """Write the traceback of an error that an environment made, and name the file in its line.
+    """Write the traceback of what an environment, or a lack of memory, made; name it in its line.
 
     The file lies in ``folder`` where that exists and can be written, else among the temporary
-    ones. A second call changes nothing, nor do errors that no environment made.
+    ones. A second call changes nothing, nor do errors that nothing else made.
     """
-    if error.traceback is not None or not _made_by_environment(error):
+    if error.traceback is not None or not _hides_another(error):
         return
     text = "".join(traceback.format_exception(error))
     file = None if folder is None else folder / name
@@ -89,8 +89,9 @@ def keep_traceback(error: UserError, folder: Path | None = None, name: str = TRA
     error.args = (f"{error}; traceback: {file}",)
 
 
-def _made_by_environment(error: BaseException | None) -> bool:
-    while error is not None and not isinstance(error, EnvError):
+def _hides_another(error: BaseException | None) -> bool:
+    """Whether a line does not say where in whose code it went wrong."""
+    while error is not None and not isinstance(error, EnvError) and not out_of_memory(error):
         error = error.__cause__
     return error is not None
 

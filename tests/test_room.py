@@ -49,6 +49,9 @@ def test_a_run_that_is_too_large_says_so(
         name, _, value = each.partition("=")
         assert f"{name} = {value}" in line
     assert re.search(cure, line), line
+    # What asked for it may be a mistake in somebody's own code.
+    kept = Path(line.rpartition("traceback: ")[2])
+    assert re.search("MemoryError|RuntimeError", kept.read_text())
 
 
 def test_what_would_fit() -> None:

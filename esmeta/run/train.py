@@ -322,7 +322,10 @@ def learn(
             raise
         from esmeta.run.room import too_large
 
-        raise too_large(error, config, comm.label) from error
+        failure = too_large(error, config, comm.label)
+        failure.__cause__ = error
+        _keep_traceback(failure, out, comm.rank)
+        raise failure from error
 
 
 def _learn(
@@ -337,9 +340,14 @@ def _learn(
     try:
         return _finish(trainer, trainer.train(), folder, out, memory)
     except errors.UserError as error:
-        name = errors.TRACEBACK if comm.rank == 0 else f"rank-{comm.rank}-{errors.TRACEBACK}"
-        errors.keep_traceback(error, out, name)
+        _keep_traceback(error, out, comm.rank)
         raise
+
+
+def _keep_traceback(error: errors.UserError, out: Path, rank: int) -> None:
+    errors.keep_traceback(
+        error, out, f"rank-{rank}-{errors.TRACEBACK}" if rank else errors.TRACEBACK
+    )
 
 
 def _finish(trainer: Trainer, reason: str, folder: RunDir | NullRun, out: Path, memory: str) -> int:
