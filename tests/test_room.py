@@ -66,3 +66,7 @@ def test_what_would_fit() -> None:
     assert "optimizer.popsize = 512," in str(room.too_large(MemoryError(), config, "x"))
     many = configs.resolve(configs.load("harlow-ppo"), ["task.trials=4", "optimizer.minibatches=4"])
     assert "write fewer policy.neurons" in str(room.too_large(MemoryError(), many, "x"))
+    two = configs.resolve(configs.load("harlow-openes"), ["optimizer.popsize=2"])
+    assert "write fewer policy.neurons" in str(room.too_large(MemoryError(), two, "x"))
+    agents = configs.resolve(configs.load("pendulum-metagenrl"))
+    assert "write fewer objective.agents" in str(room.too_large(MemoryError(), agents, "x"))

@@ -18,6 +18,7 @@ def too_large(error: BaseException, config: Config, where: str) -> UserError:
     """
     sizes = {"task.trials": config.trials}
     sizes |= _options("policy", config.policy.instance, ("neurons",))
+    sizes |= _options("objective", config.objective.instance, ("agents",))
     sizes |= _options("optimizer", config.optimizer.instance, ("popsize", "minibatches"))
     said = ", ".join(f"{name} = {value}" for name, value in sizes.items())
     asked, free = _asked(str(error)), _free()
@@ -35,14 +36,18 @@ def _options(section: str, options: Any, names: tuple[str, ...]) -> dict[str, in
 def _smaller(sizes: dict[str, int], asked: float, free: float) -> str:
     # Half of what is free: what was asked for is seldom the last.
     times = 2 ** math.ceil(math.log2(max(2.0, 2 * asked / free))) if asked and free else 2
+    others = [
+        name for name in ("policy.neurons", "objective.agents", "task.trials") if name in sizes
+    ]
+    fewer = f"fewer {' or '.join(others)}"
     parts = sizes.get("optimizer.minibatches", sizes["task.trials"])
     if parts < sizes["task.trials"]:
         parts = min(parts * times, sizes["task.trials"])
-        return f"for example optimizer.minibatches = {parts}, or fewer neurons or task.trials"
-    if "optimizer.popsize" in sizes:
+        return f"for example optimizer.minibatches = {parts}, or {fewer}"
+    if sizes.get("optimizer.popsize", 0) > 2:
         members = max(2, sizes["optimizer.popsize"] // times // 2 * 2)
-        return f"for example optimizer.popsize = {members}, or fewer neurons or task.trials"
-    return "fewer policy.neurons or task.trials"
+        return f"for example optimizer.popsize = {members}, or {fewer}"
+    return fewer
 
 
 def _asked(text: str) -> float:
