@@ -49,7 +49,7 @@ def out_of_memory(error: BaseException) -> bool:
     """Whether an allocator could not give what was asked for: Python's, numpy's or torch's."""
     told = ("not enough memory", "can't allocate memory", "out of memory")
     return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and any(words in str(error) for words in told)
+        isinstance(error, RuntimeError) and any(words in str(error).lower() for words in told)
     )
 
 

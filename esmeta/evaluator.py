@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any
 
 import numpy as np
@@ -208,18 +208,22 @@ class PopulationEvaluator(OwnEnv):
             )
 
         count = index.shape[-1]
-        # One member is filled up to two in any case: each of them does half of the trials.
-        halves = population == 1 and shared and count > _TRIAL_TILE and not self._hosted
-        if halves:
-            tree = {name: leaf.expand(2, *leaf.shape[1:]) for name, leaf in tree.items()}
-            index = torch.cat([index, index[-1:]])[: count + count % 2].reshape(2, -1)
 
-        def score(trials: Tensor) -> Fitness:
-            return self._trials(tree, index[..., trials], seed, split, act, intervene)
+        def score(tree: Params, index: Tensor, mark_failed: bool) -> Fitness:
+            def tile(trials: Tensor) -> Fitness:
+                return self._trials(tree, index[..., trials], seed, split, act, intervene)
+
+            return in_tiles(tile, self._tiles(index.shape[-1]), mark_failed)
 
         with self.whole_trials():
-            scores = in_tiles(score, self._tiles(index.shape[-1]), mark_failed)
-        return _map(scores, lambda leaf: leaf.reshape(1, -1)[:, :count]) if halves else scores
+            if population == 1 and shared and count > _TRIAL_TILE and not self._hosted:
+                # One member is filled up to two in any case: each of them does half of the trials.
+                twice = {name: leaf.expand(2, *leaf.shape[1:]) for name, leaf in tree.items()}
+                halves = torch.cat([index, index[-1:]])[: count + count % 2].reshape(2, -1)
+                with suppress(EnvFailure) if mark_failed else nullcontext():
+                    scores = score(twice, halves, False)
+                    return _map(scores, lambda leaf: leaf.reshape(1, -1)[:, :count])
+            return score(tree, index, mark_failed)
 
     def _trials(
         self,

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from esmeta import PopulationEvaluator, make_policy, make_task, ravel, task_names, unravel
 from esmeta import rollout as loop
+from esmeta.errors import EnvFailure
 from esmeta.rng import Rng
 from esmeta.types import Fitness, Params
 
@@ -215,3 +216,24 @@ def test_importing_asks_mkl_for_bits_that_do_not_depend_on_alignment() -> None:
         env |= {} if given is None else {"MKL_CBWR": given}
         done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
         assert done.stdout.strip() == want, done.stderr
+
+
+def test_a_trial_that_fails_costs_no_other_of_one_member(monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluator, params = make("bandit", "mlp")
+    alone, index = some(params, slice(0, 1)), torch.arange(24)
+    whole = evaluator(alone, index=index)
+    env = type(evaluator.env)
+    plain = env.reset
+
+    def reset(self: Any, tasks: Any, rng: Rng, population: int = 1) -> Any:
+        if (tasks.index == 13).any():
+            raise EnvFailure("number 13")
+        return plain(self, tasks, rng, population)
+
+    monkeypatch.setattr(env, "reset", reset)
+    with pytest.raises(EnvFailure):
+        evaluator(alone, index=index)
+    marked = evaluator(alone, index=index, mark_failed=True)
+    assert marked.returns.isnan().nonzero().tolist() == [[0, 13]]
+    kept = index != 13
+    assert torch.equal(marked.returns[:, kept], whole.returns[:, kept])
