@@ -187,6 +187,25 @@ def test_a_folder_that_cannot_be_written_says_so(tmp_path: Path) -> None:
         RunLock(tmp_path)
 
 
+def test_a_dead_colleagues_lock_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever may write to the folder may go on, but not write to what another user has left."""
+    left(tmp_path, pid=1)
+    theirs, plain = os.open(tmp_path / "run.lock", os.O_RDONLY), os.fchmod
+
+    def fchmod(file: int, mode: int) -> None:
+        if os.path.sameopenfile(file, theirs):
+            raise PermissionError(errno.EPERM, "not yours")
+        plain(file, mode)
+
+    monkeypatch.setattr(os, "fchmod", fchmod)
+    lock = RunLock(tmp_path)
+    assert os.fstat(theirs).st_nlink == 0
+    lock.check()
+    os.close(theirs)
+
+
 def test_an_older_lock_is_read(tmp_path: Path) -> None:
     older = dataclasses.asdict(Holder.own()) | {"boot": "x", "space": "y", "began": "1"}
     (tmp_path / "run.lock").write_text(json.dumps(older | {"token": "z"}))

@@ -108,8 +108,13 @@ class RunLock:
             dead = locked is True and holder is not None and holder.is_here(self._me)
             free = locked is not False and (dead or early or not data)
             if free and _is_at(file, self._path):
-                _write(file, json.dumps(asdict(self._me)).encode() + b"\n")
-                return file
+                try:
+                    _write(file, json.dumps(asdict(self._me)).encode() + b"\n")
+                    return file
+                except PermissionError:  # left by another user of the group
+                    if not data:
+                        raise
+                    self._path.unlink()
             os.close(file)
             if free:
                 continue  # let go just now
