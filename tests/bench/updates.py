@@ -31,8 +31,8 @@ WORK: dict[str, tuple[str, int, list[str]]] = {
     "maze-200": ("maze-ppo", 6, ["policy.neurons=200", *WIDE]),
     "maze-gru-64": ("maze-gru-ppo", 20, []),
     "cheetah-dir": ("cheetah-dir-ppo", 10, []),
-    "long-64": ("maze-ppo", 1, ["task.horizon=5000", "task.trials=64"]),
-    "long-128": ("maze-ppo", 1, ["task.horizon=5000", "policy.neurons=128", *WIDE]),
+    "long-64": ("maze-ppo", 4, ["task.horizon=5000", "task.trials=64"]),
+    "long-128": ("maze-ppo", 2, ["task.horizon=5000", "policy.neurons=128", *WIDE]),
 }
 
 
